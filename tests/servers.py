@@ -13,7 +13,10 @@ import urllib.request
 from contextlib import contextmanager
 
 LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # which a background job ignores
-VELOXLAB = [sys.executable, "-c", f"{LISTEN}; import sys; from veloxlab.cli import main; sys.exit(main())"]
+MAIN = "import sys; from veloxlab.cli import main; sys.exit(main())"
+VELOXLAB = [sys.executable, "-c", f"{LISTEN}; {MAIN}"]
+# to leave a step that takes long is a failure here, where none does
+PATIENT = "import os; from veloxlab.serve import server; server.END_SECONDS = 60; os._exit = lambda status: os.abort()"
 
 
 def free_port() -> int:
@@ -24,9 +27,10 @@ def free_port() -> int:
 
 @contextmanager
 def serving(*arguments: str, model: str = "smollm2-135m"):
-    """A server of a model, and its port; at the end it gets Ctrl-C and has to end with status 0."""
+    """A server of a model, and its port; at the end it gets Ctrl-C and has to end well, with all its threads."""
     port = free_port()
-    command = [*VELOXLAB, "serve", model, *arguments, "--port", str(port), "--log-level", "WARNING"]
+    options = ["serve", model, *arguments, "--port", str(port), "--log-level", "WARNING"]
+    command = [sys.executable, "-c", f"{PATIENT}; {LISTEN}; {MAIN}", *options]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         for _ in range(600):

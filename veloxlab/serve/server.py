@@ -21,6 +21,7 @@ import threading
 import time
 from functools import partial
 from http.server import ThreadingHTTPServer
+from queue import Queue
 from typing import Any
 
 import mlx.core as mx
@@ -112,6 +113,19 @@ class Handler(THEIRS.APIHandler):  # type: ignore[misc]
         super()._set_completion_headers(400 if isinstance(sys.exc_info()[1], InputError) else status_code)
 
 
+class Answer:
+    """Takes the parts of an answer as they are made; once ``stopped`` is set, the next one ends the thread."""
+
+    def __init__(self, parts: Queue[Any], stopped: threading.Event) -> None:
+        self._parts, self._stopped = parts, stopped
+
+    def put(self, part: object) -> None:
+        """Hand on a token, what was read of a prompt, or an error; raises `KeyboardInterrupt` when all is to end."""
+        if self._stopped.is_set():
+            raise KeyboardInterrupt
+        self._parts.put(part)
+
+
 class Generator(THEIRS.ResponseGenerator):  # type: ignore[misc]
     """The thread that generates. What ended it is `failure`; ``stopped`` is set when it is asked to end."""
 
@@ -122,7 +136,7 @@ class Generator(THEIRS.ResponseGenerator):  # type: ignore[misc]
         super().__init__(*arguments)
 
     def stop_and_join(self) -> None:
-        """End the thread, also in the middle of a fit; wait for it, but not for a step that takes long."""
+        """End the thread, also in the middle of a fit or an answer; wait for it, but not for a step that takes long."""
         self._stopped.set()
         self._stop = True
         self._generation_thread.join(END_SECONDS)
@@ -133,9 +147,13 @@ class Generator(THEIRS.ResponseGenerator):  # type: ignore[misc]
         except BaseException as error:
             if not isinstance(error, InputError | KeyboardInterrupt):
                 log.exception("The thread that generates ended.")
-            self.failure = error
+            self.failure = error.with_traceback(None)  # which would keep the arrays of an answer
         finally:
             mx.clear_streams()  # MLX aborts the process if that ends just after a thread that has streams
+
+    def _next_request(self, timeout: float | None = None) -> tuple[Any, ...] | None:
+        request = super()._next_request(timeout)
+        return request and (Answer(request[0], self._stopped), *request[1:])
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> tuple[Any, ...]:  # noqa: ANN401
         for name in RESERVED.keys() & (args.chat_template_kwargs or {}):  # arguments of the tokenizer itself
@@ -169,7 +187,7 @@ def hooks_of(stopped: threading.Event) -> dict[str, object]:
 
         theirs(host, port, generator, server_class=Server, handler_class=Handler)
         atexit.register(gc.freeze)  # to collect objects just before the process ends took longer than all else
-        if generator.generation_available():  # it reads a long prompt, or makes an answer that is not in a batch
+        if generator.generation_available():  # one step takes longer, as the first ones of a long prompt may
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
