@@ -9,7 +9,7 @@ from tests.knobs import controls, turn
 from tests.letters import Letters
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
-from veloxlab.widgets.pages.known_models import HERE, SIZES
+from veloxlab.widgets.pages.memory import HERE, SIZES
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,13 @@
 from .allocation import (
     allocation_caption,
     allocation_map,
+    best_pairs,
+    bit_plane,
     budget_frontier,
     frontier_rows,
     loss_by_layer,
     loss_caption,
+    plane_caption,
     sensitivity_by_layer,
     sensitivity_caption,
 )
@@ -50,10 +53,27 @@ from .errors import (
     errors_by_bits,
     profile_caption,
 )
-from .fidelity import bytes_by_layer, bytes_caption, kl_along, kl_caption, window_caption, window_losses
-from .generation import held_caption, held_while_generating, passkey_caption, passkey_map, strip_caption, token_strip
+from .fidelity import (
+    bytes_by_layer,
+    bytes_caption,
+    kl_along,
+    kl_caption,
+    times_by_layer,
+    times_by_layer_caption,
+    window_caption,
+    window_losses,
+)
+from .generation import (
+    held_caption,
+    held_while_generating,
+    passkey_caption,
+    passkey_map,
+    strip_caption,
+    task_caption,
+    task_scores,
+    token_strip,
+)
 from .memory import bit_allocation, bit_caption, memory_caption, memory_growth, memory_plan, plan_caption
-from .plane import best_pairs, bit_plane, plane_caption
 from .scores import logit_errors, logits_caption
 from .spectra import (
     dimensions_by_layer,
@@ -64,8 +84,6 @@ from .spectra import (
     spectrum,
     spectrum_caption,
 )
-from .tasks import task_caption, task_scores
-from .times import times_by_layer, times_by_layer_caption
 from .tokens import (
     alternatives,
     alternatives_caption,

@@ -1,4 +1,4 @@
-"""What a cache changes in a model's predictions, along a text and in each window; and what each of its layers holds."""
+"""What one cache changes in a model's predictions, along a text and by window, and what its layers hold and take."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import polars as pl
 
 from veloxlab.measure.paired import Mean, by_window
 from veloxlab.views import columns, marks, theme
+from veloxlab.views.generation import SIDES
 
 POOLS = 64  # marks along a window
 MB = 1e6
@@ -109,3 +110,41 @@ def bytes_caption(frame: pl.DataFrame) -> str:
     apart = [f"{path}: layer{'s' * (len(own) > 1)} {', '.join(map(str, own))}" for path, own in others.iter_rows()]
     shared = f"tables, held once, {tables / MB:.3g} MB" if tables else ""
     return f"{marks.sentence(f'{held / MB:,.3g} MB{less}', shared, *apart)}."
+
+
+PARTS = {"store": ["store,", "µs a token"], "decode": ["decode,", "µs a token"], "attend": ["attend,", "µs a query"]}
+
+
+def times_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
+    """Draw what storing, decoding and attending take in every layer, exact and compressed.
+
+    Rows of `veloxlab.measure.times.LAYER_TIMES`.
+    """
+    shown = columns.require(frame, "times_by_layer", "layer part side microseconds tokens held_bytes fp16_bytes")
+    there = [part for part in PARTS if part in shown["part"]]
+    layers = shown["layer"].n_unique()
+
+    def draw(part: str, last: bool) -> marks.Plot:
+        base = marks.only(part=part).encode(
+            x=marks.layer_axis(labelled=last),
+            y=columns.y("microseconds", PARTS[part], zero=True, tickCount=4),
+            color=marks.scaled(alt.Color, "side", SIDES, legend=part == there[0]),
+        )
+        told = columns.tips("layer side", ("microseconds", "µs", ".3~g"), "tokens held_bytes fp16_bytes")
+        return marks.line_points(base, told, 26)
+
+    width = marks.layer_step(layers) * layers
+    plots = marks.panels(there, draw, width, 84)
+    return marks.framed(plots, shown, "Time of each layer", caption or times_by_layer_caption(frame))
+
+
+def times_by_layer_caption(frame: pl.DataFrame) -> str:
+    """Say how many times the exact cache's time all layers together take."""
+    needed = columns.require(frame, "times_by_layer_caption", "part side microseconds")
+    sums = needed.group_by("part", "side").agg(pl.col("microseconds").sum())
+    told = []
+    for part in ("store", "attend"):
+        both = dict(sums.filter(part=part).select("side", "microseconds").iter_rows())
+        if set(SIDES) <= {*both}:
+            told.append(f"to {part} {both['compressed'] / both['exact']:.2f}")
+    return f"All layers, over the exact cache's time: {', '.join(told)}. Medians of this machine, now."

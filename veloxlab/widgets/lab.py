@@ -14,8 +14,7 @@ from veloxlab.errors import InputError
 from veloxlab.views.picture import Section
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.chosen import Checked, Chosen, OfLayers
-from veloxlab.widgets.glossary import glossary
-from veloxlab.widgets.layout import button, styled
+from veloxlab.widgets.layout import button, glossary, styled
 from veloxlab.widgets.lifetime import loosen
 from veloxlab.widgets.pages import (
     advise,

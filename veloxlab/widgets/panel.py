@@ -17,8 +17,7 @@ from veloxlab.store import make_folder, write_atomically
 from veloxlab.views.picture import Section, report
 from veloxlab.widgets.chart_view import PATIENCE, ChartView, ensure_bundle
 from veloxlab.widgets.chosen import Chosen, ChosenBits
-from veloxlab.widgets.glossary import note
-from veloxlab.widgets.layout import about, button, laid_out, status
+from veloxlab.widgets.layout import about, button, laid_out, note, status
 from veloxlab.widgets.lifetime import Ending, loosen, weakly
 from veloxlab.widgets.progress_bar import ProgressBar
 from veloxlab.widgets.selection import Selection

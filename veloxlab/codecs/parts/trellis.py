@@ -23,8 +23,8 @@ from veloxlab.codecs.parts import Floats, constant, in_turn
 from veloxlab.codecs.parts.codebooks import gaussian_codebook
 from veloxlab.codecs.parts.packing import WIDEST, Places
 from veloxlab.codecs.parts.water_filling import LEAST_WORDS
+from veloxlab.kernels.encode import trellis_kernel
 from veloxlab.kernels.readers import TrellisReader
-from veloxlab.kernels.trellis import trellis_kernel
 from veloxlab.kernels.vectors import VectorKernel, words_per_row
 from veloxlab.texts import shipped_folder
 

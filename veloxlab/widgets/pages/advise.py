@@ -21,12 +21,11 @@ from veloxlab.measure.quality import Reference, reference
 from veloxlab.runtime import device
 from veloxlab.views.picture import Section
 from veloxlab.widgets.chosen import Checked
-from veloxlab.widgets.code_lines import CodeLines
-from veloxlab.widgets.layout import broad, button, controls
+from veloxlab.widgets.layout import CodeLines, broad, button, controls
 from veloxlab.widgets.pages.advice_words import ROWS, advice_table, answer_said
 from veloxlab.widgets.pages.experiment import Experiment
 from veloxlab.widgets.pages.generation import PROMPT
-from veloxlab.widgets.pages.known_models import GIGABYTE, HERE, SIZES
+from veloxlab.widgets.pages.memory import GIGABYTE, HERE, SIZES
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.selection import Bits, Selection
 from veloxlab.widgets.worker import Progress, Worker

@@ -19,8 +19,7 @@ from veloxlab.cache.plan import Plan
 from veloxlab.errors import InputError
 from veloxlab.runtime import device
 from veloxlab.views.picture import html_table
-from veloxlab.widgets.code_lines import CodeLines
-from veloxlab.widgets.layout import button
+from veloxlab.widgets.layout import CodeLines, button
 
 KINDS = {
     "average bits": AverageBits,

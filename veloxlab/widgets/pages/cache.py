@@ -18,8 +18,7 @@ from veloxlab.measure import code_bits, layer_errors, memory_growth, predicted_g
 from veloxlab.mlxlm.probe import LayerFacts, probe
 from veloxlab.widgets.chart_view import ChartView, link
 from veloxlab.widgets.chosen import Checked, OfLayers
-from veloxlab.widgets.code_lines import CodeLines
-from veloxlab.widgets.layout import button, columns, controls
+from veloxlab.widgets.layout import CodeLines, button, columns, controls
 from veloxlab.widgets.lifetime import loosen
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request, coded
 from veloxlab.widgets.pages.compare import Comparison

@@ -18,7 +18,7 @@ from veloxlab.measure import Capture
 from veloxlab.progress import Progress as Tell
 from veloxlab.progress import silent
 from veloxlab.widgets.chosen import Checked, Chosen
-from veloxlab.widgets.glossary import note
+from veloxlab.widgets.layout import note
 from veloxlab.widgets.lifetime import weakly
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.selection import Selection

@@ -15,8 +15,8 @@ from veloxlab.errors import InputError
 from veloxlab.measure.quality import maker
 from veloxlab.measure.questions import BUILT_IN, EXAMPLE, Task
 from veloxlab.measure.tasks import EVALUATION, ask, summary, unread
+from veloxlab.views.generation import task_caption, task_scores
 from veloxlab.views.picture import Section, html_table
-from veloxlab.views.tasks import task_caption, task_scores
 from veloxlab.widgets.chosen import Checked, OfCache
 from veloxlab.widgets.layout import button, columns, controls
 from veloxlab.widgets.panel import Panel

@@ -9,8 +9,8 @@ import ipywidgets
 import polars as pl
 
 from veloxlab.measure.times import LAYER_TIMES, layer_times
+from veloxlab.views.fidelity import times_by_layer, times_by_layer_caption
 from veloxlab.views.picture import Section
-from veloxlab.views.times import times_by_layer, times_by_layer_caption
 from veloxlab.widgets.layout import button, columns, controls
 from veloxlab.widgets.pages.experiment import Experiment, OfExperiment
 from veloxlab.widgets.worker import Progress, Worker
