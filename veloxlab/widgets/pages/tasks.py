@@ -119,7 +119,8 @@ class Tasks(OfCache, Panel):
         """A box for questions of one's own, and a button that fills it from a file."""
         box = self._control(ipywidgets.Textarea, "own", "questions", rows=6, continuous_update=False)
         box.placeholder, box.layout.width = EXAMPLE, "auto"
-        file = ipywidgets.FileUpload(description="From a file", accept=".jsonl,.json,.txt", tooltip="JSON lines")
+        tip = "A file of JSON lines, a question in each"
+        file = ipywidgets.FileUpload(description="From a file", accept=".jsonl,.json,.txt", tooltip=tip)
         file.observe(self._read, "value")
         titles = ["Questions of your own"]
         return ipywidgets.Accordion([ipywidgets.VBox([box, file])], titles=titles, selected_index=None)
