@@ -74,7 +74,10 @@ window.lab = (() => {
       el.id = name;
       const chart = { model: model(state, runtime, shared), el };
       charts[name] = chart;
-      chart.cleanup = await widget.render({ model: chart.model, el });
+      chart.draw = async () => {
+        chart.cleanup = await widget.render({ model: chart.model, el });
+      };
+      await chart.draw();
     },
     // as ipywidgets' jslink does, in both directions
     link(one, other) {

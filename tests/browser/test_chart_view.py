@@ -376,6 +376,22 @@ def test_closing_leaves_no_listener_and_no_element(bare):
     assert bare.errors == []
 
 
+def test_a_view_whose_output_was_cleared_is_drawn_again_with_the_newest_numbers(bare):
+    view = ChartView(bars(5, 10))
+    open_chart(bare, view)
+    bare.page.evaluate("lab.charts.one.cleanup()")
+    view.put(frame(10, 5))
+    bare.page.evaluate("(content) => lab.charts.one.model.set('content', content)", state(view)["content"])
+    bare.page.evaluate("lab.charts.one.draw()")
+    assert heights(bare) == [120, 60]
+    bare.page.evaluate("lab.charts.one.draw()")  # a second view, as of an output in a window of its own
+    view.put(frame(2.5))
+    send(bare, view)
+    wait_for(bare, "[...document.querySelectorAll('#one .veloxlab-chart')].every((e) => e.dataset.revision === '3')")
+    assert heights(bare) == [30, 30]
+    assert bare.errors == []
+
+
 def test_a_broken_update_says_so_and_the_next_one_is_drawn(bare):
     view = ChartView(bars(5, 10))
     open_chart(bare, view)

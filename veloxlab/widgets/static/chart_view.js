@@ -82,8 +82,12 @@ function onGround(changed) {
 
 const text = new TextDecoder();
 
+// Rows, from rows or from columns by name.
 function rowsOf(payload) {
-  return JSON.parse(typeof payload === "string" ? payload : text.decode(payload));
+  const found = JSON.parse(typeof payload === "string" ? payload : text.decode(payload));
+  if (Array.isArray(found)) return found;
+  const columns = Object.entries(found);
+  return (columns[0]?.[1] ?? []).map((_, i) => Object.fromEntries(columns.map(([name, values]) => [name, values[i]])));
 }
 
 function overlay(below, above) {
