@@ -2,6 +2,7 @@
 
 import re
 
+import polars as pl
 import pytest
 
 import veloxlab as vl
@@ -9,6 +10,7 @@ from tests.knobs import controls, turn
 from tests.letters import Letters
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
+from veloxlab.widgets.pages.advice_words import answer_said
 from veloxlab.widgets.pages.memory import HERE, SIZES
 
 
@@ -82,6 +84,26 @@ def test_an_answer_is_compared(page):
     turn(page, prompt="what changes?", picked="turboquant 4 bit")
     pressed(page, "Does the answer change?")
     assert "The answer " in page._answered.value
+    assert "13 tokens were read, all but the first 4 of them through codes." in page._answered.value
+
+
+def test_a_changed_answer_says_how_near_a_tie_it_was():
+    def rows(*sides):
+        """Texts of both sides, a token a letter, and the exact cache's probability of each."""
+        every = [
+            (side, position, ord(letter), letter, chance)
+            for side, (text, chances) in zip(("exact", "compressed"), sides, strict=True)
+            for position, (letter, chance) in enumerate(zip(text, chances, strict=True))
+        ]
+        columns = ["side", "position", "token", "text", "exact_probability"]
+        return pl.DataFrame(every, schema=columns, orient="row")
+
+    said = answer_said(rows(("ab<", (1, 0.5, 0.4)), ("abd", (1, 0.5, 0.35))), 1200, 4)
+    assert said.startswith("The answer changes at token 3. 1,200 tokens were read, all but the first 4")
+    assert "There the exact cache gives \u201c&lt;\u201d 40% and \u201cd\u201d 35%." in said
+    same = ("ab", (1, 0.5))
+    assert answer_said(rows(same, same), 9, 4).startswith("The answer does not change in 2 tokens.")
+    assert "There the exact cache" not in answer_said(rows(same, ("a", (1,))), 9, 4)  # one ended
 
 
 def test_a_model_that_is_not_here_is_said_and_the_last_advice_stays(page):

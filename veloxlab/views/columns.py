@@ -100,7 +100,8 @@ AXES: dict[str, str | list[str]] = {
 """Titles of axes that say more than a tooltip, with the unit."""
 
 _PLACES = {
-    "axis": "format grid labelExpr labelLimit labelOverlap labels minExtent tickCount tickMinStep ticks values",
+    "axis": "format grid labelAngle labelExpr labelLimit labelOverlap labels minExtent tickCount tickMinStep ticks "
+    "values",
     "scale": "base clamp domain domainMin nice padding paddingInner paddingOuter reverse type zero",
 }
 _PLACE = {name: place for place, names in _PLACES.items() for name in names.split()}
@@ -205,7 +206,7 @@ def log_ticks(domain: Domain) -> list[float]:
     return [value for value in values if domain[0] * (1 - NEAR) <= value <= domain[1] * (1 + NEAR)]
 
 
-def log_steps(*steps: int, low: int = -12, high: int = 6) -> list[float]:
+def log_steps(*steps: float, low: int = -12, high: int = 6) -> list[float]:
     """Give such steps of decades, for an axis whose ends its rows make: only those between them are drawn."""
     return [float(f"{step}e{power}") for power in range(low, high + 1) for step in steps]
 

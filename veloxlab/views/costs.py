@@ -41,8 +41,8 @@ def frontier(
     null, a column ``held_bits`` stands in. The exact cache (``"none"``) is told of in the caption, and a divergence of
     zero is drawn at the floor. ``x``: ``"bits"`` for true bits per value, or ``"held_bytes"``. ``domain``: least and
     greatest KL of the scale; give one to keep it steady while points are added. ``tokens``: the context that bytes are
-    predicted for. ``exact_bytes``: what the exact cache then holds, a line. With a column ``point``, the number of a
-    cache, a click picks it.
+    predicted for. ``exact_bytes``: what the exact cache then holds, a line; bytes are then on a log scale. With a
+    column ``point``, the number of a cache, a click picks it.
     """
     choice(*COSTS)("x", x)
     needed = "name key_bits value_bits kl_mean held_bytes top1_flips perplexity"
@@ -73,6 +73,10 @@ def frontier(
     ]
     if drawn.height <= FEW:
         named = base.transform_calculate(short="slice(datum.name, length(datum.method) + 1)")
+        # of points that lie on one another with one name, one says it
+        place = "datum.short + round(10 * log(datum.cost)) + ' ' + round(3 * log(datum.kl_mean_drawn))"
+        named = named.transform_calculate(place=place).transform_window(nth="row_number()", groupby=["place"])
+        named = named.transform_filter("datum.nth === 1")
         layers.append(named.mark_text(align="left", dx=7, dy=-7, fontSize=10).encode(text=alt.Text("short:N")))
     if point:
         picked = base.transform_filter(f"datum.point === {marks.PICKED_POINT}")
@@ -82,7 +86,7 @@ def frontier(
         layers += _exact_line(exact_bytes)
     if tokens is not None:
         title = f"bytes predicted for {tokens:,} tokens (MB)"
-    plot = _plane(layers, "cost", title, "kl_mean", scale, 260)
+    plot = _plane(layers, "cost", title, "kl_mean", scale, 260, log=exact_bytes is not None)
     heading = f"KL divergence of predictions against {words}"
     picks = [marks.PICKED_POINT] if point else []
     return marks.framed([plot], shown, heading, caption or fidelity_caption(frame, x), picks=picks)
@@ -115,8 +119,13 @@ def _held_bits(frame: pl.DataFrame) -> list[str]:
     return ["held_bits"] if "held_bits" in frame.columns else []
 
 
-def _plane(layers: list[alt.Chart], cost: str, title: str, kl: str, scale: columns.Domain, height: int) -> marks.Plot:
-    x = columns.x(cost, title, zero=False, nice=False, padding=24, tickCount=6)
+def _plane(
+    layers: list[alt.Chart], cost: str, title: str, kl: str, scale: columns.Domain, height: int, *, log: bool = False
+) -> marks.Plot:
+    ticks: dict[str, Any] = {"zero": False, "tickCount": 6}
+    if log:
+        ticks = {"type": "log", "values": columns.log_steps(1, 1.5, 2, 3, 5, 7), "format": "~g"}
+    x = columns.x(cost, title, nice=False, padding=24, **ticks)
     y = columns.log_y(kl, ["mean KL from the exact model", "nats"], scale)
     return marks.sized(marks.layered(*layers, x=x, y=y), theme.WIDTH - 90, height)
 

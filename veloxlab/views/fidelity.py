@@ -57,7 +57,10 @@ def window_losses(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart
     shown = columns.require(frame, "window_losses", "window positions kl_mean top1_flips cache")
     scale = columns.log_domain(shown["kl_mean"])
     base = columns.on_log_scale(alt.Chart(), "kl_mean", scale)
-    x, y = columns.x("window:O", "window of the text"), columns.log_y("kl_mean", ["mean KL", "nats"], scale)
+    x, y = (
+        columns.x("window:O", "window of the text", labelAngle=0),
+        columns.log_y("kl_mean", ["mean KL", "nats"], scale),
+    )
     base, names = base.encode(x=x, y=y), shown["cache"].unique(maintain_order=True).to_list()
     colours, shapes = (dict(zip(names, looks, strict=False)) for looks in zip(*LOOKS, strict=True))
     colour, shape = marks.scaled(alt.Color, "cache", colours), marks.scaled(alt.Shape, "cache", shapes)
@@ -126,7 +129,7 @@ def times_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChar
 
     def draw(part: str, last: bool) -> marks.Plot:
         base = marks.only(part=part).encode(
-            x=marks.layer_axis(labelled=last),
+            x=marks.layer_axis(labelled=last, labelAngle=0, labelOverlap=True),
             y=columns.y("microseconds", PARTS[part], zero=True, tickCount=4),
             color=marks.scaled(alt.Color, "side", SIDES, legend=part == there[0]),
         )

@@ -154,9 +154,9 @@ def layer_step(layers: int) -> float:
     return min(theme.WIDTH / max(layers, 1), 40)
 
 
-def layer_axis(*, labelled: bool = True, gap: float = 0) -> alt.X:
+def layer_axis(*, labelled: bool = True, gap: float = 0, **look: Any) -> alt.X:
     """Give the x axis that all plots by layer share, with a gap between layers as a share of a step."""
-    shown = {} if labelled else {"labels": False}
+    shown = look if labelled else look | {"labels": False}
     return columns.x("layer", "" if labelled else None, **shown, paddingInner=gap, paddingOuter=gap / 2)
 
 

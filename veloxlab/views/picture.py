@@ -151,12 +151,13 @@ def _table(frame: pl.DataFrame, folded: str) -> str:
     return f"<details><summary>{escape(folded)}</summary>{table}</details>" if folded else table
 
 
-def html_table(titles: Sequence[str], rows: Iterable[Sequence[object]], cell: str = "") -> str:
+def html_table(titles: Sequence[str], rows: Iterable[Sequence[object]], cell: str = "", left: int = 1) -> str:
     """Return an HTML table, in which all text is escaped; a float has four digits, and what is missing is left out.
 
-    ``cell``: CSS of every cell where the page has none of its own; all columns but the first are then on the right.
+    ``cell``: CSS of every cell where the page has none of its own; all columns but the first ``left`` ones are then on
+    the right.
     """
-    sides = ("left", *["right"] * (len(titles) - 1))
+    sides = [*["left"] * left, *["right"] * (len(titles) - left)]
     styles = [f' style="text-align: {side}; {cell}"' if cell else "" for side in sides]
 
     def line(tag: str, values: Sequence[object]) -> str:

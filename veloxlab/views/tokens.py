@@ -55,7 +55,7 @@ def losses_caption(frame: pl.DataFrame) -> str:
     finite = frame.filter(pl.col("kl").is_finite()).sort("kl", "position")
     said = [
         f"Most: {row['kl']:.3g} nats at token {row['position']} ({row['text'].strip()!r}), whose probability went from "
-        f"{row['exact_probability']:.3f} to {row['probability']:.3f}"
+        f"{row['exact_probability']:.3g} to {row['probability']:.3g}"
         for row in finite.filter(pl.col("kl") > 0).tail(1).iter_rows(named=True)
     ]
     return marks.sentence(*said or ["No prediction moved"], marks.broken(frame.height - finite.height))
@@ -182,7 +182,7 @@ def alternatives_caption(frame: pl.DataFrame) -> str:
     )
     (came,) = frame.filter("came").to_dicts()
     text = (
-        f"the text has {came['text'].strip()!r}, {came['exact_probability']:.3f} exact, {came['probability']:.3f} now"
+        f"the text has {came['text'].strip()!r}, {came['exact_probability']:.3g} exact, {came['probability']:.3g} now"
     )
     return f"Token {came['position']}. {chosen}; {text}"
 

@@ -6,7 +6,7 @@ import html
 
 import polars as pl
 
-from veloxlab.measure.generation import first_parting
+from veloxlab.measure.generation import SIDES, first_parting
 from veloxlab.views.memory import amount
 from veloxlab.views.picture import html_table
 
@@ -22,7 +22,7 @@ def advice_table(frame: pl.DataFrame, picked: str) -> str:
             "\u25b6" if row["name"] == picked else "",
             row["name"],
             "yes" if row["fits"] else "no",
-            amount(row["held_bytes"]),
+            amount(row["held_bytes"]).replace(" ", "\u00a0"),
             f"{row['most_tokens']:,}",
             f"{row['kl_mean']:.3f}",
             f"{row['top1_flips']:.0%}",
@@ -30,16 +30,26 @@ def advice_table(frame: pl.DataFrame, picked: str) -> str:
         )
         for row in rows
     ]
-    return html_table(TITLES, lines, cell="padding: 1px 14px 1px 0")
+    return html_table(TITLES, lines, cell="padding: 1px 14px 1px 0", left=2)
 
 
-def answer_said(rows: pl.DataFrame) -> str:
-    """Say in HTML whether two answers differ, and from where: rows of `veloxlab.measure.generation.GENERATION`."""
+def answer_said(rows: pl.DataFrame, read: int, sinks: int) -> str:
+    """Say in HTML whether two answers differ, from where, and how near a tie that was.
+
+    ``rows``: `veloxlab.measure.generation.GENERATION`. ``read``, ``sinks``: tokens that were read, of them exact.
+    """
     parting = first_parting(rows)
-    exact, ours = ("".join(rows.filter(side=side)["text"]) for side in ("exact", "compressed"))
+    sides = [rows.filter(side=side) for side in SIDES]
+    exact, ours = (html.escape("".join(own["text"])) for own in sides)
+    about = f"{read:,} tokens were read, all but the first {sinks} of them through codes."
     if parting is None:
-        return (
-            f"The answer does not change in {rows.filter(side='exact').height} tokens: \u201c{html.escape(exact)}\u201d"
+        return f"The answer does not change in {sides[0].height} tokens. {about}<br>\u201c{exact}\u201d"
+    words = f"The answer changes at token {parting + 1}. {about}"
+    if parting < min(own.height for own in sides):
+        (mine, is_mine), (theirs, is_theirs) = (
+            (html.escape(own["text"][parting]), own["exact_probability"][parting]) for own in sides
         )
-    words = f"The answer changes at token {parting + 1}."
-    return f"{words}<br>exact: \u201c{html.escape(exact)}\u201d<br>compressed: \u201c{html.escape(ours)}\u201d"
+        words += (
+            f" There the exact cache gives \u201c{mine}\u201d {is_mine:.0%} and \u201c{theirs}\u201d {is_theirs:.0%}."
+        )
+    return f"{words}<br>exact: \u201c{exact}\u201d<br>compressed: \u201c{ours}\u201d"

@@ -15,7 +15,7 @@ from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW
 from veloxlab.checks import WORDS, choice, number_of_bits, real, whole
 from veloxlab.errors import InputError
 from veloxlab.measure.advise import ADVICE, GOALS, Advice, advise
-from veloxlab.measure.generation import side_by_side
+from veloxlab.measure.generation import prompt_ids, side_by_side
 from veloxlab.measure.narrow import Narrow, narrow_layers
 from veloxlab.measure.quality import Reference, reference
 from veloxlab.runtime import device
@@ -59,7 +59,9 @@ class Advisor(Panel):
     memory_gb = Checked(real(above=0), help="memory of the whole machine, GB of 10^9 bytes; a quarter is left to it")
     weight_bits = Checked(whole(1, 32), 4, help="bits of a weight, 1 to 32; a loaded model has its own")
     goal = Checked(choice(*GOALS), "chat", help="what the model is for, which says how many nats a token it may lose")
-    prompt = Checked(WORDS, PROMPT, help="a question of yours, to see whether its answer changes")
+    prompt = Checked(
+        WORDS, PROMPT, help="a message, or a whole chat as text; the longer it is, the more is read through codes"
+    )
     picked = t.Unicode("", help="the cache that buttons act on, one of the table")
 
     def __init__(
@@ -161,15 +163,17 @@ class Advisor(Panel):
         self.selection.fitting.held.clear()
         row, prompt = self._coded_row(), self.prompt
 
-        def job(progress: Progress) -> pl.DataFrame:
+        def job(progress: Progress) -> str:
             bits = number_of_bits(row["bits"])
             given = self.selection.fitting.calibration(row["method"], [bits], progress)
             settings: dict[str, Any] = {"bits": bits, "sinks": DEFAULT_SINKS, "window": 0, "calibration": given}
             model, tokenizer = self.experiment.model, self.experiment.tokenizer
-            return side_by_side(model, tokenizer, prompt, row["method"], tokens=ANSWER, progress=progress, **settings)
+            settings |= {"tokens": ANSWER, "progress": progress}
+            rows = side_by_side(model, tokenizer, prompt, row["method"], **settings)
+            return answer_said(rows, len(prompt_ids(tokenizer, prompt)), DEFAULT_SINKS)
 
-        def done(rows: pl.DataFrame) -> None:
-            self._answered.value = f"<b>{html.escape(row['name'])}</b>: {answer_said(rows)}"
+        def done(said: str) -> None:
+            self._answered.value = f"<b>{html.escape(row['name'])}</b>: {said}"
 
         self._submit("answer", job, on_done=done, first=True)
 
@@ -254,14 +258,14 @@ class Advisor(Panel):
         return controls(
             models,
             self._control(ipywidgets.BoundedIntText, "weight_bits", "weight bits", min=1, max=32),
-            self._control(ipywidgets.BoundedFloatText, "memory_gb", "memory GB", **memory),
+            self._control(ipywidgets.BoundedFloatText, "memory_gb", "RAM (GB)", **memory),
             self._control(ipywidgets.BoundedIntText, "context", "context", **number),
             self._control(ipywidgets.BoundedIntText, "batch", "sequences", min=1, max=100_000),
             self._control(ipywidgets.Dropdown, "goal", "used for", options=list(GOALS)),
         )
 
     def _acts(self) -> ipywidgets.Widget:
-        prompt = self._control(ipywidgets.Text, "prompt", "question", continuous_update=False)
+        prompt = self._control(ipywidgets.Textarea, "prompt", "your chat", rows=2, continuous_update=False)
         acts = {
             "Set the controls": ("All pages then show the picked cache", self.take),
             f"Measure the first {MOST}": (
@@ -274,7 +278,7 @@ class Advisor(Panel):
             ),
             "Use these layers": ("Give the layers that were found fewer bits, on all pages", self.take_narrow),
             "Does the answer change?": (
-                "Answer the question with the exact cache and with this one",
+                "Answer the chat with the exact cache and with this one",
                 self.compare_answers,
             ),
         }

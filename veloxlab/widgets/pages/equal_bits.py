@@ -89,7 +89,7 @@ def equal_said(ranked: pl.DataFrame, known: pl.DataFrame, newest: Run, bits: flo
         "between a method's two nearest measured caches, by the logarithm of KL. Caches with other bits for keys than "
         f"for values do not count.{html.escape(left)}"
     )
-    return said + html_table(TITLES, rows, cell="padding: 1px 14px 1px 0")
+    return said + html_table(TITLES, rows, cell="padding: 1px 14px 1px 0", left=2)
 
 
 def _doubt(row: dict[str, Any]) -> str:

@@ -240,7 +240,7 @@ class MemoryPlanner(OfCache, ChartPage):
             box("batch", "batch"),
             memory,
             self._of_cache(256, 1024),
-            self._control(ipywidgets.BoundedFloatText, "machine_gb", "machine", min=1e-3, max=1e5, step=1),
+            self._control(ipywidgets.BoundedFloatText, "machine_gb", "RAM (GB)", min=1e-3, max=1e5, step=1),
             self._control(ipywidgets.BoundedIntText, "weight_bits", "weight bits", min=1, max=32),
             room,
             self._typed,
@@ -262,7 +262,16 @@ def losses_table(plan: pl.DataFrame, largest: pl.DataFrame, loss: Callable[[str]
     for row in largest.to_dicts():
         lost = loss(row["cache"])
         said = _range(lost.kl, "{:.2g}"), _range(lost.flips, "{:.0%}")
-        rows.append((row["cache"], amount(held[row["cache"]]), f"{row['tokens']:,}", *said, lost.kind, lost.source))
+        rows.append(
+            (
+                row["cache"],
+                amount(held[row["cache"]]).replace(" ", "\u00a0"),
+                f"{row['tokens']:,}",
+                *said,
+                lost.kind,
+                lost.source,
+            )
+        )
     return html_table(TITLES, rows, cell="padding: 1px 14px 1px 0")
 
 

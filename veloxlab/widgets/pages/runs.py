@@ -128,7 +128,7 @@ class RunsPage(OfExperiment):
             kept = value if len(runs) == known else len(runs) - 1 if control is self._lists[1] else value
             control.options = options
             control.value = min(kept, len(runs) - 1) if runs else None
-        self._table.value = html_table(TITLES, map(_line, range(len(runs)), runs), cell=CELL) if runs else ""
+        self._table.value = html_table(TITLES, map(_line, range(len(runs)), runs), cell=CELL, left=2) if runs else ""
         self._show_pair()
 
     def _show_pair(self) -> None:
