@@ -66,9 +66,8 @@ from veloxlab.codecs.fisherquant_fitting import Axes, CentreName, MetricName
 from veloxlab.codecs.fisherquant_planning import planned, rows_of, variances_of
 from veloxlab.codecs.method import Method, Prediction, Tensor
 from veloxlab.codecs.parts import constant
-from veloxlab.codecs.parts.learning import learnable
 from veloxlab.codecs.parts.packing import WIDEST, Layout, Row
-from veloxlab.codecs.parts.rope import Rope, angles_from
+from veloxlab.codecs.parts.rope import Rope, angles_from, by_angles
 from veloxlab.codecs.parts.trellis import CodeName, TrellisRows, Widths, levels_of
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import computed
@@ -149,31 +148,17 @@ class FisherQuant(Codec):
         check_vectors(sample.x, self.head_dim)
         with_rope = replace(self, rope=sample.rope if self.tensor == "keys" else None)
         turning, sample = with_rope._turning, with_rope._as_coded(sample)
-        plain = sample.x if turning is None else turning.inverse(sample.x, sample.start)
-        mean = plain.mean(axis=(0, 2), keepdims=True)
-        moved = mean if turning is None else turning.forward(mx.broadcast_to(mean, plain.shape), sample.start)
-        about = learnable(sample.x - moved, METHOD.name, self.head_dim).astype(np.float32)
-        gradients = None if sample.gradients is None else fitting.singles(sample.gradients)
-        metric = fitting.metric_of(about, gradients, sample.queries if self.tensor == "keys" else None)
-        forward, backward = fitting.bases(about, gradients, metric)
-        variances = fitting.ranges(about, gradients, forward, backward)
-        axes = Axes(forward, variances, np.array(mean[0, :, 0], np.float64))
-        if turning is not None:
-            axes = fitting.for_later(axes, turning, sample.start + plain.shape[2], self.positions)
-        if gradients is None:  # which head matters is not known
-            total = axes.variances.sum(axis=1, keepdims=True)
-            axes = Axes(axes.forward / np.sqrt(total)[..., None], axes.variances / total, axes.mean)
-        size = float(np.sqrt(np.square(about).mean()))
+        axes, size = fitting.learned(sample, turning, self.positions, METHOD.name)
         fitted = replace(with_rope, size=size, metric="fisher", centre="rotated")._with(axes)
         return fitted._planned_alone(metric=self.metric, centre=self.centre)
 
     def _as_coded(self, sample: Sample) -> Sample:
-        """The same in float32, before RoPE where keys are coded there."""
-        rope, x = self._undone, sample.x.astype(mx.float32)
+        """The same in float32, before RoPE where keys are coded there; queries say nothing of values."""
+        rope, x, queries = self._undone, sample.x.astype(mx.float32), sample.queries if self.tensor == "keys" else None
         if rope is None:
-            return replace(sample, x=x)
+            return replace(sample, x=x, queries=queries)
         gradients, queries = (
-            None if own is None else rope.inverse(own, sample.start) for own in (sample.gradients, sample.queries)
+            None if own is None else rope.inverse(own, sample.start) for own in (sample.gradients, queries)
         )
         return replace(sample, x=rope.inverse(x, sample.start), gradients=gradients, queries=queries)
 
@@ -288,12 +273,7 @@ class FisherQuant(Codec):
         ours = self.size * np.array(backward, np.float32).swapaxes(1, 2)
         if self._turning is None:
             return constant(ours)
-        (i, j), pairs = self._turning.pairs(self.head_dim).T, np.arange(self.head_dim // 2)
-        a, b = np.array(mean)[:, i], np.array(mean)[:, j]
-        cosines, sines = np.zeros((2, *ours.shape[:2], len(pairs)), np.float32)
-        cosines[:, i, pairs], cosines[:, j, pairs] = a, b
-        sines[:, i, pairs], sines[:, j, pairs] = -b, a
-        return constant(np.concatenate([ours, cosines, sines], axis=-1))
+        return constant(np.concatenate([ours, by_angles(self._turning, np.array(mean))], axis=-1))
 
     def _fitted(self, kv_heads: int | None = None) -> tuple[mx.array, mx.array, mx.array]:
         if self.forward is None or self.backward is None or self.mean is None:

@@ -12,8 +12,9 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from veloxlab.codecs.base import Sample
 from veloxlab.codecs.parts import Floats
-from veloxlab.codecs.parts.learning import per_head
+from veloxlab.codecs.parts.learning import damped, learnable, per_head
 from veloxlab.codecs.parts.rope import Rope
 
 Singles = NDArray[np.float32]
@@ -37,12 +38,32 @@ class Axes(NamedTuple):
     mean: Floats
 
 
+def learned(sample: Sample, rope: Rope | None, positions: int, method: str) -> tuple[Axes, float]:
+    """Axes of float32 vectors, about a mean that ``rope`` turns, and the root-mean-square of what they differ from it.
+
+    ``positions`` are of `for_later`. Raises `InputError` below D tokens that vary, with the name of the ``method``.
+    """
+    plain = sample.x if rope is None else rope.inverse(sample.x, sample.start)
+    mean = plain.mean(axis=(0, 2), keepdims=True)
+    moved = mean if rope is None else rope.forward(mx.broadcast_to(mean, plain.shape), sample.start)
+    about = learnable(sample.x - moved, method, plain.shape[-1]).astype(np.float32)
+    gradients = None if sample.gradients is None else singles(sample.gradients)
+    forward, backward = bases(about, gradients, metric_of(about, gradients, sample.queries))
+    axes = Axes(forward, ranges(about, gradients, forward, backward), np.array(mean[0, :, 0], np.float64))
+    if rope is not None:
+        axes = for_later(axes, rope, sample.start + plain.shape[2], positions)
+    if gradients is None:  # which head matters is not known
+        total = axes.variances.sum(axis=1, keepdims=True)
+        axes = Axes(axes.forward / np.sqrt(total)[..., None], axes.variances / total, axes.mean)
+    return axes, float(np.sqrt(np.square(about).mean()))
+
+
 def metric_of(x: Singles, gradients: Singles | None, queries: mx.array | None) -> Floats:
     """What an error of vectors like ``x`` ``[H, N, D]`` costs, a matrix for each head ``[H, D, D]``."""
     if gradients is None and queries is None:
         return np.broadcast_to(np.eye(x.shape[-1]), (len(x), x.shape[-1], x.shape[-1]))
     asked = singles(queries).reshape(len(x), -1, x.shape[-1]) if gradients is None else shortened(gradients)  # type: ignore[arg-type]
-    return _damped(_products(asked, asked) / asked.shape[1], _DAMPING)
+    return damped(_products(asked, asked) / asked.shape[1], _DAMPING)
 
 
 def shortened(gradients: Singles) -> Singles:
@@ -60,7 +81,7 @@ def bases(x: Singles, gradients: Singles | None, metric: Floats) -> tuple[Floats
         weights = np.minimum(squares / _nonzero(squares.mean(axis=1, keepdims=True)), _LOUDEST) + _QUIET
     moment = _products(x * weights[..., None], x) / weights.sum(axis=1)[:, None, None]
     lower = np.linalg.cholesky(metric)
-    vectors = np.linalg.eigh(np.swapaxes(lower, 1, 2) @ _damped(moment, _RIDGE) @ lower).eigenvectors
+    vectors = np.linalg.eigh(np.swapaxes(lower, 1, 2) @ damped(moment, _RIDGE) @ lower).eigenvectors
     return lower @ vectors, np.linalg.solve(np.swapaxes(lower, 1, 2), vectors).swapaxes(1, 2)
 
 
@@ -83,11 +104,6 @@ def singles(x: mx.array) -> Singles:
 
 def _products(a: Singles, b: Singles) -> Floats:
     return np.asarray(np.swapaxes(a, 1, 2) @ b, np.float64)
-
-
-def _damped(moment: Floats, share: float) -> Floats:
-    mean = _nonzero(np.trace(moment, axis1=1, axis2=2) / moment.shape[-1])
-    return np.asarray(moment + share * mean[:, None, None] * np.eye(moment.shape[-1]))
 
 
 def _nonzero(x: NDArray[Any]) -> Any:  # noqa: ANN401 - an array of the same type

@@ -37,7 +37,7 @@ from veloxlab.checks import real
 from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, not_fitted
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import Floats, constant, packing, scales
-from veloxlab.codecs.parts.learning import learnable, per_head
+from veloxlab.codecs.parts.learning import damped, learnable, per_head
 from veloxlab.codecs.parts.scalar import PlannedQuantizer
 from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.codecs.parts.water_filling import greedy_bits
@@ -92,7 +92,7 @@ class SpectralQuant(Codec):
         rms = np.sqrt(np.square(x).mean(axis=-1, keepdims=True))
         x = x / np.where(rms == 0, 1.0, rms)
         mean = x.mean(axis=1, keepdims=True) * self.centred
-        moment = _damped(np.swapaxes(x - mean, 1, 2) @ (x - mean) / x.shape[1], self.damping)
+        moment = damped(np.swapaxes(x - mean, 1, 2) @ (x - mean) / x.shape[1], self.damping)
         forward, backward = self._bases(moment, sample.queries)
         variance = np.einsum("hij,hik,hkj->hj", forward, moment, forward)
         order = np.argsort(-variance, axis=1, kind="stable")
@@ -129,7 +129,7 @@ class SpectralQuant(Codec):
         if queries is None:
             raise InputError("A query-weighted basis needs the model's queries, which it does not show: take 'pca'.")
         asked = per_head(queries).reshape(len(moment), -1, self.head_dim)  # those that read one KV head, together
-        metric = np.linalg.cholesky(_damped(np.swapaxes(asked, 1, 2) @ asked / asked.shape[1], _METRIC_DAMPING))  # L
+        metric = np.linalg.cholesky(damped(np.swapaxes(asked, 1, 2) @ asked / asked.shape[1], _METRIC_DAMPING))  # L
         vectors = np.linalg.eigh(np.swapaxes(metric, 1, 2) @ moment @ metric).eigenvectors  # U
         return metric @ vectors, np.swapaxes(np.linalg.solve(np.swapaxes(metric, 1, 2), vectors), 1, 2)
 
@@ -205,11 +205,6 @@ def effective_dimensions(x: mx.array) -> EffectiveDimensions:
 
     y = per_head(x)
     return EffectiveDimensions(participation(y), participation(y - y.mean(axis=1, keepdims=True)))
-
-
-def _damped(moment: Floats, share: float) -> Floats:
-    mean = np.trace(moment, axis1=1, axis2=2) / moment.shape[-1]
-    return np.asarray(moment + share * mean[:, None, None] * np.eye(moment.shape[-1]))
 
 
 def _scale_factor(scale: scales.ScaleName, y: mx.array, quantized: mx.array) -> mx.array:

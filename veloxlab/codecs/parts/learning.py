@@ -30,3 +30,9 @@ def learnable(x: mx.array, method: str, least: int = _LEAST_TOKENS) -> Floats:
     if (array.var(axis=1).mean(axis=-1) < _SAME * np.square(array).mean(axis=(1, 2))).any():
         raise InputError("All tokens of the sample are the same in one KV head: calibrate with a text that varies.")
     return array
+
+
+def damped(moment: Floats, share: float) -> Floats:
+    """Matrices ``[H, D, D]`` with a share of their mean diagonal, or of 1 for zeros, in each direction."""
+    mean = np.trace(moment, axis1=1, axis2=2) / moment.shape[-1]
+    return np.asarray(moment + share * np.where(mean == 0, 1.0, mean)[:, None, None] * np.eye(moment.shape[-1]))

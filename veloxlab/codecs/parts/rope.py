@@ -61,3 +61,12 @@ def angles_from(rope: Rope, head_dim: int, start: int) -> mx.array:
     both = np.zeros(1 + head_dim // 2, np.float32)
     both[0], both[1 : 1 + rope.dims // 2] = start, rope.angles
     return mx.array(both)
+
+
+def by_angles(rope: Rope, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Matrices ``[H, D, D]`` of ``x`` ``[H, D]``: (q @ one) · (cosines, sines of a position's angles) is q · R_t x."""
+    (i, j), pairs = rope.pairs(x.shape[-1]).T, np.arange(x.shape[-1] // 2)
+    cosines, sines = np.zeros((2, *x.shape, len(pairs)), np.float32)
+    cosines[:, i, pairs], cosines[:, j, pairs] = x[:, i], x[:, j]
+    sines[:, i, pairs], sines[:, j, pairs] = -x[:, j], x[:, i]
+    return np.concatenate([cosines, sines], axis=-1)
