@@ -10,6 +10,7 @@ from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab import cli
 from veloxlab.cli import measurements
+from veloxlab.cli.results import Index
 from veloxlab.cli.tables import compared_table, ratio_table
 from veloxlab.codecs import METHODS
 from veloxlab.errors import InputError
@@ -148,3 +149,21 @@ def test_a_model_without_any_of_these_caches_is_a_sentence(monkeypatch):
         InputError, match=r"No cache can be compared with this model's own; mlx-lm 3 bit: mlx-lm has no"
     ):
         compare(tiny("llama", head_dim=80), Letters(), bits=(3,), text=TEXT, tokens=24, windows=1)
+
+
+def test_only_some_methods_are_compared(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(vl, "load", lambda name: (tiny("llama"), Letters()))
+    words = ["compare", "--methods", "rvq", "--sinks", "2", "--out", str(tmp_path), "--tokens", "24", "--windows", "1"]
+    assert cli.main([*words, "--peers"]) == 2
+    assert "leave out --methods" in capsys.readouterr().err
+    assert cli.main(words) == 0
+    names = pl.read_parquet(tmp_path / "compare_smollm2-135m_2_sinks.parquet")["name"].to_list()
+    assert names == ["rvq 2 bit", "rvq 4 bit", "mlx-lm 2 bit", "mlx-lm 3 bit", "mlx-lm 4 bit", "mlx-lm 8 bit"]
+
+
+def test_the_committed_rows_with_sinks_are_those_of_the_command_in_the_index():
+    name = "compare_smollm2-135m_4_sinks.parquet"
+    index = Index.read()
+    _, behind = index.commands[name].split("--methods ")
+    makers = measured._makers(tiny("llama"), Letters(), (1, 2, 3, 4), 4, behind.split(" --")[0].split())
+    assert pl.read_parquet(index.folder / name)["name"].to_list() == [*makers]

@@ -65,7 +65,10 @@ def sources(root):
 def test_every_figure_here_has_a_source(capsys):
     assert main(["results", "--check"]) == 0, capsys.readouterr().err
     lines = capsys.readouterr().out.splitlines()
-    said = "README.md: 0.061 <- compare_smollm2-135m_4_sinks.parquet <- veloxlab compare --sinks 4 --out data/results"
+    said = (
+        "README.md: 0.061 <- compare_smollm2-135m_4_sinks.parquet <- "
+        "veloxlab compare --sinks 4 --methods turboquant fisherquant --out data/results"
+    )
     assert said in lines
     assert len(lines) > 100
 
@@ -141,6 +144,16 @@ def test_commands_of_some_files_are_run_alone(root, monkeypatch, tmp_path, capsy
     assert "There is no result 'tables.md'" in capsys.readouterr().err
 
 
+def test_costs_are_told(root, monkeypatch, capsys):
+    path = root / "data" / "results" / "index.toml"
+    path.write_text(path.read_text().replace('command = "veloxlab', 'cpu_minutes = 12.5\ncommand = "veloxlab'))
+    monkeypatch.setattr(results, "shipped_folder", lambda name: root / name)
+    assert main(["results", "--costs"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["    ?  python -m measure times", " 12.5  veloxlab compare"]
+    assert err.startswith(" 12.5  CPU minutes in all")
+
+
 def test_it_wants_to_know_what_to_do(capsys):
     assert main(["results"]) == 2
-    assert "give --check or --all" in capsys.readouterr().err
+    assert "give --check, --costs or --all" in capsys.readouterr().err

@@ -166,6 +166,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         "measure quality, memory and time of all caches on WikiText-2",
         measurements.compare_caches,
         MODEL,
+        _many("--methods", "method ids (default: all)"),
         _one("--sinks", "first tokens that our caches keep exact; with some no times are taken", int, 0),
         (
             "--peers",
@@ -225,9 +226,10 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         "say where each figure of the README and the notebooks comes from, or measure all again",
         results.show_results,
         ("--check", {"action": "store_true", "help": "list all figures; status 1 if one has no source"}),
+        ("--costs", {"action": "store_true", "help": "list the commands of --all and what each takes"}),
         _one(
             "--all",
-            "run all commands that measure (hours), or only those that write these files",
+            "run all commands that measure (hours: see --costs), or only those that write these files",
             str,
             nargs="*",
             metavar="FILE",

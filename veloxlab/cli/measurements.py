@@ -56,13 +56,22 @@ def ask_tasks(
 
 
 def compare_caches(
-    model: str, out: Path, sinks: int = 0, peers: bool = False, times: bool = False, **text: Any
+    model: str,
+    out: Path,
+    sinks: int = 0,
+    methods: Sequence[str] | None = None,
+    peers: bool = False,
+    times: bool = False,
+    **text: Any,
 ) -> None:
     """Measure, print the tables, and write them as Parquet (unfinished at first), as Markdown and as a chart.
 
     With ``sinks`` there are no times, and no tables either. With ``peers`` other projects' caches are measured. With
-    ``times`` those of an earlier comparison are measured again, which have to be of a quiet machine.
+    ``times`` those of an earlier comparison are measured again, which have to be of a quiet machine. ``methods`` are
+    those of ours that are measured, if not all.
     """
+    if methods and (peers or times):
+        raise InputError("With --peers or --times there is no choice of our methods: leave out --methods.")
     if times:
         _time_again(model, out, text["tokens"])
         return
@@ -83,7 +92,7 @@ def compare_caches(
         write_parquet(unfinished, rows)
         missing.update(left_out)
 
-    frame = compare(*vl.load(model), sinks=sinks, **text, progress=say, on_rows=keep)
+    frame = compare(*vl.load(model), methods=methods, sinks=sinks, **text, progress=say, on_rows=keep)
     write_parquet(Path(f"{stem}.parquet"), frame)
     write_atomically(Path(f"{stem}.png"), picture.png(frontier(frame).to_dict(), width=2 * picture.WIDTH))
     if not sinks:

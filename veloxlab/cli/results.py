@@ -7,6 +7,7 @@ with a decimal point, or with a unit behind it. Those of a notebook's outputs ar
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -79,15 +80,29 @@ class Index:
         return [self.root / "README.md", *(path for path in notebooks if path.name != _GENERATED)]
 
 
-def show_results(check: bool, every: Sequence[str] | None) -> int:
+def show_results(check: bool, costs: bool, every: Sequence[str] | None) -> int:
     """Print where each figure comes from, or run all commands; 1 if a figure has no source or a command fails.
 
-    ``every``: names of files, whose commands are run and no others; an empty list for all; None to run none.
+    ``every``: names of files, whose commands are run and no others; an empty list for all; None to run none. With
+    ``costs`` print the commands and what they take.
     """
-    if check == (every is not None):
-        raise InputError("Say what to do: give --check or --all, and one alone.")
+    if check + costs + (every is not None) != 1:
+        raise InputError("Say what to do: give --check, --costs or --all, and one alone.")
     index = Index.read()
-    return _print_checked(index) if every is None else _run_all(index, every)
+    if every is not None:
+        return _run_all(index, every)
+    return _print_costs(index) if costs else _print_checked(index)
+
+
+def _print_costs(index: Index) -> int:
+    for one in index.result:
+        cost = f"{one['cpu_minutes']:g}" if "cpu_minutes" in one else "?"
+        needs = f" (needs {one['needs']})" if "needs" in one else ""
+        if "command" in one:
+            print(f"{cost:>5}  {one['command']}{needs}")
+    known = sum(one.get("cpu_minutes", 0) for one in index.result)
+    print(f"{known:>5g}  CPU minutes in all, and those of commands with ?, which nobody has timed", file=sys.stderr)
+    return 0
 
 
 def _print_checked(index: Index) -> int:
@@ -223,7 +238,9 @@ def _run_all(index: Index, files: Sequence[str]) -> int:
             print(f"not run here, as it needs {one['needs']}: {command}", flush=True)
         else:
             print(command, flush=True)
+            before = _cpu_seconds()
             ended = subprocess.run(_words(command), cwd=index.root, check=False).returncode
+            print(f"{(_cpu_seconds() - before) / 60:.1f} CPU minutes", flush=True)
             if ended:
                 print(f"It ended with {ended}; `veloxlab results --all` goes on with it.", file=sys.stderr)
                 return 1
@@ -231,6 +248,12 @@ def _run_all(index: Index, files: Sequence[str]) -> int:
             unfinished.put(done)
     unfinished.remove()
     return 0
+
+
+def _cpu_seconds() -> float:
+    """What all processes took that this one started, and that ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _words(command: str) -> list[str]:

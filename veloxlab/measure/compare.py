@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
@@ -46,6 +46,7 @@ def compare(
     model: Module,
     tokenizer: Tokenizer,
     *,
+    methods: Sequence[str] | None = None,
     bits: tuple[int, ...] = (1, 2, 3, 4),
     text: str | None = None,
     tokens: int = 512,
@@ -56,6 +57,7 @@ def compare(
 ) -> pl.DataFrame:
     """Measure every method at those of ``bits`` that it has, and mlx-lm's quantized cache: a row each, `COMPARED`.
 
+    With ``methods`` only those of ours.
     A method that takes fractions has a quarter of a bit more, as most others have with their scales. Every token is
     compressed, and is read through its codes; with ``sinks`` all but so many first ones, in our caches, and no times
     are taken. Methods that need it are calibrated on their usual text. A cache that this model cannot have is left out;
@@ -65,7 +67,7 @@ def compare(
     """
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows)
     seen = None if sinks else capture(model, tokenizer, text, tokens=tokens).layers[0]
-    makers = _makers(model, tokenizer, bits, sinks)
+    makers = _makers(model, tokenizer, bits, sinks, methods)
     attempts = [Attempt(name, partial(_row, exact, seen, name, maker)) for name, maker in makers.items()]
     frame, left_out = possible_rows(attempts, len(attempts), COMPARED, progress, on_rows)
     if frame.is_empty():
@@ -112,10 +114,11 @@ def _times(model: Module, seen: LayerCapture, make: CacheMaker) -> dict[str, flo
 
 
 def _makers(
-    model: Module, tokenizer: Tokenizer, bits: tuple[int, ...], sinks: int
+    model: Module, tokenizer: Tokenizer, bits: tuple[int, ...], sinks: int, methods: Sequence[str] | None = None
 ) -> dict[str, Callable[[], CacheMaker]]:
     """By name of the cache, what calibrates it where it has to be, and gives what makes it."""
-    ours = ((m, b + m.fractional / 4) for m in METHODS.values() for b in bits if m.id != "none" and b in m.bits)
+    wanted = METHODS.values() if methods is None else [find_method(method) for method in methods]
+    ours = ((m, b + m.fractional / 4) for m in wanted for b in bits if m.id != "none" and b in m.bits)
     makers: dict[str, Callable[[], CacheMaker]] = {
         f"{m.id} {b:g} bit": partial(_ours, model, tokenizer, m, number_of_bits(b), sinks) for m, b in ours
     }
