@@ -73,10 +73,10 @@ def frontier(
     ]
     if drawn.height <= FEW:
         named = base.transform_calculate(short="slice(datum.name, length(datum.method) + 1)")
-        # of points that lie on one another with one name, one says it
-        place = "datum.short + round(10 * log(datum.cost)) + ' ' + round(3 * log(datum.kl_mean_drawn))"
-        named = named.transform_calculate(place=place).transform_window(nth="row_number()", groupby=["place"])
-        named = named.transform_filter("datum.nth === 1")
+        if point:  # caches of one width lie in a heap, where one name says it
+            place = "datum.short + round(10 * log(datum.cost)) + ' ' + round(3 * log(datum.kl_mean_drawn))"
+            named = named.transform_calculate(place=place).transform_window(nth="row_number()", groupby=["place"])
+            named = named.transform_filter("datum.nth === 1")
         layers.append(named.mark_text(align="left", dx=7, dy=-7, fontSize=10).encode(text=alt.Text("short:N")))
     if point:
         picked = base.transform_filter(f"datum.point === {marks.PICKED_POINT}")
