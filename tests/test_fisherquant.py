@@ -1,6 +1,7 @@
 """FisherQuant: a trellis that constrains, bits that are planned for a whole model, codes in the loss's own metric."""
 
 import itertools
+from threading import Event, current_thread, main_thread
 from typing import Any
 
 import mlx.core as mx
@@ -374,21 +375,51 @@ def test_gradients_are_given_layer_by_layer_behind_the_sinks(model, tmp_path):
     assert not mx.array_equal(other.gradients, seen[0][2].gradients)
 
 
-def test_what_was_cancelled_goes_on_where_it_was(model, calibration, tmp_path, monkeypatch):
+def test_what_was_cancelled_goes_on_where_it_was(model, tmp_path, monkeypatch):
+    """Windows that wait for a thread are not begun, and those that are begun are kept."""
+    taken, stopped, gradients = [], Event(), drawn_gradients
+
+    def counted(*given):
+        taken.append(given)
+        if current_thread() is not main_thread():
+            stopped.wait()
+        return gradients(*given)
+
     def stop(done, total, label):
         if done == 1:
+            stopped.set()
             raise KeyboardInterrupt
 
+    monkeypatch.setattr("veloxlab.measure.gradients.drawn_gradients", counted)
+    monkeypatch.setattr("veloxlab.measure.calibrate.WINDOW", 128)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(model, tmp_path, progress=stop)
-    assert [path.name for path in tmp_path.rglob("*.safetensors")] == ["0.safetensors"]
-    taken, gradients = [], drawn_gradients
-    monkeypatch.setattr("veloxlab.measure.gradients.drawn_gradients", lambda *a: taken.append(1) or gradients(*a))
-    again = calibrate(model, tmp_path)
-    assert len(taken) == 1
+        calibrate(model, tmp_path, tokens=6 * 128, progress=stop)
+    kept = {path.stem for path in tmp_path.rglob("*.safetensors")}
+    assert kept == {str(w) for w in range(len(taken))}
+    assert "0" in kept
+    assert "5" not in kept
+    again = calibrate(model, tmp_path, tokens=6 * 128)
+    assert len(taken) == 6
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1  # the calibration's own
-    for at, codec in calibration.codecs.items():
+    at_once = calibrate(model, tmp_path / "other", tokens=6 * 128)
+    for at, codec in at_once.codecs.items():
         assert mx.array_equal(codec.forward, again.codecs[at].forward)
+
+
+def test_a_window_that_another_thread_cannot_differentiate_is_read_in_the_callers(model, tmp_path, monkeypatch):
+    """A model may hold arrays that only the thread that made them can evaluate; nobody is told that gradients lack."""
+    gradients = drawn_gradients
+
+    def here_alone(*given):
+        if current_thread() is not main_thread():
+            raise RuntimeError("There is no Stream(cpu, 1) in current thread.")
+        return gradients(*given)
+
+    expected = calibrate(model, tmp_path / "by threads")
+    monkeypatch.setattr("veloxlab.measure.gradients.drawn_gradients", here_alone)
+    found = calibrate(model, tmp_path / "by one")
+    for at, codec in expected.codecs.items():
+        assert mx.array_equal(codec.forward, found.codecs[at].forward)
 
 
 def test_a_window_that_was_damaged_is_named_and_made_again(model, calibration, tmp_path):

@@ -17,9 +17,11 @@ def attend_exactly(
     mask: Mask,
     sinks: mx.array | None = None,
     cap: float | None = None,
+    *,
+    fused: bool = True,
 ) -> mx.array:
-    """`Handle.attend` over arrays ``[B, H, S, D]``, by MLX's fused attention if there is no cap."""
-    if cap is None:
+    """`Handle.attend` over arrays ``[B, H, S, D]``, by MLX's fused attention if there is no cap and ``fused``."""
+    if cap is None and fused:
         logits = None if sinks is None else sinks.astype(q.dtype)
         attend = mx.fast.scaled_dot_product_attention
         return attend(q, keys, values, scale=scale, mask=mask, sinks=logits)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from threading import Lock
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
@@ -27,7 +29,8 @@ from veloxlab.store import digest, make_folder, read_arrays, reading, write_arra
 
 FORMAT = "veloxlab gradients 1"
 WINDOW = 512  # tokens of a stretch of text
-_BLOCK = 128  # queries that attend together
+_BLOCK = 64  # queries that attend together
+_ROWS = 16  # positions whose logits are differentiated together
 _HELD = mx.bfloat16  # in which windows are kept: sizes vary much, and eight bits say enough of a mean
 
 
@@ -53,7 +56,7 @@ class _Perturbed(Recorder):
         for i in range(0, q.shape[2], _BLOCK):
             seen = min(before + i + _BLOCK, total)
             own = q[:, :, i : i + _BLOCK], self.stored_keys[:, :, :seen], self.mixed[:, :, :seen]
-            parts.append(attend_exactly(*own, scale, mask, sinks, cap))
+            parts.append(attend_exactly(*own, scale, mask, sinks, cap, fused=False))
         return mx.concatenate(parts, axis=2)
 
 
@@ -72,42 +75,56 @@ def loss_gradients(model: Module, ids: Sequence[int]) -> Pairs:
     def total(logits: mx.array) -> mx.array:
         return (mx.logsumexp(logits, axis=-1, keepdims=True) - mx.take_along_axis(logits, wanted, axis=-1)).sum()
 
-    return _differentiated(model, ids[:-1], total)[1]
+    return _differentiated(model, ids[:-1], total)[2]
 
 
-def drawn_gradients(model: Module, ids: Sequence[int], key: mx.array) -> tuple[Pairs, Pairs]:
-    """Keys and values of each layer, and the gradients by them, as `loss_gradients`, of `signed_sum`."""
-    return _differentiated(model, ids, lambda logits: signed_sum(logits, key))
+def drawn_gradients(model: Module, ids: Sequence[int], key: mx.array) -> tuple[mx.array, Pairs, Pairs]:
+    """Give logits, keys and values of each layer, and the gradients by them of `signed_sum`, as `loss_gradients`."""
+    return _differentiated(model, ids, lambda logits: cast("mx.array", signed_sum(logits, key)))
 
 
+@mx.custom_function
 def signed_sum(logits: mx.array, key: mx.array) -> mx.array:
-    """Σ ±√p·log p over ``logits`` ``[S, vocabulary]``, with random signs, whose gradients tell the Fisher matrix.
+    """Something of ``logits`` ``[S, vocabulary]`` that is 0, whose gradients by them tell the Fisher matrix.
 
-    By the logits z the gradient is g = ±√p − p Σ ±√p, with p fixed. So E[ggᵀ] = diag(p) − ppᵀ, the Fisher matrix of
-    what the model says next, and what differs between positions is not correlated. A label that is drawn from p has the
-    same E[ggᵀ]. But where the model is nearly sure of one token it draws that, with a gradient near zero, but for once
-    in 1 / (1 − p) times: the mean of few draws is far off.
+    They are g = ±√p − p Σ ±√p, with random signs. So E[ggᵀ] = diag(p) − ppᵀ, the Fisher matrix of what the model says
+    next, and what differs between positions is not correlated. A label that is drawn from p has the same E[ggᵀ]. But
+    where the model is nearly sure of one token it draws that, with a gradient near zero, but for once in 1 / (1 − p)
+    times: the mean of few draws is far off.
     """
-    logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    signs = 2.0 * mx.random.bernoulli(0.5, logits.shape, key).astype(logits.dtype) - 1
-    return (mx.stop_gradient(signs * mx.exp(logs / 2)) * logs).sum()
+    return mx.zeros(())
 
 
-def _differentiated(model: Module, ids: Sequence[int], total: Callable[[mx.array], mx.array]) -> tuple[Pairs, Pairs]:
-    """Keys and values of each layer, and gradients by them of a ``total`` of the logits."""
+@signed_sum.vjp
+def _signed(given: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    """The gradients of `signed_sum`, some positions after others, so that few arrays of their size are held."""
+    logits, key = given
+    signs, parts = mx.random.bernoulli(0.5, logits.shape, key), [mx.array(0.0)]
+    for i in range(0, len(logits), _ROWS):
+        p = mx.softmax(mx.depends(logits[i : i + _ROWS], parts[-1]), axis=-1)
+        roots = mx.sqrt(p)
+        signed = mx.where(signs[i : i + _ROWS], roots, -roots)
+        parts.append(cotangent * (signed - p * signed.sum(axis=-1, keepdims=True)))
+    return mx.concatenate(parts[1:]), mx.zeros_like(key)
+
+
+def _differentiated(
+    model: Module, ids: Sequence[int], total: Callable[[mx.array], mx.array]
+) -> tuple[mx.array, Pairs, Pairs]:
+    """Give logits ``[S, vocabulary]``, keys and values of each layer, and gradients by them of a ``total``."""
     x = mx.array([list(ids)])
 
-    def loss(perturbations: Pairs) -> tuple[mx.array, Pairs]:
+    def loss(perturbations: Pairs) -> tuple[mx.array, tuple[mx.array, Pairs]]:
         left = iter(perturbations)
         caches = probe.with_caches(model, lambda found: _Perturbed(found, next(left)))
         logits = model(x, cache=caches)[0].astype(mx.float32)  # of which no more copies are held than need be
         seen = [(own.stored_keys, own.stored_values) for own in probe.probes_of(caches) if isinstance(own, Recorder)]
-        return total(logits), seen
+        return total(logits), (logits, seen)
 
     plain = [facts for facts in probe.probe(model) if facts.compressible]
     zeros = [tuple(mx.zeros((1, f.kv_heads, len(ids), dim)) for dim in f.dims.values()) for f in plain]
-    (_, seen), gradients = mx.value_and_grad(loss)(zeros)
-    return seen, gradients
+    (_, (logits, seen)), gradients = mx.value_and_grad(loss)(zeros)
+    return logits, seen, gradients
 
 
 def with_gradients(
@@ -120,25 +137,56 @@ def with_gradients(
     model that cannot be differentiated gives queries in the place of gradients, with a warning.
     """
     facts = [found for found in probe.probe(model) if found.compressible]
-    ropes, steps = ropes_of(model, windows[0]), len(windows) + len(facts)
+    ropes, steps, of = ropes_of(model, windows[0]), len(windows) + len(facts), fingerprint(model)
+    said = [{"model": of, "text": digest(ids), "seed": seed + w} for w, ids in enumerate(windows)]
     with _writable(folder) as place:
         files = [place / f"{w}.safetensors" for w in range(len(windows))]
-        differentiable, of = True, fingerprint(model)
-        for w, (ids, file) in enumerate(zip(windows, files, strict=True)):
+        for w in _write_all(model, windows, said, files):
             progress(w, steps, f"gradients of window {w + 1} of {len(windows)}")
-            said = {"model": of, "text": digest(ids), "seed": seed + w}
-            if not _is_there(said, file):
-                differentiable = _write(model, ids, mx.random.key(seed + w), said, file, differentiable)
+        arrays: list[Any] = [mx.load(str(file)) for file in files]  # lazy
         for i, (found, rope) in enumerate(zip(facts, ropes, strict=True)):
             progress(len(windows) + i, steps, f"fitting layer {found.layer}")
-            queries = _joined(files, f"{i}.queries", sinks)
+            queries = _joined(arrays, f"{i}.queries", sinks)
             for tensor in TENSORS:
-                x, gradients = (_joined(files, f"{i}.{name}{tensor}", sinks) for name in ("", "of_"))
+                x, gradients = (_joined(arrays, f"{i}.{name}{tensor}", sinks) for name in ("", "of_"))
                 assert x is not None
                 yield found.layer, tensor, Sample(x, queries, rope, seed, sinks, gradients)
         for file in files:
             file.unlink()
     progress(steps, steps, "done")
+
+
+def _write_all(
+    model: Module, windows: Sequence[Sequence[int]], said: Sequence[Mapping[str, Any]], files: Sequence[Path]
+) -> Iterator[int]:
+    """Write the files that are missing, and give the number of each window before its own is waited for.
+
+    Much of the work has one thread. So on a CPU two windows share the cores, of which one at a time is read forwards:
+    together they hold little more than one. The first is read alone: it evaluates what a model made late, which no
+    other thread could, and shows whether there are gradients.
+    """
+    missing = [not _is_there(*each) for each in zip(said, files, strict=True)]
+    forwards, differentiable = Lock(), True
+    begun: dict[int, Future[Path]] = {}
+    pool = ThreadPoolExecutor(2)
+    try:
+        for w, (ids, own, file) in enumerate(zip(windows, said, files, strict=True)):
+            yield w
+            if not missing[w]:
+                continue
+            if w in begun:
+                with suppress(RuntimeError, ValueError):  # it is tried again here, and what is wrong is said
+                    begun[w].result()
+                    continue
+            differentiable = _write(model, ids, own, file, differentiable)
+            if differentiable and not begun and runtime.backend() == "cpu":
+                begun = {
+                    later: pool.submit(_write_gradients, model, windows[later], said[later], files[later], forwards)
+                    for later in range(w + 1, len(windows))
+                    if missing[later]
+                }
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -154,20 +202,47 @@ def _writable(folder: Path) -> Iterator[Path]:
             folder.rmdir()
 
 
-def _write(
-    model: Module, ids: Sequence[int], key: mx.array, facts: Mapping[str, Any], file: Path, differentiable: bool
-) -> bool:
+def _write(model: Module, ids: Sequence[int], said: Mapping[str, Any], file: Path, differentiable: bool) -> bool:
     """Write what a window gives, and say whether that has gradients."""
-    found = _gradients(model, ids, key) if differentiable else None
-    layers = [dict(zip(("keys", "values", "of_keys", "of_values"), own, strict=True)) for own in found or ()]
-    for seen in () if found else capture_layers(model, ids):
+    if differentiable:
+        try:
+            _write_gradients(model, ids, said, file, Lock())
+            return True
+        except InputError:  # of the file
+            raise
+        except (RuntimeError, ValueError) as error:
+            warnings.warn(
+                f"The loss of this model ({type(model).__module__}) gives no gradients of all keys and values "
+                f"({error}). Its queries stand in for them: which layers and heads matter more is not known, and all "
+                "count the same.",
+                stacklevel=5,
+            )
+    layers = []
+    for seen in capture_layers(model, ids):
         seen.check_finite("to which nothing can be fitted", "queries", *TENSORS)
         layers.append({name: getattr(seen, name) for name in ("queries", *TENSORS)})
+    _write_layers(file, said, layers)
+    return False
+
+
+def _write_gradients(model: Module, ids: Sequence[int], said: Mapping[str, Any], file: Path, forwards: Lock) -> Path:
+    """Write keys, values and gradients by both of each layer; RuntimeError or ValueError if some have none."""
+    with forwards:
+        logits, seen, gradients = drawn_gradients(model, ids, mx.random.key(said["seed"]))
+        mx.eval(logits)
+    mx.eval(seen, gradients)
+    if not all(mx.isfinite(g).all().item() and g.any().item() for pair in gradients for g in pair):
+        raise ValueError("some gradients are zero or not finite")
+    names = "keys", "values", "of_keys", "of_values"
+    layers = [dict(zip(names, (*own, *pair), strict=True)) for own, pair in zip(seen, gradients, strict=True)]
+    return _write_layers(file, said, layers)
+
+
+def _write_layers(file: Path, said: Mapping[str, Any], layers: Sequence[Mapping[str, mx.array | None]]) -> Path:
     arrays = {
         f"{i}.{name}": x.astype(_HELD) for i, own in enumerate(layers) for name, x in own.items() if x is not None
     }
-    write_arrays(file, FORMAT, facts, arrays)
-    return found is not None
+    return write_arrays(file, FORMAT, said, arrays)
 
 
 def read(facts: Mapping[str, Any], file: Path) -> dict[str, mx.array]:
@@ -186,34 +261,15 @@ def _is_there(facts: Mapping[str, Any], file: Path) -> bool:
     try:
         read(facts, file)
     except InputError as error:
-        warnings.warn(f"{error} The file is made again now.", stacklevel=4)
+        warnings.warn(f"{error} The file is made again now.", stacklevel=6)
         return False
     return True
 
 
-def _gradients(model: Module, ids: Sequence[int], key: mx.array) -> Pairs | None:
-    """Keys, values, and gradients by both of each layer."""
-    try:
-        seen, gradients = drawn_gradients(model, ids, key)
-        mx.eval(seen, gradients)
-        if all(mx.isfinite(g).all().item() and g.any().item() for pair in gradients for g in pair):
-            return [(*own, *pair) for own, pair in zip(seen, gradients, strict=True)]
-        why = "some gradients are zero or not finite"
-    except (RuntimeError, ValueError) as error:
-        why = str(error)
-    warnings.warn(
-        f"The loss of this model ({type(model).__module__}) gives no gradients of all keys and values ({why}). Its "
-        "queries stand in for them: which layers and heads matter more is not known, and all count the same.",
-        stacklevel=4,
-    )
-    return None
-
-
-def _joined(files: Sequence[Path], name: str, sinks: int) -> mx.array | None:
-    """An array of all windows as a batch ``[W, H, S, D]`` of float32, evaluated; None if one has none."""
-    parts: list[mx.array | None] = [mx.load(str(file)).get(name) for file in files]  # type: ignore[union-attr]
-    given = [part[:, :, sinks:] for part in parts if part is not None]
-    if len(given) < len(parts):
+def _joined(windows: Sequence[dict[str, mx.array]], name: str, sinks: int) -> mx.array | None:
+    """Take an array of each window, as a batch ``[W, H, S, D]`` of float32, evaluated; None if one has none."""
+    given = [own.pop(name)[:, :, sinks:] for own in windows if name in own]
+    if len(given) < len(windows):
         return None
     joined = mx.concatenate(given).astype(mx.float32)
     mx.eval(joined)
