@@ -107,10 +107,7 @@ class RateBudget:
     @property
     def methods(self) -> list[str]:
         """Ids of what was measured, in the order of the measurements."""
-        return [
-            *self.curves["method"].unique(maintain_order=True),
-            *([self.predicted_method] if self.predicted_method else []),
-        ]
+        return [*self.curves["method"].unique(maintain_order=True), *filter(None, [self.predicted_method])]
 
     @checked(bounds=BOUNDS)
     def solve(

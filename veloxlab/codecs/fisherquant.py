@@ -33,18 +33,14 @@ Reading
     A query goes through the second matrix once. q·R_t μ is a product with cosines and sines of the position, which
     stand behind the coordinates of a key: a vector of codes is linear in both.
 
-Options that switch a part off; one calibration serves them all
+Options that switch a part off; one calibration serves all of them
     ``metric="pca"``: an error costs the same in all directions of a head; ``"none"``: its own coordinates, too.
-    ``centre="still"``: about a mean of keys as they are after RoPE; ``"none"``: about zero.
-    ``planning="head"``: every head has as many bits; ``"none"``: every coordinate.
-    ``scale="none"``: every scale is 1, of 4 bits all the same.
-
-Options of a calibration:
-    ``positions``: where texts end that keys are to be read in, 8,192 by default. With 512, where windows of calibration
-    end, short texts lose less, and long ones much more.
-    ``basis="before_rope"``: all that is said above of keys is said of them before RoPE, where positions do not blur
-    what they have in common. It loses less. But a token has to be decoded and turned before a query meets it: no kernel
-    reads such keys, MLX operations decode them a tile at a time.
+    ``centre="still"``: the mean is of keys after RoPE; ``"none"``: it is zero.
+    ``planning="head"``: every head has as many bits; ``"none"``: every coordinate. ``scale="none"``: every scale is 1.
+Options of a calibration
+    ``positions``: the length of texts to be read, 8,192 by default. With 512 short ones lose less, and long ones much
+    more. ``basis="before_rope"``: keys are coded before RoPE, and lose less, as positions do not blur what they have
+    in common. No kernel reads such keys: MLX operations decode and turn them, a tile at a time.
 
 Without gradients (`fit` of a sample that has none) H is E[qqᵀ] of the queries that read a head, for values the
 identity, and every head counts the same: only directions are known then, and not which head matters.
@@ -86,7 +82,6 @@ class FisherQuant(Codec):
     """
 
     expand_scales = True
-
     head_dim: int
     bits: float
     tensor: Tensor
@@ -187,8 +182,8 @@ class FisherQuant(Codec):
         return moved if asked.centre == "rotated" else replace(moved, rope=self._undone)
 
     def blank(self, kv_heads: int) -> Self:
-        matrix = mx.broadcast_to(mx.eye(self.head_dim, dtype=mx.float16), (kv_heads, self.head_dim, self.head_dim))
-        row = mx.ones((kv_heads, self.head_dim))
+        row, eye = mx.ones((kv_heads, self.head_dim)), mx.eye(self.head_dim, dtype=mx.float16)
+        matrix = mx.broadcast_to(eye, (kv_heads, *eye.shape))
         return replace(self, forward=matrix, backward=matrix, mean=row, variances=row)._planned_alone()
 
     def _planned_alone(self, **options: Any) -> Self:
@@ -200,10 +195,9 @@ class FisherQuant(Codec):
         check_vectors(x, self.head_dim)
         forward, _, mean = self._fitted(x.shape[1])
         x = x.astype(mx.float32) if self._undone is None else self._undone.inverse(x.astype(mx.float32), start)
-        if self._turning is None:
-            mean = mean[:, None]
-        else:
-            mean = self._turning.forward(mx.broadcast_to(mean[None, :, None], (1, *x.shape[1:])), start)
+        mean = mean[None, :, None]
+        if self._turning is not None:
+            mean = self._turning.forward(mx.broadcast_to(mean, (1, *x.shape[1:])), start)
         y = ((x - mean) / self.size) @ forward.astype(mx.float32)
         tokens = mx.flatten(y.swapaxes(1, 2), 2)[:, None]
         return Code(computed(lambda _: self._rows.encoder, self._rows.encode, tokens), start)

@@ -52,7 +52,7 @@ class Method:
     per_head: bool = False  # whether it has an option ``head_bits``, a width for each KV head
     timed: bool = False  # whether `veloxlab speed` times its encoder, which is a kernel
     fractional: bool = False  # whether ``bits`` may be any number between the least and the most
-    planned: Callable[..., Mapping[Any, Any]] | None = None  # gives all fitted codecs of a model bits, at one mean
+    planned: Callable[..., Mapping[Any, Any]] | None = None  # gives a model's codecs, fitted once to gradients, bits
     prediction: Prediction | None = None  # of what a row of words loses, for budgets; takes an option ``words``
 
     def __post_init__(self) -> None:
