@@ -23,7 +23,7 @@ def test_the_chart_follows_the_slider_twice():
 
 
 def test_a_saved_notebook_keeps_a_picture():
-    bundle = Explore(FRAMES, bars, description="bits")._repr_mimebundle_()
+    bundle, _ = Explore(FRAMES, bars, description="bits")._repr_mimebundle_()
     assert bundle["image/png"].startswith("iVBOR")
     assert bundle["text/plain"].startswith("Explore(bits = 2")
 

@@ -302,7 +302,7 @@ def test_the_widget_shows_what_is_generated_from_any_thread(widget, model):
         expected = vl.measure.side_by_side(model, Letters(), widget.prompt, bits=bits, window=0, sinks=0, tokens=12)
         assert widget.generated.equals(expected)
         assert len(widget.charts["texts"].frame) == len(expected)
-    bundle = widget._repr_mimebundle_()
+    bundle, _ = widget._repr_mimebundle_()
     assert bundle["image/png"].startswith("iVBOR")
     assert bundle["text/plain"].startswith("SideBySide(turboquant at 8 bits: ")
 

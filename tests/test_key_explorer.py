@@ -165,7 +165,7 @@ def test_a_calibrated_method_can_be_seen_with_its_calibration(smollm2, seen, cal
 
 
 def test_what_is_saved_without_a_kernel_is_a_picture_and_a_line_of_numbers(explorer, tmp_path):
-    bundle = explorer._repr_mimebundle_()
+    bundle, _ = explorer._repr_mimebundle_()
     line = "KeyExplorer(keys, as cached, turboquant at 2 bits: Layer 7, KV head 0. Largest channel over the median one:"
     assert bundle["text/plain"].startswith(line)
     picture = base64.b64decode(bundle["image/png"])

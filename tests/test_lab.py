@@ -130,7 +130,8 @@ def test_work_can_be_cancelled_and_the_laboratory_lives_on(lab):
 
 
 def test_what_is_saved_without_a_kernel_is_a_picture_and_a_line_of_numbers(lab):
-    bundle = lab._repr_mimebundle_()
+    bundle, metadata = lab._repr_mimebundle_()
+    assert metadata["image/png"]["alt"] == bundle["text/plain"]  # which nbconvert gives the picture
     assert bundle["text/plain"].startswith("Lab(turboquant K4 V4, sinks=2, window=16: relative MSE of keys 0.00")
     picture = base64.b64decode(bundle["image/png"])
     width, height = png_size(picture)

@@ -360,7 +360,7 @@ def test_what_is_saved_without_a_kernel_is_the_open_page(lab):
     def picture() -> bytes:
         import base64
 
-        return base64.b64decode(lab._repr_mimebundle_()["image/png"])
+        return base64.b64decode(lab._repr_mimebundle_()[0]["image/png"])
 
     turn(lab, page="cache")
     first = png_size(picture())

@@ -161,7 +161,7 @@ def test_a_model_that_is_here_is_planned_as_it_is():
     model = tiny("gemma3_text")
     planner = vl.widgets.MemoryPlanner(model, context=4096, method="rabitq", window=16)
     assert planner.plan.equals(vl.measure.plan_memory(model, "rabitq", context=4096, window=16))
-    bundle = planner._repr_mimebundle_()
+    bundle, _ = planner._repr_mimebundle_()
     assert bundle["image/png"].startswith("iVBOR")
     assert bundle["text/plain"].startswith("MemoryPlanner(gemma3_text: 4,096 tokens as rabitq K4 V4: ")
 

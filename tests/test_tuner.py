@@ -476,6 +476,6 @@ def test_a_place_that_cannot_be_written_is_said(tuner):
 
 
 def test_what_is_saved_without_a_kernel_is_a_picture_and_a_line_of_numbers(tuner):
-    bundle = tuner._repr_mimebundle_()
+    bundle, _ = tuner._repr_mimebundle_()
     assert bundle["text/plain"].startswith("BudgetTuner(3.25 true bits a value, 416 bytes a token; code bits: keys ")
     assert png_size(base64.b64decode(bundle["image/png"]))[0] == 700

@@ -26,7 +26,7 @@ from veloxlab.views import picture, theme
 from veloxlab.views.allocation import KINDS
 from veloxlab.views.columns import log_domain, log_ticks
 from veloxlab.views.generation import SIDES
-from veloxlab.views.spec import Spec, describe, join, split
+from veloxlab.views.spec import Spec, describe, join, split, title_of
 
 
 def error_frame(layers: int = 4, heads: int = 2, scale: float = 0.01, **replaced: float | None) -> pl.DataFrame:
@@ -456,6 +456,10 @@ def test_a_plain_chart_leaves_a_live_one_a_picture_and_a_line_in_the_notebook(na
     output = nbformat.v4.new_output("display_data", data=data, metadata=metadata)
     cell = nbformat.v4.new_code_cell(outputs=[output])
     nbformat.validate(nbformat.v4.new_notebook(cells=[cell]))
+    (told,) = (param["value"] for param in data[picture.LIVE]["params"] if param["name"] == "caption")
+    alternative = metadata["image/png"]["alt"]
+    assert alternative.startswith(title_of(data[picture.LIVE]))
+    assert alternative.endswith(told)
     assert len(data["image/png"]) * 3 / 4 < 60_000
 
 

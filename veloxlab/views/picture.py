@@ -21,7 +21,7 @@ import vl_convert
 from altair.utils import update_nested
 
 from veloxlab.views import theme
-from veloxlab.views.spec import Spec, compact, describe, finite, join, split
+from veloxlab.views.spec import Spec, compact, describe, finite, join, split, title_of
 
 WIDTH = 700  # pixels: as wide as GitHub and nbviewer show an output
 CHANNELS = 4  # bytes of a pixel: vl-convert writes RGBA
@@ -195,7 +195,8 @@ def render(spec: Spec, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         "text/plain": describe(bare, rows),
     }
     compact(bundle[LIVE])  # a notebook with what JSON does not have could not be saved
-    return bundle, {LIVE: {"embed_options": {"renderer": "svg", "actions": False}}}
+    said = ". ".join(filter(None, (title_of(bare), params.get("caption"))))
+    return bundle, {LIVE: {"embed_options": {"renderer": "svg", "actions": False}}, "image/png": {"alt": said}}
 
 
 def _shortened(value: object) -> object:

@@ -64,16 +64,17 @@ class Ending(ipywidgets.Widget):  # type: ignore[misc]  # ipywidgets has no type
         """The `ChartView` of each chart that is seen now, from top to bottom; that of a chart is itself."""
         return (self,)
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:  # noqa: ANN401 - data alone, or with metadata
-        """Show the live widget, and beside it a picture and a line for places where no kernel runs."""
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Show the live widget, and for places where no kernel runs a picture and a line, which is its description."""
         keep_shown(self)
         bundle = super()._repr_mimebundle_(**kwargs)
-        data = bundle[0] if isinstance(bundle, tuple) else bundle
+        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
         data["text/plain"] = repr(self)
         if self.views:
             still = picture.stacked([view.to_dict() for view in self.views])
             data["image/png"] = base64.b64encode(still).decode()
-        return bundle
+            metadata = metadata | {"image/png": {"alt": data["text/plain"]}}
+        return data, metadata
 
 
 def loosen(whole: ipywidgets.Widget) -> None:
