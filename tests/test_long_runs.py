@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests import long_runs
-from tests.long_runs import BOUNDED, CHECKED, DECODED, FAMILIES, FILE, SCHEDULES, Schedule, decoded, tables
+from tests.long_runs import CHECKED, DECODED, FAMILIES, FILE, SCHEDULES, Schedule, decoded, tables
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -28,9 +28,9 @@ def test_what_a_schedule_says_is_compared():
 
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_live_bytes_are_those_held(sequences):
-    row = decoded("llama", sequences, 300, {}, 100)
-    # tables of two layers' codecs, and what the kernels keep
-    assert abs(row["live_bytes"] - row["held_bytes"]) < 32_000 * sequences
+    row = decoded("llama", sequences, 200, {}, 50)
+    # zeros that all caches share, of a few tokens: growth takes its room from them
+    assert 0 <= row["live_bytes"] - row["held_bytes"] < 4_000
 
 
 def test_the_committed_runs_are_whole_and_within_their_bars():
@@ -40,8 +40,7 @@ def test_the_committed_runs_are_whole_and_within_their_bars():
         assert results[name]["schedules"] == SCHEDULES
         assert max(results[name]["worst"].values()) < 1e-4
     for name in DECODED:
-        beyond = results[name]["live_bytes"] - results[name]["held_bytes"]
-        assert abs(beyond) < max(0.02 * results[name]["held_bytes"], 64_000)  # the tables of a cache that stays small
-    assert results[f"decode, at most {BOUNDED} tokens"]["resident_slope"] < 1  # bytes a step
+        assert abs(results[name]["live_beyond"]) < 0.02
+        assert abs(results[name]["resident_slope"]) < 100  # bytes a step: a page for 40 steps
     assert FILE.with_suffix(".md").read_text() == tables(results)
     assert long_runs.STEPS == 20_000
