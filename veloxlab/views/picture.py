@@ -42,8 +42,8 @@ def png(spec: Spec, *, width: int = WIDTH) -> bytes:
     return repacked(vl_convert.svg_to_png(drawing, scale=width / _size(drawing)[0]))
 
 
-def stacked(specs: Sequence[Spec], *, width: int = WIDTH) -> bytes:
-    """Draw specs with their data below one another as one PNG file; the widest has ``width`` pixels."""
+def stacked(specs: Sequence[Spec]) -> bytes:
+    """Draw specs with their data below one another as one PNG file; the widest has `WIDTH` pixels."""
     drawings = [_apart(svg(spec), f"chart{i}-") for i, spec in enumerate(specs)]
     sizes = [_size(drawing) for drawing in drawings]
     broad, tall = max(w for w, _ in sizes), sum(h for _, h in sizes)
@@ -51,7 +51,7 @@ def stacked(specs: Sequence[Spec], *, width: int = WIDTH) -> bytes:
     placed = [drawing.replace("<svg", f'<svg y="{top}"', 1) for drawing, top in zip(drawings, tops, strict=False)]
     whole = f'<svg xmlns="http://www.w3.org/2000/svg" width="{broad}" height="{tall}">'
     ground = f'<rect width="{broad}" height="{tall}" fill="white"/>'
-    return repacked(vl_convert.svg_to_png(whole + ground + "".join(placed) + "</svg>", scale=width / broad))
+    return repacked(vl_convert.svg_to_png(whole + ground + "".join(placed) + "</svg>", scale=WIDTH / broad))
 
 
 def _apart(drawing: str, prefix: str) -> str:
