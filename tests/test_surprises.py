@@ -12,9 +12,12 @@ import polars as pl
 import pytest
 
 import veloxlab as vl
+from tests import surprises_in_use as in_use
 from tests import surprises_results as results
 from tests.cache_types import WIDTHS, codec, registered
 from tests.tiny_models import tiny
+from veloxlab.measure.generation import Reader
+from veloxlab.mlxlm.probe import own_cache
 from veloxlab.views import bit_plane, plane_caption
 
 DIM = 64
@@ -83,6 +86,23 @@ def test_rows_are_read_as_they_were_written_and_what_is_missing_comes_by_stretch
     results.FILE.write_text(json.dumps(asdict(first[0]) | {"found": {"kl": 0.5}}) + "\n")
     assert results.kept() == {first[0]: {"kl": 0.5}}
     assert results.missing(["sinks"], results.kept()) == first[1:]
+
+
+def test_each_row_of_caches_in_use_is_one_that_an_experiment_asks_for():
+    asked = [{"experiment": name} | job for name, (jobs, _) in in_use.EXPERIMENTS.items() for job in jobs()]
+    rows = [row["asked"] for row in in_use.kept()]
+    assert rows
+    assert [row for row in rows if row not in asked] == []
+    assert len(rows) == len({json.dumps(row) for row in rows})
+
+
+def test_a_cache_that_is_given_the_exact_keys_and_values_is_as_one_that_read_the_prompt():
+    model, ids = tiny("llama"), [i * i % 90 for i in range(150)]
+    read, given = (vl.make_cache(model, "turboquant", bits=2, window=16) for _ in range(2))
+    in_use.hand_over(Reader(model, own_cache(model)).read(ids).cache, given)
+    Reader(model, read).read(ids)
+    logits = [model(mx.array([[1, 2, 3]]), cache=cache) for cache in (read, given)]
+    assert mx.array_equal(*logits)
 
 
 def test_the_plane_outlines_the_best_pair_of_each_sum_and_counts_what_is_not_finite():

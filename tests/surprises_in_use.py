@@ -1,0 +1,260 @@
+"""Caches in use, on SmolLM2: ``python -m tests.surprises_in_use [EXPERIMENT ...]`` adds what is missing.
+
+Passkeys, sampled texts, prompt caches that are used again, speculative decoding, adapters and 8,192 tokens. A row is
+kept in ``data/results/surprises_in_use.ndjson`` when it is measured: what was asked, and what was found. What was
+guessed before is in ``surprises_guesses.json``. Texts, model and sizes are those of `tests.surprises_results`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
+import veloxlab as vl  # isort: skip - before mlx, so that MLX finds a fast BLAS
+
+import mlx.core as mx
+import numpy as np
+
+from tests.surprises_adapters import adapters
+from tests.surprises_drafts import drafts
+from tests.surprises_results import ANSWER, PROMPT, PROMPTS, model
+from veloxlab.allocate import AverageBits, RateBudget
+from veloxlab.measure.activations import first_tokens, stretches
+from veloxlab.measure.generation import DIGITS, PLAIN, QUESTION, Reader, hidden
+from veloxlab.measure.quality import divergence, log_probabilities, of_targets
+from veloxlab.mlxlm.probe import own_cache
+from veloxlab.mlxlm.quantized import quantized_cache
+from veloxlab.store import write_atomically
+from veloxlab.texts import shipped_folder
+
+FOLDER = shipped_folder("data") / "results"
+FILE = FOLDER / "surprises_in_use.ndjson"
+CODES: dict[str, Any] = {"sinks": 0, "window": 0, "chunk": "codes"}  # as the greedy texts
+METHODS = ("turboquant", "ratequant", "fisherquant", "commvq", "mlx-lm")
+DEPTHS = 10
+TEMPERATURE = 0.7
+SAMPLED = [*product(["turboquant"], [2, 3, 4]), ("rabitq", 4), ("mlx-lm", 4), ("mlx-lm", 8)]
+PREFIX, NEW, ENDING = 256, 16, 128  # tokens: read by both, read behind, of an ending that is read and trimmed between
+LONG, ALONE, CALL = 8192, 1024, 512  # tokens of a long text, of its stretches, and of one call
+Row = dict[str, Any]
+
+
+def made(method: str, bits: int, **settings: Any) -> list[Any]:
+    """An empty cache for the model. RateQuant gets the bytes of the same bits for each head."""
+    net, tokenizer = model()
+    if method == "none":
+        return own_cache(net)
+    if method == "mlx-lm":
+        return quantized_cache(net, bits)
+    if method == "ratequant":
+        rates = RateBudget.load(FOLDER / "rates_smollm2-135m.json")
+        return vl.make_cache(net, rates.plan(AverageBits(bits + 0.25)), **{"sinks": 4, "window": 64} | settings)
+    fitted = vl.codecs.METHODS[method].calibrated
+    calibration = vl.calibrate(net, tokenizer, method, bits=bits) if fitted else None
+    return vl.make_cache(net, method, bits=bits, calibration=calibration, **settings)
+
+
+# passkeys -------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def with_passkey(context: int, depth: int) -> tuple[list[int], list[int], list[Any]]:
+    """The last token of a text and the question, the answer, and the exact cache after the text before."""
+    net, tokenizer = model()
+    number = str(np.random.default_rng([context, depth]).integers(10 ** (DIGITS - 1), 10**DIGITS))
+    ids = hidden(tokenizer, first_tokens(tokenizer, None, context, **PLAIN), context, depth / DEPTHS, number)
+    question, answer = (list(tokenizer.encode(words, **PLAIN)) for words in (QUESTION, f" {number}"))
+    return [ids[-1], *question], answer, Reader(net, own_cache(net)).read(ids[:-1]).cache
+
+
+def hand_over(exact: list[Any], cache: list[Any]) -> None:
+    """Store in an empty cache what the exact one holds."""
+    for own, ours in zip(exact, cache, strict=True):
+        ours.update_and_fetch(*own.keys_and_values())
+    mx.eval([ours.state for ours in cache])
+
+
+def passkey(context: int, depth: int, method: str, bits: int) -> Row:
+    """Nats of the answer, and whether each of its tokens is the most probable one. Sinks and window are the usual.
+
+    A prompt of up to 2,048 tokens is read in one call, whose tokens see one another exactly: its keys and values are
+    those of the exact cache, whatever cache they go to.
+    """
+    asked, answer, exact = with_passkey(context, depth)
+    cache = copy.deepcopy(exact) if method == "none" else made(method, bits)
+    if method != "none":
+        hand_over(exact, cache)
+    logits = model()[0](mx.array([[*asked, *answer[:-1]]]), cache=cache)[0, -len(answer) :]
+    said, wanted = log_probabilities(logits), mx.array(answer)
+    return {"nll": of_targets(said, wanted).sum().item(), "hit": (said.argmax(axis=-1) == wanted).all().item()}
+
+
+def passkeys() -> Iterator[Row]:
+    """First what two bits lose, of 1,024 tokens before 2,048, and all caches of one text together."""
+    for context, widths in product((1024, 2048), ((16, 2), (3, 4))):
+        every = [cache for bits in widths for cache in ([("none", 16)] if bits == 16 else product(METHODS, [bits]))]
+        for depth, (method, bits) in product(range(DEPTHS), every):
+            yield {"context": context, "depth": depth, "method": method, "bits": bits}
+
+
+# sampled texts --------------------------------------------------------------------------------------------------------
+
+
+def drawn(logits: mx.array, part: int) -> tuple[mx.array, mx.array]:
+    """Tokens that a seed draws by ``logits`` ``[S, vocabulary]``: of rows, as mlx-lm's sampler does, and of vectors.
+
+    MLX draws them in two ways (``findings/mlx_draws_from_rows_by_another_way.sh``).
+    """
+    keys = [mx.random.key(part * ANSWER + step) for step in range(len(logits))]
+    warm = [row / TEMPERATURE for row in logits]
+    of_rows = [mx.random.categorical(row[None], key=key)[0] for row, key in zip(warm, keys, strict=True)]
+    return mx.stack(of_rows), mx.stack(
+        [mx.random.categorical(row, key=key) for row, key in zip(warm, keys, strict=True)]
+    )
+
+
+@lru_cache(maxsize=1)
+def sampled_texts() -> list[list[int]]:
+    """The prompts of the greedy texts, each continued by tokens that are sampled with the exact cache."""
+    net, tokenizer = model()
+    ids = mx.array(stretches(tokenizer, None, PROMPT, PROMPTS))
+    state, read, texts = own_cache(net), ids, [ids]
+    for step in range(ANSWER):
+        warm = net(read, cache=state)[:, -1] / TEMPERATURE
+        keys = [mx.random.key(part * ANSWER + step) for part in range(PROMPTS)]
+        read = mx.stack([mx.random.categorical(warm[part][None], key=key) for part, key in enumerate(keys)])
+        mx.eval(read)
+        texts.append(read)
+    found: Any = mx.concatenate(texts, axis=1).tolist()
+    return [list(text) for text in found]
+
+
+def predicted(ids: list[int], cache: list[Any]) -> mx.array:
+    """Log-probabilities of the tokens behind the prompt, in one call."""
+    return log_probabilities(model()[0](mx.array([ids[:-1]]), cache=cache)[0, PROMPT - 1 :])
+
+
+@lru_cache(maxsize=1)
+def exactly_predicted(part: int) -> mx.array:
+    return predicted(sampled_texts()[part], own_cache(model()[0]))
+
+
+def sampled(part: int, method: str, bits: int) -> Row:
+    """How often a cache samples another token than the exact one, by the same seed, and where first (null: nowhere)."""
+    ids, exact = sampled_texts()[part], exactly_predicted(part)
+    said = predicted(ids, made(method, bits, **({} if method == "mlx-lm" else CODES)))
+    rows, vectors = (np.array(ours != own) for ours, own in zip(drawn(said, part), drawn(exact, part), strict=True))
+    first = {"parted": rows, "parted_of_vectors": vectors}
+    return {
+        "kl": divergence(exact, said).mean().item(),
+        **{name: int(other.argmax()) if other.any() else None for name, other in first.items()},
+        **{name.replace("parted", "differs"): float(other.mean()) for name, other in first.items()},
+    }
+
+
+def all_sampled() -> Iterator[Row]:
+    for part, (method, bits) in product(range(PROMPTS), SAMPLED):
+        yield {"part": part, "method": method, "bits": bits}
+
+
+# prompt caches that are used again ------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def with_ending(part: int) -> tuple[list[int], list[int], list[int], mx.array]:
+    """A prefix, what comes behind it, another ending, and what the exact cache predicts behind the prefix."""
+    net, tokenizer = model()
+    ids = stretches(tokenizer, None, PREFIX + NEW + ENDING, part + 1)[part]
+    prefix, new, ending = ids[:PREFIX], ids[PREFIX : PREFIX + NEW], ids[PREFIX + NEW :]
+    return prefix, new, ending, log_probabilities(net(mx.array([prefix + new]))[0, PREFIX:])
+
+
+def reuse(part: int, bits: int, window: int, trimmed: bool) -> Row:
+    """Loss of new tokens behind a prefix, by a cache that has read and trimmed another ending, or has not."""
+    prefix, new, ending, exact = with_ending(part)
+    reader = Reader(model()[0], made("turboquant", bits, window=window)).read(prefix)
+    if trimmed:
+        for layer in reader.read(ending).cache:
+            layer.trim(ENDING)
+    kl = divergence(exact, log_probabilities(reader.model(mx.array([new]), cache=reader.cache)[0]))
+    return {"kl": kl.mean().item()}
+
+
+def all_reused() -> Iterator[Row]:
+    for part, bits, window, trimmed in product(range(4), (2, 4), (0, 64), (False, True)):
+        if window or part < 2:  # without a window both are the same cache
+            yield {"part": part, "bits": bits, "window": window, "trimmed": trimmed}
+
+
+# a long text ----------------------------------------------------------------------------------------------------------
+
+
+def losses(first: int, count: int) -> Row:
+    """Mean loss of each stretch of the tokens from ``first`` on, which are read through codes, by bits."""
+    net, tokenizer = model()
+    ids = first_tokens(tokenizer, None, LONG, **PLAIN)[first : first + count]
+    own, caches = own_cache(net), {bits: made("turboquant", bits, window=0, chunk="codes") for bits in (2, 4)}
+    found: dict[str, list[float]] = {str(bits): [] for bits in caches}
+    for start in range(0, count, CALL):
+        read = mx.array([ids[start : start + CALL]])
+        exact = log_probabilities(net(read, cache=own)[0])
+        for bits, cache in caches.items():
+            kl = divergence(exact, log_probabilities(net(read, cache=cache)[0]))
+            found[str(bits)].append(round(kl.mean().item(), 6))
+        mx.clear_cache()
+        print(f"  {start + CALL} of {count} tokens: {found}", flush=True)
+    return found
+
+
+def longest() -> Iterator[Row]:
+    """The whole text last: it takes long."""
+    yield from ({"first": first, "count": ALONE} for first in range(0, LONG, ALONE))
+    yield {"first": 0, "count": LONG}
+
+
+# the runner -----------------------------------------------------------------------------------------------------------
+
+Measure = Callable[..., Row]
+EXPERIMENTS: dict[str, tuple[Callable[[], Iterator[Row]], Measure]] = {
+    "reuse": (all_reused, reuse),
+    "sampled": (all_sampled, sampled),
+    "drafts": drafts,
+    "passkeys": (passkeys, passkey),
+    "adapters": adapters,
+    "longest": (longest, losses),
+}
+
+
+def kept() -> list[Row]:
+    """What was measured."""
+    return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
+
+
+def missing(names: list[str], known: list[Row]) -> Iterator[tuple[Measure, Row]]:
+    """What is to be measured of the named experiments, or of all, in their order."""
+    there = [row["asked"] for row in known]
+    for name, (every, measure) in EXPERIMENTS.items():
+        if name in names or not names:
+            yield from ((measure, row) for job in every() if (row := {"experiment": name} | job) not in there)
+
+
+def main(names: list[str]) -> None:
+    """Measure what is missing of the named experiments, or of all."""
+    known = kept()
+    for measure, asked in missing(names, known):
+        begun = time.process_time()
+        found = measure(**{name: value for name, value in asked.items() if name != "experiment"})
+        row = {"asked": asked, "found": found | {"cpu_seconds": round(time.process_time() - begun, 1)}}
+        known = [*kept(), row]  # another experiment may be measured at the same time
+        write_atomically(FILE, ("\n".join(json.dumps(one) for one in known) + "\n").encode())
+        print(json.dumps(row)[:200], flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
