@@ -19,7 +19,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from tests.surprises_results import model
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import first_tokens, stretches
-from veloxlab.measure.quality import Reference, divergence, evaluate
+from veloxlab.measure.quality import Reference, divergence, fidelity_to
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.texts import excerpt
 
@@ -102,7 +102,7 @@ def adapter(kind: str, method: str, calibrated: str) -> Row:
     make = partial(
         vl.make_cache, method_or_plan=method, bits=bits, calibration=fitted, sinks=4, window=0, chunk="codes"
     )
-    frame = evaluate(exact(kind), make, per_token=True)
+    frame = fidelity_to(exact(kind), make, per_token=True)
     kl = frame.group_by("window", maintain_order=True).mean()["kl"].to_list()
     return {"kl": kl, "refused": refused}
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import product
 from typing import Any
 
 import veloxlab as vl  # isort: skip - before mlx, so that MLX finds a fast BLAS
