@@ -102,8 +102,7 @@ def _signed(given: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) 
     signs, parts = mx.random.bernoulli(0.5, logits.shape, key), [mx.array(0.0)]
     for i in range(0, len(logits), _ROWS):
         p = mx.softmax(mx.depends(logits[i : i + _ROWS], parts[-1]), axis=-1)
-        roots = mx.sqrt(p)
-        signed = mx.where(signs[i : i + _ROWS], roots, -roots)
+        signed = (2.0 * signs[i : i + _ROWS] - 1) * mx.sqrt(p)
         parts.append(cotangent * (signed - p * signed.sum(axis=-1, keepdims=True)))
     return mx.concatenate(parts[1:]), mx.zeros_like(key)
 
@@ -117,7 +116,7 @@ def _differentiated(
     def loss(perturbations: Pairs) -> tuple[mx.array, tuple[mx.array, Pairs]]:
         left = iter(perturbations)
         caches = probe.with_caches(model, lambda found: _Perturbed(found, next(left)))
-        logits = model(x, cache=caches)[0].astype(mx.float32)  # of which no more copies are held than need be
+        logits = model(x, cache=caches).squeeze(0).astype(mx.float32)  # by an index its gradient would be a scatter
         seen = [(own.stored_keys, own.stored_values) for own in probe.probes_of(caches) if isinstance(own, Recorder)]
         return total(logits), (logits, seen)
 
