@@ -1,6 +1,7 @@
 """The page of advice: constraints in, a ranked table out, and what its buttons do, on a model of random weights."""
 
 import re
+from typing import Any
 
 import polars as pl
 import pytest
@@ -10,6 +11,8 @@ from tests.knobs import controls, turn
 from tests.letters import Letters
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
+from veloxlab.measure.generation import side_by_side
+from veloxlab.widgets.pages import advise
 from veloxlab.widgets.pages.advice_words import answer_said
 from veloxlab.widgets.pages.memory import HERE, SIZES
 
@@ -74,17 +77,32 @@ def test_layers_that_may_have_two_bits_are_found_and_used(page, lab):
     turn(page, picked="turboquant 4 bit")
     assert controls(page)["Use these layers"].disabled
     pressed(page, "Which layers may go to 2 bits?")
-    assert str(page.narrow) in page._narrowed.value.replace("&#x27;", "'")
+    assert f"{page.narrow} Judged with everything but the sinks in codes." in page._narrowed.value
     assert controls(page)["Use these layers"].disabled == (not page.narrow.layers)
     page.take_narrow()
     assert {layer for layer, bits in lab.layer_bits.items() if bits == (2, 2)} == {*page.narrow.layers}
 
 
-def test_an_answer_is_compared(page):
+def test_an_answer_is_compared_with_the_cache_that_the_code_makes(page, monkeypatch):
+    plans = []
+
+    def compared(model, tokenizer, prompt, plan, **more):
+        plans.append(plan)
+        return side_by_side(model, tokenizer, prompt, plan, **more)
+
+    monkeypatch.setattr(advise, "side_by_side", compared)
     turn(page, prompt="what changes?", picked="turboquant 4 bit")
     pressed(page, "Does the answer change?")
-    assert "The answer " in page._answered.value
-    assert "13 tokens were read, all but the first 4 of them through codes." in page._answered.value
+    names: dict[str, Any] = {"model": page.experiment.model, "vl": vl}
+    exec(page._code.value, names)
+    ours, copied = (
+        [(layer.key_codec.bits_per_value, layer.max_sinks, layer.window) for layer in cache]
+        for cache in (vl.make_cache(names["model"], *plans), names["cache"])
+    )
+    assert ours == copied
+    assert (
+        "The answer does not change in 64 tokens. At its end, 0 of 77 tokens (0%) are in codes" in page._answered.value
+    )
 
 
 def test_a_changed_answer_says_how_near_a_tie_it_was():
@@ -98,12 +116,12 @@ def test_a_changed_answer_says_how_near_a_tie_it_was():
         columns = ["side", "position", "token", "text", "exact_probability"]
         return pl.DataFrame(every, schema=columns, orient="row")
 
-    said = answer_said(rows(("ab<", (1, 0.5, 0.4)), ("abd", (1, 0.5, 0.35))), 1200, 4)
-    assert said.startswith("The answer changes at token 3. 1,200 tokens were read, all but the first 4")
+    said = answer_said(rows(("ab<", (1, 0.5, 0.4)), ("abd", (1, 0.5, 0.35))), "12 of 80 tokens (15%) are in codes.")
+    assert said.startswith("The answer changes at token 3. At its end, 12 of 80 tokens (15%) are in codes.")
     assert "There the exact cache gives \u201c&lt;\u201d 40% and \u201cd\u201d 35%." in said
     same = ("ab", (1, 0.5))
-    assert answer_said(rows(same, same), 9, 4).startswith("The answer does not change in 2 tokens.")
-    assert "There the exact cache" not in answer_said(rows(same, ("a", (1,))), 9, 4)  # one ended
+    assert answer_said(rows(same, same), "").startswith("The answer does not change in 2 tokens.")
+    assert "There the exact cache" not in answer_said(rows(same, ("a", (1,))), "")  # one ended
 
 
 def test_a_model_that_is_not_here_is_said_and_the_last_advice_stays(page):

@@ -33,15 +33,15 @@ def advice_table(frame: pl.DataFrame, picked: str) -> str:
     return html_table(TITLES, lines, cell="padding: 1px 14px 1px 0", left=2)
 
 
-def answer_said(rows: pl.DataFrame, read: int, sinks: int) -> str:
+def answer_said(rows: pl.DataFrame, in_codes: str) -> str:
     """Say in HTML whether two answers differ, from where, and how near a tie that was.
 
-    ``rows``: `veloxlab.measure.generation.GENERATION`. ``read``, ``sinks``: tokens that were read, of them exact.
+    ``rows``: `veloxlab.measure.generation.GENERATION`. ``in_codes``: the share of tokens in codes behind the answer.
     """
     parting = first_parting(rows)
     sides = [rows.filter(side=side) for side in SIDES]
     exact, ours = (html.escape("".join(own["text"])) for own in sides)
-    about = f"{read:,} tokens were read, all but the first {sinks} of them through codes."
+    about = f"At its end, {in_codes} The longer the chat, the more is in codes."
     if parting is None:
         return f"The answer does not change in {sides[0].height} tokens. {about}<br>\u201c{exact}\u201d"
     words = f"The answer changes at token {parting + 1}. {about}"

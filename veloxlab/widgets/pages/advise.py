@@ -27,7 +27,7 @@ from veloxlab.widgets.pages.experiment import Experiment
 from veloxlab.widgets.pages.generation import PROMPT
 from veloxlab.widgets.pages.memory import GIGABYTE, HERE, SIZES
 from veloxlab.widgets.panel import Panel
-from veloxlab.widgets.selection import Bits, Selection
+from veloxlab.widgets.selection import Bits, Choice, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
 NARROWEST = 2  # bits that layers are tried with
@@ -113,9 +113,7 @@ class Advisor(Panel):
     def take(self) -> None:
         """Set the controls of all pages to the picked cache."""
         row = self._coded_row()
-        bits = number_of_bits(row["bits"])
-        exact = {"sinks": DEFAULT_SINKS, "window": DEFAULT_WINDOW}
-        self.selection.choose(method=row["method"], key_bits=bits, value_bits=bits, own_bits={}, layer=None, **exact)
+        self.selection.choose(**self._parts(row), layer=None)
         self.say(f"All pages now show {self.selection.choice.name}, sinks={DEFAULT_SINKS}, window={DEFAULT_WINDOW}.")
 
     def measure(self) -> None:
@@ -130,20 +128,17 @@ class Advisor(Panel):
         row, limit = self._coded_row(), GOALS[self.goal]
 
         def job(progress: Progress) -> Narrow:
-            bits = number_of_bits(row["bits"])
-            widths = sorted({bits, NARROWEST})
-            given = self.selection.fitting.calibration(row["method"], widths, progress)
-            choice = self.selection.changed(
-                method=row["method"], key_bits=bits, value_bits=bits, own_bits={}, sinks=DEFAULT_SINKS, window=0
-            )
+            choice = self._choice(row, window=0)
+            widths = sorted({*choice.widths, NARROWEST})
+            given = self.selection.fitting.calibration(choice.method, widths, progress)
             plan, layers = choice.plan(self.experiment.model), self.selection.layers
             settings: dict[str, Any] = {"bits": NARROWEST, "limit": limit, "layers": layers, "calibration": given}
             return narrow_layers(self._reference(progress), plan, progress=progress, **settings)
 
         def done(found: Narrow) -> None:
             self.narrow = found
-            said = f"<b>{html.escape(row['name'])}</b>: {html.escape(str(found))}"
-            self._narrowed.value = said
+            said = f"{found} Judged with everything but the sinks in codes."
+            self._narrowed.value = f"<b>{html.escape(row['name'])}</b>: {html.escape(said)}"
             self._narrow_of = row
             self._use_narrow.disabled = not found.layers
 
@@ -159,18 +154,18 @@ class Advisor(Panel):
         self.say(f"All pages now show {self.selection.choice.name}.")
 
     def compare_answers(self) -> None:
-        """Ask whether the answer to the prompt changes with the picked cache, everything but sinks through codes."""
+        """Ask whether the answer to the prompt changes with the picked cache, as the code makes it."""
         self.selection.fitting.held.clear()
         row, prompt = self._coded_row(), self.prompt
 
         def job(progress: Progress) -> str:
-            bits = number_of_bits(row["bits"])
-            given = self.selection.fitting.calibration(row["method"], [bits], progress)
-            settings: dict[str, Any] = {"bits": bits, "sinks": DEFAULT_SINKS, "window": 0, "calibration": given}
+            choice = self._choice(row)
+            given = self.selection.fitting.calibration(choice.method, choice.widths, progress)
             model, tokenizer = self.experiment.model, self.experiment.tokenizer
-            settings |= {"tokens": ANSWER, "progress": progress}
-            rows = side_by_side(model, tokenizer, prompt, row["method"], **settings)
-            return answer_said(rows, len(prompt_ids(tokenizer, prompt)), DEFAULT_SINKS)
+            settings: dict[str, Any] = {"tokens": ANSWER, "calibration": given, "progress": progress}
+            rows = side_by_side(model, tokenizer, prompt, choice.plan(model), **settings)
+            read = len(prompt_ids(tokenizer, prompt)) + rows.filter(side="compressed").height
+            return answer_said(rows, choice.in_codes(read))
 
         def done(said: str) -> None:
             self._answered.value = f"<b>{html.escape(row['name'])}</b>: {said}"
@@ -184,6 +179,15 @@ class Advisor(Panel):
         if row["method"] not in self.selection.methods:
             raise InputError(f"{row['method']} cannot be chosen here: it has to be fitted, which needs the model.")
         return row
+
+    def _parts(self, row: dict[str, Any], window: int = DEFAULT_WINDOW) -> dict[str, Any]:
+        """What the selection has to be for a cache, as `Advice.code` makes it."""
+        bits = number_of_bits(row["bits"])
+        exact = {"sinks": DEFAULT_SINKS, "window": window, "own_bits": {}}
+        return {"method": row["method"], "key_bits": bits, "value_bits": bits} | exact
+
+    def _choice(self, row: dict[str, Any], window: int = DEFAULT_WINDOW) -> Choice:
+        return self.selection.changed(**self._parts(row, window))
 
     def _reference(self, progress: Progress) -> Reference:
         if self._exact is None:
