@@ -57,7 +57,8 @@ def compare(
 ) -> pl.DataFrame:
     """Measure every method at those of ``bits`` that it has, and mlx-lm's quantized cache: a row each, `COMPARED`.
 
-    With ``methods`` only those of ours.
+    With ``methods`` only those of ours. Another processor or number of threads sums in another order, which moves some
+    codes over an edge: divergences were then up to 2 % apart.
     A method that takes fractions has a quarter of a bit more, as most others have with their scales. Every token is
     compressed, and is read through its codes; with ``sinks`` all but so many first ones, in our caches, and no times
     are taken. Methods that need it are calibrated on their usual text. A cache that this model cannot have is left out;
