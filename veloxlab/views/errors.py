@@ -234,7 +234,8 @@ def attention_maps(
         own, first, words = marks.only(kind=kind), kind == "exact", KINDS[kind]
         size = own.transform_calculate(size="isValid(datum.weight) ? abs(datum.weight) : null")
         left = {"nice": False, "reverse": True, "tickCount": 4, "labels": first, "minExtent": 40 if first else 0}
-        cells = columns.on_log_scale(size, "size", WEIGHTS).mark_rect(cursor="pointer")
+        # no words on each of 630 cells for a screen reader: the caption says what matters
+        cells = columns.on_log_scale(size, "size", WEIGHTS).mark_rect(cursor="pointer", aria=False)
         cells = cells.encode(
             x=columns.x("key", "" if kind == "compressed" else None, nice=False, tickCount=4),
             x2=alt.X2("key_end:Q"),

@@ -119,10 +119,10 @@ def attended_keys(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart
     along = along.encode(x=columns.x("key", nice=False), x2=alt.X2("key_end:Q"))
     axis = {"type": "log", "domain": WEIGHTS, "nice": False, "values": columns.log_ticks(WEIGHTS)}
     exact, ours = (columns.y(f"{side}_side:Q", "weight", labelExpr=columns.LABEL, **axis) for side in SIDES)
-    line = marks.layered(
-        along.mark_rect(color=SIDES["exact"], opacity=0.4).encode(y=exact, y2=alt.value("height")),
-        along.mark_rule(color=SIDES["compressed"], strokeWidth=2).encode(y=ours),
-        along.mark_rect(opacity=0).encode(tooltip=columns.tips("key weight exact_weight error")),
+    line = marks.layered(  # no words on each block for a screen reader: those of the keys below say what matters
+        along.mark_rect(color=SIDES["exact"], opacity=0.4, aria=False).encode(y=exact, y2=alt.value("height")),
+        along.mark_rule(color=SIDES["compressed"], strokeWidth=2, aria=False).encode(y=ours),
+        along.mark_rect(opacity=0, aria=False).encode(tooltip=columns.tips("key weight exact_weight error")),
     )
     told = columns.tips("said state weight exact_weight error")
     listing = _beside(marks.only(kind="key"), WEIGHED, "weight, mean over the query heads", told)
