@@ -428,3 +428,18 @@ def test_doctor_survives_an_mlx_that_cannot_be_imported(monkeypatch):
     check = found("back end")
     assert check.status == "fail"
     assert check.detail.startswith("MLX cannot be imported: ")
+
+
+def test_threads_that_call_openblas_together_share_its_threads(monkeypatch):
+    if (had := runtime.blas_threads()) is None:
+        pytest.skip("OpenBLAS is not loaded")
+    real = runtime.blas_threads
+    monkeypatch.setattr(runtime, "blas_threads", lambda: 4)
+    with runtime.blas_shared_by(2):
+        assert real() == 2
+    assert real() == 4
+    with runtime.blas_shared_by(8):
+        assert real() == 1
+    monkeypatch.setattr(runtime, "blas_threads", lambda: had)
+    with runtime.blas_shared_by(1):  # leaves it as it was
+        assert real() == had

@@ -15,7 +15,7 @@ import sys
 import timeit
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, files, version
@@ -115,6 +115,24 @@ def blas_threads() -> int | None:
     """Threads that OpenBLAS has; None where it is not loaded."""
     count = getattr(ctypes.CDLL(None), "openblas_get_num_threads", None)
     return None if count is None else int(count())
+
+
+@contextmanager
+def blas_shared_by(callers: int) -> Iterator[None]:
+    """Give each of so many threads that call OpenBLAS together its share of OpenBLAS's threads, of one at least.
+
+    Else they would wait for each other at each product.
+    """
+    had = blas_threads()
+    if had is None:
+        yield
+        return
+    set_threads = ctypes.CDLL(None).openblas_set_num_threads
+    set_threads(max(1, had // callers))
+    try:
+        yield
+    finally:
+        set_threads(had)
 
 
 def cpu_gflops() -> float:

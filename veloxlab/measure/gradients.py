@@ -167,8 +167,8 @@ def _write_all(
     missing = [not _is_there(*each) for each in zip(said, files, strict=True)]
     forwards, differentiable = Lock(), True
     begun: dict[int, Future[Path]] = {}
-    pool = ThreadPoolExecutor(2)
-    try:
+    with ExitStack() as stack:
+        pool = ThreadPoolExecutor(2)
         for w, (ids, own, file) in enumerate(zip(windows, said, files, strict=True)):
             yield w
             if not missing[w]:
@@ -179,13 +179,13 @@ def _write_all(
                     continue
             differentiable = _write(model, ids, own, file, differentiable)
             if differentiable and not begun and runtime.backend() == "cpu":
+                stack.enter_context(runtime.blas_shared_by(2))
+                stack.callback(pool.shutdown, cancel_futures=True)
                 begun = {
                     later: pool.submit(_write_gradients, model, windows[later], said[later], files[later], forwards)
                     for later in range(w + 1, len(windows))
                     if missing[later]
                 }
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
