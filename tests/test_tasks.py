@@ -235,7 +235,8 @@ def test_the_chart_says_what_is_decisive_and_what_tells_nothing():
     said = task_caption(frame)
     assert "fewer right answers on copy" in said
     assert "sums: the exact cache guesses too" in said
-    assert "No difference is decisive" in task_caption(frame.filter(task="sums"))
+    assert "One context has no interval" in task_caption(frame.filter(task="sums"))
+    assert "No difference is decisive" in task_caption(frame.with_columns(high=pl.lit(0.1)))
     assert next(iter(task_scores(frame).to_dict()["datasets"].values()))[0]["task"] == "copy"
 
 

@@ -250,6 +250,10 @@ def task_caption(frame: pl.DataFrame) -> str:
     guessed = [row["task"] for row in rows if row["chance"] is not None and row["exact"] <= row["chance"]]
     found = {"fewer right answers": worse, "more right answers": better}
     said = " and ".join(f"{words} on {', '.join(names)}" for words, names in found.items() if names)
-    said = f"Compressed, {said}" if said else "No difference is decisive: each interval holds 0"
+    one = all(row["low"] is None for row in rows)
+    none = (
+        "One context has no interval: ask about several" if one else "No difference is decisive: each interval holds 0"
+    )
+    said = f"Compressed, {said}" if said else none
     tells_nothing = f"{', '.join(guessed)}: the exact cache guesses too, so this tells nothing" if guessed else ""
     return f"{marks.sentence(said, tells_nothing)}."
