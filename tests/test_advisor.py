@@ -1,6 +1,7 @@
 """The page of advice: constraints in, a ranked table out, and what its buttons do, on a model of random weights."""
 
 import re
+import threading
 from typing import Any
 
 import polars as pl
@@ -33,8 +34,12 @@ def page(lab):
     return page
 
 
+def button(page, words: str) -> Any:
+    return next(part for said, part in controls(page).items() if said.startswith(words))
+
+
 def pressed(page, words: str) -> None:
-    controls(page)[words].click()
+    button(page, words).click()
     assert page.wait(120)
 
 
@@ -46,7 +51,10 @@ def test_an_eight_billion_model_on_sixteen_gigabytes_is_answered_in_a_sentence(p
     assert page.row["fits"]
     assert page.row["method"] in page._code.value
     assert "predicted" in page._table.value
-    assert controls(page)["Measure the first 3"].disabled
+    assert page.picked == page.advice.best["name"]
+    for words in ("Measure the first 3", "Which layers may go to 2 bits?", "Does the answer change?"):
+        assert button(page, words).disabled
+        assert button(page, words).tooltip == "Only a model that is here can be run: choose 'this model' as the model."
     turn(page, memory_gb=12.0)
     assert page.advice.memory_bytes == 12_000_000_000
 
@@ -75,10 +83,10 @@ def test_what_was_measured_stays_measured_under_other_constraints(page, monkeypa
 
 def test_layers_that_may_have_two_bits_are_found_and_used(page, lab):
     turn(page, picked="turboquant 4 bit")
-    assert controls(page)["Use these layers"].disabled
+    assert button(page, "Use these layers").disabled
     pressed(page, "Which layers may go to 2 bits?")
     assert f"{page.narrow} Judged with everything but the sinks in codes." in page._narrowed.value
-    assert controls(page)["Use these layers"].disabled == (not page.narrow.layers)
+    assert button(page, "Use these layers").disabled == (not page.narrow.layers)
     page.take_narrow()
     assert {layer for layer, bits in lab.layer_bits.items() if bits == (2, 2)} == {*page.narrow.layers}
 
@@ -132,3 +140,48 @@ def test_a_model_that_is_not_here_is_said_and_the_last_advice_stays(page):
     assert "veloxlab-stale" in page._verdict._dom_classes
     turn(page, model=HERE)
     assert "veloxlab-stale" not in page._verdict._dom_classes
+
+
+def test_what_a_running_job_leaves_under_another_model_is_stale(page):
+    """Advice for 8B stayed at full brightness when another model was chosen while a job was ending."""
+    turn(page, model="8B, as Llama 3.1")
+    begun, end = threading.Event(), threading.Event()
+    page.worker.submit("another job", lambda progress: begun.set() or end.wait(60))
+    assert begun.wait(60)
+    page.model = HERE  # its advice waits for that job
+    assert "veloxlab-stale" in page._verdict._dom_classes
+    page.picked = "rabitq 4 bit"  # all is written again, with the old advice
+    assert "4.52 GB for the weights" in page._verdict.value
+    assert "veloxlab-stale" in page._verdict._dom_classes
+    end.set()
+    assert page.wait(60)
+    assert "4.52 GB for the weights" not in page._verdict.value
+    assert "veloxlab-stale" not in page._verdict._dom_classes
+
+
+def test_an_answer_to_another_prompt_is_stale(page):
+    turn(page, prompt="one", picked="turboquant 4 bit")
+    pressed(page, "Does the answer change?")
+    assert "veloxlab-stale" not in page._answered._dom_classes
+    turn(page, prompt="two")
+    assert "veloxlab-stale" in page._answered._dom_classes
+
+
+def test_a_cache_stays_picked_if_it_was_picked_by_hand(page):
+    turn(page, picked=page.advice.best["name"])
+    turn(page, model="70B, as Llama 3.1", memory_gb=60.0)
+    assert page.picked == page.advice.best["name"] != "fp16"
+    turn(page, picked="rabitq 3 bit", memory_gb=64.0)
+    assert page.picked == "rabitq 3 bit"
+
+
+def test_a_button_says_that_it_calibrates_first_and_for_how_long(page):
+    turn(page, picked="fisherquant 4.25 bit")
+    answer = button(page, "Does the answer change?")
+    assert answer.description == "Does the answer change? (calibrates first)"
+    assert "First fisherquant is calibrated, once: about 3 minutes for SmolLM2-135M, longer" in answer.tooltip
+    turn(page, picked="turboquant 4 bit")
+    assert answer.description == "Does the answer change?"
+    turn(page, picked="fp16")
+    assert answer.disabled
+    assert answer.tooltip == "fp16 is not one of our methods: pick another cache for that."

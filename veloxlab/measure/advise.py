@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
@@ -80,7 +80,7 @@ class Advice:
         if method is None:
             return f"mlx_lm.generate(model, tokenizer, prompt, kv_bits={bits:g})"
         given = f"model, {method!r}, bits={bits:g}"
-        if _fitted(self.best):
+        if fitted(self.best):
             first = f"calibration = vl.calibrate(model, tokenizer, {method!r}, bits={bits:g})\n"
             return f"{first}cache = vl.make_cache({given}, calibration=calibration)"
         return f"cache = vl.make_cache({given})"
@@ -94,7 +94,7 @@ class Advice:
         lines = [f"{_said(self.memory_bytes)} of memory: {shares}."]
         verdict = "Take" if self.best["fits"] else "No cache fits; the smallest is"
         lines.append(f"{verdict} {self.best['name']}: {self.best['reason']}")
-        at_once = next((row for row in self.frame.to_dicts() if row["fits"] and not _fitted(row)), self.best)
+        at_once = next((row for row in self.frame.to_dicts() if row["fits"] and not fitted(row)), self.best)
         if at_once["name"] != self.best["name"]:
             lines.append(f"Without a calibration, {at_once['name']}: {at_once['reason']}")
         return "\n".join([*lines, "", self.code])
@@ -164,9 +164,7 @@ def advise(
             row |= {name: before[row["name"]][name] for name in ("kl_mean", "top1_flips", "kind")}
     rows = _ranked(rows)
     if tokenizer is not None and isinstance(model_or_config, Module):
-        first = [row for row in rows if row["fits"] and row["method"]][:most]
-        new = [row for row in first if row["kind"] == "predicted"]
-        _measure(model_or_config, tokenizer, new, tokens, progress)
+        _measure(model_or_config, tokenizer, to_measure(rows, most), tokens, progress)
         rows = _ranked(rows)
     return replace(advice, frame=pl.DataFrame([row | {"reason": _reason(row, advice)} for row in rows], schema=ADVICE))
 
@@ -177,7 +175,7 @@ def _measure(model: Module, tokenizer: Tokenizer, rows: list[dict[str, Any]], to
     for i, row in enumerate(rows):
         progress(i, len(rows), f"measuring {row['name']}")
         settings: dict[str, Any] = {"bits": number_of_bits(row["bits"]), "sinks": DEFAULT_SINKS, "window": 0}
-        if _fitted(row):
+        if fitted(row):
             settings["calibration"] = calibrate(model, tokenizer, row["method"], bits=settings["bits"])
         found = fidelity_to(exact, row["method"], **settings).row(0, named=True)
         row |= {
@@ -219,6 +217,12 @@ def _ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (not row["fits"], row["kl_mean"] if row["fits"] else inf, row["held_bytes"]))
 
 
+def to_measure(rows: Iterable[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """Those of the ``most`` first of our caches that fit which were not measured yet; ``rows``: ranked `ADVICE`."""
+    first = [row for row in rows if row["fits"] and row["method"]][:most]
+    return [row for row in first if row["kind"] == "predicted"]
+
+
 def _reason(row: dict[str, Any], advice: Advice) -> str:
     takes = f"it takes {_said(row['held_bytes'])}"
     if not row["fits"]:
@@ -231,10 +235,11 @@ def _reason(row: dict[str, Any], advice: Advice) -> str:
     if row["method"] and row["sinks"] < DEFAULT_SINKS:
         lost += f", without the {DEFAULT_SINKS} sinks that this cache has"
     verdict = "" if row["kl_mean"] <= bears else f": more than the {bears} that {advice.goal} bears"
-    return f"{takes}, and {lost}{verdict}.{' It needs a calibration, once.' if _fitted(row) else ''}"
+    return f"{takes}, and {lost}{verdict}.{' It needs a calibration, once.' if fitted(row) else ''}"
 
 
-def _fitted(row: dict[str, Any]) -> bool:
+def fitted(row: dict[str, Any]) -> bool:
+    """Whether the cache of a row of `ADVICE` needs a calibration."""
     return row["method"] is not None and METHODS[row["method"]].calibrated
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import ipywidgets
 import polars as pl
@@ -14,14 +14,15 @@ import traitlets as t
 from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW
 from veloxlab.checks import WORDS, choice, number_of_bits, real, whole
 from veloxlab.errors import InputError
-from veloxlab.measure.advise import ADVICE, GOALS, Advice, advise
+from veloxlab.measure.advise import ADVICE, GOALS, Advice, advise, fitted, to_measure
 from veloxlab.measure.generation import prompt_ids, side_by_side
 from veloxlab.measure.narrow import Narrow, narrow_layers
 from veloxlab.measure.quality import Reference, reference
 from veloxlab.runtime import device
 from veloxlab.views.picture import Section
 from veloxlab.widgets.chosen import Checked
-from veloxlab.widgets.layout import CodeLines, broad, button, controls
+from veloxlab.widgets.layout import CodeLines, broad, controls
+from veloxlab.widgets.pages.advice_acts import Act
 from veloxlab.widgets.pages.advice_words import ROWS, advice_table, answer_said
 from veloxlab.widgets.pages.experiment import Experiment
 from veloxlab.widgets.pages.generation import PROMPT
@@ -30,6 +31,8 @@ from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.selection import Bits, Choice, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
+ASKED = ("model", "context", "batch", "memory_gb", "weight_bits", "goal")  # what advice depends on
+DEPENDS = {"advice": ASKED, "narrow": ("model", "goal", "picked"), "answer": ("model", "prompt", "picked")}
 NARROWEST = 2  # bits that layers are tried with
 ANSWER = 64  # tokens of an answer that are compared
 MOST = 3  # caches that are measured together
@@ -50,8 +53,7 @@ class Advisor(Panel):
 
     NAME = "advisor"
     HELP = "13_memory_planner.ipynb#Which cache should I take?"
-    SETTINGS = ("model", "context", "batch", "memory_gb", "weight_bits", "goal", "prompt")
-    ASKED: ClassVar[tuple[str, ...]] = ("model", "context", "batch", "memory_gb", "weight_bits", "goal")
+    SETTINGS = (*ASKED, "prompt")
 
     model = Checked(WORDS, HERE, help="which model: this one, a usual size, or a folder, config.json or cached id")
     context = Checked(whole(1), 32_768, help="tokens of each sequence that the cache has to hold")
@@ -80,15 +82,19 @@ class Advisor(Panel):
         self._measured = pl.DataFrame(schema=ADVICE)  # rows of this model
         self._verdict, self._table, self._code = ipywidgets.HTML(), ipywidgets.HTML(), CodeLines()
         self._narrowed, self._answered = ipywidgets.HTML(), ipywidgets.HTML()
+        self._said = {"advice": [self._verdict, self._table], "narrow": [self._narrowed], "answer": [self._answered]}
+        self._of = dict[str, list[Any]]()  # what the said is of: values of DEPENDS
         self._caches = ipywidgets.Dropdown(description="cache", tooltip=self.traits()["picked"].help.capitalize())
         self._laid_out(
             [self._controls()],
             *(self._verdict, self._acts(), self._narrowed, self._answered, self._table, self._code),
         )
-        self.observe(lambda _: self._ask(), list(self.ASKED))
+        self.observe(lambda _: self._compare_with_chosen(), list({"picked", *self.SETTINGS}))
+        self.observe(lambda _: self._ask(), list(ASKED))
         self.observe(lambda _: self._tell(), "picked")
         self._caches.observe(lambda change: self.set_trait("picked", change["new"] or ""), "value")
         self.follow()
+        self._compare_with_chosen()
         self._ask()
 
     @property
@@ -118,14 +124,13 @@ class Advisor(Panel):
 
     def measure(self) -> None:
         """Ask for what the first caches that fit really lose on the model that is here."""
-        if self.model != HERE:
-            raise InputError(f"Only a model that is here can be measured: choose {HERE!r} as the model.")
+        self._check_here()
         self._ask(measure=True)
 
     def try_narrow(self) -> None:
         """Ask which layers of the picked cache may go to 2 bits on the model that is here."""
         self.selection.fitting.held.clear()
-        row, limit = self._coded_row(), GOALS[self.goal]
+        row, limit, asked = self._row_to_run(), GOALS[self.goal], self._chosen_for("narrow")
 
         def job(progress: Progress) -> Narrow:
             choice = self._choice(row, window=0)
@@ -139,15 +144,15 @@ class Advisor(Panel):
             self.narrow = found
             said = f"{found} Judged with everything but the sinks in codes."
             self._narrowed.value = f"<b>{html.escape(row['name'])}</b>: {html.escape(said)}"
-            self._narrow_of = row
-            self._use_narrow.disabled = not found.layers
+            self._narrow_of, self._of["narrow"] = row, asked
+            self._compare_with_chosen()
 
         self._submit("narrow", job, on_done=done, first=True)
 
     def take_narrow(self) -> None:
         """Set the controls of all pages to the picked cache with the layers that may have fewer bits."""
-        if self.narrow is None:
-            raise InputError("No layers were tried yet: press the button that tries them.")
+        self._check_narrow()
+        assert self.narrow is not None
         bits = number_of_bits(self._narrow_of["bits"])
         own: dict[int, Bits] = dict.fromkeys(self.narrow.layers, (NARROWEST, NARROWEST))
         self.selection.choose(method=self._narrow_of["method"], key_bits=bits, value_bits=bits, own_bits=own)
@@ -156,7 +161,7 @@ class Advisor(Panel):
     def compare_answers(self) -> None:
         """Ask whether the answer to the prompt changes with the picked cache, as the code makes it."""
         self.selection.fitting.held.clear()
-        row, prompt = self._coded_row(), self.prompt
+        row, prompt, asked = self._row_to_run(), self.prompt, self._chosen_for("answer")
 
         def job(progress: Progress) -> str:
             choice = self._choice(row)
@@ -169,8 +174,40 @@ class Advisor(Panel):
 
         def done(said: str) -> None:
             self._answered.value = f"<b>{html.escape(row['name'])}</b>: {said}"
+            self._of["answer"] = asked
+            self._compare_with_chosen()
 
         self._submit("answer", job, on_done=done, first=True)
+
+    def _check_here(self) -> None:
+        if self.model != HERE:
+            raise InputError(f"Only a model that is here can be run: choose {HERE!r} as the model.")
+
+    def _check_narrow(self) -> list[str]:
+        if self.narrow is None:
+            raise InputError("No layers were tried yet: press the button that tries them.")
+        if not self.narrow.layers:
+            raise InputError(str(self.narrow))
+        return []
+
+    def _fits_none(self) -> list[str]:
+        self._coded_row()
+        return []
+
+    def _fits(self, *more: float) -> list[str]:
+        """The method of the picked cache, if it has to be fitted before this model runs with it."""
+        row, fitting = self._row_to_run(), self.selection.fitting
+        ready = all(fitting.is_ready(row["method"], width) for width in (number_of_bits(row["bits"]), *more))
+        return [] if ready else [row["method"]]
+
+    def _fits_measured(self) -> list[str]:
+        self._check_here()
+        rows = [] if self.advice is None else to_measure(self.advice.frame.to_dicts(), MOST)
+        return [row["method"] for row in rows if fitted(row)]
+
+    def _row_to_run(self) -> dict[str, Any]:
+        self._check_here()
+        return self._coded_row()
 
     def _coded_row(self) -> dict[str, Any]:
         row = self.row
@@ -197,7 +234,7 @@ class Advisor(Panel):
 
     def _ask(self, *, measure: bool = False) -> None:
         """Ask for advice; an older request is dropped."""
-        self._stale(True)
+        asked = self._chosen_for("advice")
         here, measured = self.model == HERE, None
         if here and self._measured.height:
             measured = self._measured
@@ -214,24 +251,31 @@ class Advisor(Panel):
         def done(advice: Advice) -> None:
             if here:
                 self._measured = advice.frame.filter(kind="measured")
+            self._of["advice"] = asked
             self._show(advice)
 
         self._submit("advice", job, on_done=done)
 
     def _show(self, advice: Advice) -> None:
+        by_hand = self.advice is not None and self.picked != self.advice.best["name"]
         self.advice = advice
         names = advice.frame["name"].to_list()
-        usable = [row["name"] for row in advice.frame.to_dicts() if row["fits"] and row["method"]]
-        picked = self.picked if self.picked in names else next(iter(usable), names[0])
+        picked = self.picked if by_hand and self.picked in names else advice.best["name"]
         self._caches.options = names
         self._caches.value = picked
         self.say("")
         self._tell()
 
-    def _stale(self, stale: bool) -> None:
-        faded = "veloxlab-stale"
-        for part in (self._verdict, self._table):
-            (part.add_class if stale else part.remove_class)(faded)
+    def _chosen_for(self, part: str) -> list[Any]:
+        return [getattr(self, name) for name in DEPENDS[part]]
+
+    def _compare_with_chosen(self) -> None:
+        """Fade what is of other settings than the chosen ones, and say at each button whether it can act on these."""
+        for part, of in self._of.items():
+            for said in self._said[part]:
+                (said.remove_class if of == self._chosen_for(part) else said.add_class)("veloxlab-stale")
+        for act in self._buttons:
+            act.look()
 
     def _tell(self) -> None:
         """Write the verdict, the table and the code of the picked cache."""
@@ -244,11 +288,7 @@ class Advisor(Panel):
         self._verdict.value = f"<div class='veloxlab-verdict'>{lines}<br>{html.escape(reason)}</div>"
         self._table.value = advice_table(advice.frame, self.picked)
         self._code.value = self._lines()
-        for one in self._on_methods:
-            one.disabled = row["method"] not in self.selection.methods
-        for one in self._on_model:
-            one.disabled = self.model != HERE
-        self._stale(False)
+        self._compare_with_chosen()
 
     def _lines(self) -> str:
         assert self.advice is not None
@@ -271,27 +311,27 @@ class Advisor(Panel):
     def _acts(self) -> ipywidgets.Widget:
         prompt = self._control(ipywidgets.Textarea, "prompt", "your chat", rows=2, continuous_update=False)
         acts = {
-            "Set the controls": ("All pages then show the picked cache", self.take),
-            f"Measure the first {MOST}": (
-                "Run this model with them, after a calibration where one is needed",
-                self.measure,
-            ),
+            "Set the controls": ("All pages then show the picked cache", self.take, self._fits_none),
+            f"Measure the first {MOST}": ("Run this model with them", self.measure, self._fits_measured),
             f"Which layers may go to {NARROWEST} bits?": (
                 "Try each layer of this model, then many together",
                 self.try_narrow,
+                lambda: self._fits(NARROWEST),
             ),
-            "Use these layers": ("Give the layers that were found fewer bits, on all pages", self.take_narrow),
+            "Use these layers": (
+                "Give the layers that were found fewer bits, on all pages",
+                self.take_narrow,
+                self._check_narrow,
+            ),
             "Does the answer change?": (
                 "Answer the chat with the exact cache and with this one",
                 self.compare_answers,
+                self._fits,
             ),
         }
-        made = [button(words, tip, partial(self._saying, act), width="auto") for words, (tip, act) in acts.items()]
-        take, measure, narrow, self._use_narrow, answer = made
-        self._use_narrow.disabled = True
-        self._on_methods = [take, narrow, answer]
-        self._on_model = [measure]
-        return controls(self._caches, take, measure, narrow, self._use_narrow, broad(prompt), answer)
+        self._buttons = [Act(words, tip, partial(self._saying, act), fits) for words, (tip, act, fits) in acts.items()]
+        *made, answer = (act.button for act in self._buttons)
+        return controls(self._caches, *made, broad(prompt), answer)
 
     @t.default("memory_gb")
     def _memory_here(self) -> float:

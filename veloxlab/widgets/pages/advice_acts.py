@@ -1,0 +1,38 @@
+"""A button of the page of advice: it says why it cannot act, or what it has to fit first and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from veloxlab.codecs import find_method
+from veloxlab.errors import InputError
+from veloxlab.widgets.layout import button
+
+FIRST = " (calibrates first)"
+
+
+def fit_said(method: str) -> str:
+    """What fitting a method takes, by the times of SmolLM2-135M (`veloxlab.measure.calibrate.calibrate`)."""
+    seconds = "about 3 minutes" if find_method(method).planned else "20 seconds to 3 minutes at each width"
+    return f"First {method} is calibrated, once: {seconds} for SmolLM2-135M, longer for a larger model."
+
+
+class Act:
+    """``fits`` gives the methods that have to be fitted first; it raises `InputError` where the button cannot act."""
+
+    def __init__(
+        self, words: str, tip: str, act: Callable[[], object], fits: Callable[[], Iterable[str]] = tuple
+    ) -> None:
+        self.words, self.tip, self.fits = words, tip, fits
+        self.button = button(words, tip, act, width="auto")
+
+    def look(self) -> None:
+        """Bring the button to what is chosen."""
+        try:
+            fits = sorted(set(self.fits()))
+        except InputError as error:
+            self.button.disabled, self.button.tooltip, self.button.description = True, str(error), self.words
+            return
+        said = " ".join([f"{self.tip}.", *map(fit_said, fits)])
+        words = f"{self.words}{FIRST if fits else ''}"
+        self.button.disabled, self.button.tooltip, self.button.description = False, said, words
