@@ -58,6 +58,29 @@ def test_a_page_is_made_when_it_is_opened_and_once(lab, page):
     assert lab.turn_to(page) is first
 
 
+def test_to_cancel_the_work_that_a_page_waits_for_brings_the_page(lab):
+    if "errors" in lab.pages:
+        lab.pages["errors"].close()
+    started, pressed, ended = threading.Event(), threading.Event(), []
+
+    def work(progress):
+        started.set()
+        pressed.wait(60)
+        progress(1, 2, "long work")
+        ended.append("work")
+
+    lab.worker.submit("long", work)
+    assert started.wait(60)
+    lab.page = "errors"
+    words, bar = lab._places["errors"].children
+    assert "or cancelled" in words.value
+    bar.children[2].click()
+    pressed.set()
+    assert lab.wait(120)
+    assert ended == []
+    assert lab._places["errors"].children == (lab.pages["errors"],)
+
+
 @pytest.mark.parametrize("page", NAMES)
 def test_a_page_that_was_closed_is_made_anew_and_shows_what_is_chosen_and_measured(lab, page):
     turn(lab, method="rabitq")

@@ -406,15 +406,81 @@ def test_the_bar_follows_and_its_button_cancels(worker, news):
     assert label.value == "layer 1 (1 of 2)"
     assert fill.layout.visibility == button.layout.visibility == "visible"
     button.click()
+    assert (button.description, button.disabled) == ("Cancelling…", True)
+    bar.activate(True)  # as a page that is turned to does
+    assert (button.description, button.disabled) == ("Cancelling…", True)
     go.set()
     idle(worker)
     assert label.value == "cancelled"
+    assert not button.disabled
     assert (fill.layout.visibility, button.layout.visibility, button.description) == ("hidden", "visible", "Retry")
     button.click()
     idle(worker)
     assert fill.value == 1
     assert fill.layout.visibility == button.layout.visibility == "hidden"
     assert repr(bar) == "ProgressBar(test-worker)"
+
+
+def test_the_bar_waits_for_the_end_of_what_runs_when_all_is_cancelled(worker):
+    bar, held = ProgressBar(worker), Held()
+    fill, _, button = bar.children
+    worker.submit("held", held)
+    assert held.started.wait(PATIENCE)
+    seen = []
+    worker.watch(lambda status: seen.append((status.key, status.state, fill.layout.visibility)))
+    worker.submit("waits", lambda _: None)
+    button.click()
+    idle(worker)
+    assert ("waits", "cancelled", "visible") in seen  # it waited; what runs has not ended
+    assert ("held", "cancelled", "hidden") in seen
+
+
+def test_a_bar_that_comes_late_shows_what_runs_and_cancels_it(worker):
+    started, go = threading.Event(), threading.Event()
+
+    def job(progress: Progress) -> None:
+        progress(1, 4, "a long step")
+        started.set()
+        go.wait(PATIENCE)
+        progress.check()
+
+    worker.submit("key", job)
+    assert started.wait(PATIENCE)
+    fill, label, button = ProgressBar(worker).children
+    assert (fill.layout.visibility, label.value) == ("visible", "a long step (1 of 4)")
+    button.click()
+    go.set()
+    idle(worker)
+    assert label.value == "cancelled"
+
+
+def test_retry_is_offered_until_something_else_is_asked(worker):
+    bar, held = ProgressBar(worker), Held()
+    button = bar.children[2]
+    worker.submit("held", held)
+    assert held.started.wait(PATIENCE)
+    button.click()
+    idle(worker)
+    assert button.description == "Retry"
+    worker.submit("ahead", lambda _: None, ahead=True)  # for which nobody asked
+    idle(worker)
+    assert button.description == "Retry"
+    worker.submit("other", lambda _: None)
+    idle(worker)
+    assert not worker.can_retry
+    assert button.layout.visibility == "hidden"
+
+
+def test_what_is_kept_goes_on_waiting_when_all_is_cancelled(worker, news):
+    held, ran = Held(), []
+    worker.submit("held", held)
+    assert held.started.wait(PATIENCE)
+    worker.submit("kept", lambda _: ran.append("kept"), kept=True)
+    worker.submit("other", lambda _: ran.append("other"))
+    worker.cancel()
+    idle(worker)
+    assert ran == ["kept"]
+    assert {s.key for s in news if s.state == "cancelled"} == {"held", "other"}
 
 
 def test_the_bar_shows_the_sentence_of_an_error_until_the_next_job(worker):
@@ -431,7 +497,7 @@ def test_the_bar_shows_the_sentence_of_an_error_until_the_next_job(worker):
     assert bar.children[1].value == ""
 
 
-def test_only_what_was_cancelled_and_not_asked_for_since_is_asked_for_again(worker):
+def test_all_that_was_cancelled_is_asked_for_again_but_what_ran_ahead_or_belongs_to_a_closed_page(worker):
     gate, ran = threading.Event(), []
     worker.submit("first", lambda _: gate.wait(PATIENCE))
     for key in ("second", "third"):
@@ -440,14 +506,13 @@ def test_only_what_was_cancelled_and_not_asked_for_since_is_asked_for_again(work
     worker.submit("closed", lambda _: ran.append("closed"))
     worker.cancel("closed")  # of a page that is gone
     worker.cancel()
-    worker.submit("second", lambda _: ran.append("newer"))
     gate.set()
     idle(worker)
-    assert ran == ["newer"]
+    assert ran == []
     assert worker.can_retry
     worker.retry()
     idle(worker)
-    assert ran == ["newer", "third"]
+    assert {*ran} == {"second", "third"}
     assert not worker.can_retry
 
 

@@ -51,7 +51,7 @@ PAGES: dict[str, tuple[str, Callable[[Lab], Panel]]] = {
     "memory": ("Memory", lambda lab: memory.MemoryPlanner(lab.experiment.model, runs=lab.points, **lab.shared)),
 }
 NAMES = tuple(PAGES)
-WAITING = "<em>This page is made when the present work is done.</em>"
+WAITING = "<em>This page is made when the present work is done, or cancelled.</em>"
 
 
 def _of(page: str, name: str) -> Any:  # noqa: ANN401 - a property
@@ -156,7 +156,8 @@ class Lab(Experimenter, OfExperiment, OfLayers):
                 progress(0, 1, "measuring what the page shows first")
                 return PAGES[name][1](self)
 
-            self._submit(f"page {name}", make, on_done=lambda panel: self._show_page(name, panel))
+            order = {"first": True, "kept": True}  # to cancel the work that it waits for brings the page
+            self._submit(f"page {name}", make, on_done=lambda panel: self._show_page(name, panel), **order)
 
     def _settle(self, timeout: float | None = None) -> bool:
         return all(panel._settle(timeout) for panel in self.pages.values() if panel.active)

@@ -84,7 +84,7 @@ def loosen(whole: ipywidgets.Widget) -> None:
             part.comm.on_msg(weakly(part._handle_msg))
 
 
-def weakly(method: Callable[..., Any]) -> Callable[..., None]:
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     """A function that calls a bound method as long as its object is there, and does not keep the object."""
     reference = WeakMethod(method)
     return lambda *given: call(*given) if (call := reference()) is not None else None

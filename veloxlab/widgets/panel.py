@@ -115,7 +115,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         return tuple(self.named.values())
 
     def _submit(self, key: str, job: Job, *, on_done: Callable[[Any], None] = lambda _: None, **order: bool) -> None:
-        """Ask for a job of the worker; ``order`` is its ``ahead`` and ``first``."""
+        """Ask for a job of the worker; ``order`` is its ``ahead``, ``first`` and ``kept``."""
         key = f"{self.NAME}: {key}"
         self._keys.add(key)
         self.worker.submit(key, job, on_done=on_done, on_error=weakly(self.say), **order)
@@ -140,8 +140,10 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
 
     def progress(self, **layout: Any) -> ProgressBar:
         """A bar of the worker, which can begin again what was cancelled."""
-        fitting, worker = self.selection.fitting, self.worker
-        return ProgressBar(worker, weakly(self.retry), lambda: worker.can_retry or bool(fitting.held), **layout)
+        return ProgressBar(self.worker, weakly(self.retry), weakly(self._can_retry), **layout)
+
+    def _can_retry(self) -> bool:
+        return self.worker.can_retry or bool(self.selection.fitting.held)
 
     def retry(self) -> None:
         """Ask again for what was cancelled."""

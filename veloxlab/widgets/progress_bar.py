@@ -27,21 +27,23 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
         self,
         worker: Worker,
         retry: Callable[[], None] | None = None,
-        can_retry: Callable[[], bool] | None = None,
+        can_retry: Callable[[], object] | None = None,
         **layout: Any,
     ) -> None:
-        self._worker, self._moved, self._busy = worker, 0.0, False
+        self._worker, self._moved, self._busy = worker, 0.0, ""  # the kind of job that runs
         self._newest: Status | None = None
         self._active, self._changing = True, threading.Lock()
         self._retry = retry or worker.retry
         self._can_retry = can_retry or (lambda: worker.can_retry)
         self._bar = ipywidgets.FloatProgress(0, min=0, max=1, layout={"flex": "0 1 180px", "margin": "0 8px 0 0"})
         self._label = ipywidgets.Label(layout={"flex": "1 1 auto", "min_width": "0"})
-        self._button = button("Cancel", "", self._pressed, width="80px")
+        self._button = button("Cancel", "", self._pressed, width="90px")
         layout = {"align_items": "center", "height": "28px", "overflow": "hidden", **layout}
         super().__init__([self._bar, self._label, self._button], layout=layout)
-        self._show(busy=False)
+        self._show()
         self._unwatch = worker.watch(weakly(self._follow))
+        if (now := worker.newest) is not None:
+            self._follow(now)
 
     def close(self) -> None:
         self._unwatch()
@@ -70,21 +72,28 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
             self._bar.bar_style = ""
             self._bar.value = status.done / status.total if status.total else 0
             self._label.value = f"{status.label} ({status.done} of {status.total})" if status.total else "starting"
-            self._show(busy=True, what=status.key)
-        elif status.state in ("done", "cancelled", "failed"):
+            self._show(status.key)
+        elif status.state in ("done", "cancelled", "failed") and self._busy in ("", status.key):
             self._label.value = {"failed": status.label, "cancelled": "cancelled"}.get(status.state, "")
             self._bar.bar_style = "danger" if status.state == "failed" else ""
-            self._show(busy=False)
+            self._show()
 
-    def _show(self, *, busy: bool, what: str = "") -> None:
+    def _show(self, busy: str = "") -> None:
         again = not busy and self._can_retry()
         self._busy = busy
         self._bar.layout.visibility = "visible" if busy else "hidden"
         self._button.layout.visibility = "visible" if busy or again else "hidden"
-        self._button.description = "Retry" if again else "Cancel"
+        self._tell_button("Retry" if again else "Cancelling\u2026" if busy and self._worker.is_ending else "Cancel")
         self._button.tooltip = (
-            "Begin again what was cancelled" if again else f"Stop {what!r}, which runs, and all that waits"
+            "Begin again what was cancelled" if again else f"Stop {busy!r}, which runs, and all that waits"
         )
 
+    def _tell_button(self, words: str) -> None:
+        self._button.description, self._button.disabled = words, words == "Cancelling\u2026"
+
     def _pressed(self) -> None:
-        (self._worker.cancel if self._busy else self._retry)()
+        with self._changing:
+            busy = self._busy
+            if busy:
+                self._tell_button("Cancelling\u2026")  # before the job's end is told, which a step may be far from
+        (self._worker.cancel if busy else self._retry)()

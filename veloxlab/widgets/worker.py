@@ -75,6 +75,7 @@ class Request:
     on_error: Callable[[str], None]
     ahead: bool
     first: bool
+    kept: bool = False  # while it waits, when everything is cancelled
     unwanted: threading.Event = field(default_factory=threading.Event)
     why: State = "cancelled"  # it is unwanted
 
@@ -91,7 +92,8 @@ class Line:
 
     def forget(self, key: str | None, why: State) -> list[Status]:
         """Make the jobs of a key, or all, unwanted, and give the news of those that did not start."""
-        waiting = [self.waiting.pop(each) for each in [*self.waiting] if key in (None, each)]
+        spared = {each for each, request in self.waiting.items() if request.kept and key is None and not self.closed}
+        waiting = [self.waiting.pop(each) for each in [*self.waiting] if key in (None, each) and each not in spared]
         running = [self.running] if self.running is not None and key in (None, self.running.key) else []
         for request in waiting + running:
             request.why = why
@@ -139,6 +141,7 @@ class Worker:
     def __init__(self, name: str = "veloxlab-worker") -> None:
         self.name = name
         self.last_error: BaseException | None = None
+        self.newest: Status | None = None  # of the job that runs, for who comes to watch while it does
         self._line = Line()
         self._started = False
         self._listeners: list[Callable[[Status], None]] = []
@@ -154,20 +157,23 @@ class Worker:
         on_error: Callable[[str], None] = lambda sentence: None,
         ahead: bool = False,
         first: bool = False,
+        kept: bool = False,
     ) -> None:
         """Ask for a job; an older one of the same key is dropped, or cancelled if it runs.
 
         ``on_done`` is given what the job returns, unless it was overtaken meanwhile; ``on_error`` a sentence if the job
         or ``on_done`` raises. A job that runs ``ahead`` has low priority: it begins after a quiet moment, makes way for
-        any other job and begins anew behind it. One that comes ``first`` passes all that wait.
+        any other job and begins anew behind it. One that comes ``first`` passes all that wait. One that is ``kept``
+        goes on waiting when everything is cancelled. A job that does not run ahead ends the offer to `retry` others.
         """
         line = self._line
         with line.changed:
             if line.closed:
                 raise InputError(f"The worker {self.name!r} is closed: make a new one.")
-            self._stopped.pop(key, None)
+            if not ahead:
+                self._stopped.clear()
             dropped = line.forget(key, "overtaken")
-            line.waiting[key] = Request(self._run, key, job, on_done, on_error, ahead, first)
+            line.waiting[key] = Request(self._run, key, job, on_done, on_error, ahead, first, kept)
             line.asked = time.monotonic()
             running = line.running
             if running is not None and running.ahead and not ahead and not running.unwanted.is_set():
@@ -186,10 +192,16 @@ class Worker:
         with line.changed:
             self._stopped.pop(str(key), None)
             for each in [*line.waiting.values(), line.running] if key is None else []:
-                if each is not None and not each.ahead and not each.unwanted.is_set():
+                if each and not (each.ahead or each.unwanted.is_set() or (each.kept and each is not line.running)):
                     self._stopped[each.key] = each.job, each.on_done, each.on_error
             dropped = line.forget(key, "cancelled")
         self._tell(*dropped)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the job that runs was cancelled, and has not noticed it yet."""
+        running = self._line.running
+        return running is not None and running.unwanted.is_set() and running.why == "cancelled"
 
     @property
     def can_retry(self) -> bool:
@@ -225,7 +237,7 @@ class Worker:
         self._tell(*self._line.close())
 
     def _run(self, request: Request) -> None:
-        outcome = self._outcome(request)
+        outcome, self.newest = self._outcome(request), None
         with self._line.changed:
             if outcome.state == "waiting":
                 outcome = replace(outcome, state=request.why)  # it may have been cancelled since
@@ -234,11 +246,11 @@ class Worker:
         self._tell(outcome)
 
     def _outcome(self, request: Request) -> Status:
-        newest = Status(request.key, "running")
+        newest = self.newest = Status(request.key, "running")
 
         def tell(done: int, total: int, label: str) -> None:
             nonlocal newest
-            newest = Status(request.key, "running", done, total, label)
+            newest = self.newest = Status(request.key, "running", done, total, label)
             self._tell(newest)
 
         self._tell(newest)

@@ -147,6 +147,9 @@ class ChartPage(Panel):
         self._cancelled.clear()  # who turns a knob asks again
         super()._selected(change)
 
+    def _can_retry(self) -> bool:
+        return super()._can_retry() or (not self._complete and bool(self._cancelled))
+
     def retry(self) -> None:
         self._cancelled.clear()
         super().retry()
