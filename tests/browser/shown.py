@@ -51,7 +51,9 @@ class Shown:
         self.page, self.box, self.charts = page, box, f"{box} svg.marks"
         # a mark may move, and neither a word nor the length of the picture change with it
         self._pictures = f"[...document.querySelectorAll('{self.charts}')].map((chart) => chart.innerHTML)"
-        self._bar = f"document.querySelector('{box} .widget-hprogress')?.style.visibility"
+        # the open page's: those of hidden pages stand still
+        bars = f"[...document.querySelectorAll('{box} .widget-hprogress')]"
+        self._bar = f"{bars}.find((bar) => bar.offsetParent !== null)?.style.visibility"
 
     def drawn(self, count: int) -> None:
         """Wait for so many charts, and from then on note when a person acts and when a chart last changed."""
