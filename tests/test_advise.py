@@ -14,6 +14,7 @@ from veloxlab import cli
 from veloxlab.codecs import METHODS
 from veloxlab.errors import InputError
 from veloxlab.measure.advise import ADVICE, GOALS
+from veloxlab.models.shapes import shape_of, usual_size
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -124,6 +125,54 @@ def test_the_command_prints_it_for_a_configuration(tmp_path, capsys):
     assert told.startswith("2.00 GB of memory: ")
     assert "\nTake fp16: it takes 0.03 GB, and loses nothing.\n" in told
     assert "| fp16 | 33.6 | " in told
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("llama 3 8b", "8B, as Llama 3.1"),
+        ("Llama-3.1-70B", "70B, as Llama 3.1"),
+        ("qwen2.5 14b", "14B, as Qwen 2.5"),
+        ("1B", "1B, as Llama 3.2"),
+        ("llama 3.1", ""),  # two
+        ("someone/llama-8b", ""),
+        ("", ""),
+        (",", ""),
+    ],
+)
+def test_a_usual_size_has_all_of_the_words_and_is_the_only_one(words, name):
+    assert usual_size(words) == name
+
+
+def test_a_folder_of_that_name_goes_before_a_usual_size(tmp_path, monkeypatch):
+    (tmp_path / "8b").mkdir()
+    (tmp_path / "8b" / "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": 1}))
+    monkeypatch.chdir(tmp_path)
+    assert len(shape_of("8b").caches) == 1
+
+
+def test_an_unknown_model_is_told_of_the_sizes_once_and_of_code_that_works():
+    with pytest.raises(InputError) as refused:
+        vl.advise("some 8b")
+    assert str(refused.value).count("8B, as Llama 3.1") == 1
+    code = str(refused.value).rpartition(": ")[2].removesuffix(".")
+    assert eval(code, {"vl": vl}).weights_bytes == 4.5e9
+
+
+@pytest.mark.parametrize(("context", "said"), [(8192, False), (8193, True)])
+def test_a_context_beyond_what_the_model_was_made_for_is_said(context, said):
+    shape = replace(LAYER, trained_tokens=8192)
+    advice = vl.advise(shape, context=context, weights="1 GB", memory="4 GB")
+    assert (f"up to 8,192 tokens: what it says in a context of {context:,} is not" in str(advice)) == said
+
+
+def test_the_command_takes_a_usual_size_and_thousands_of_tokens(capsys):
+    assert cli.main(["advise", "llama 8b", "--context", "128k", "--memory", "16 GB"]) == 0
+    expected = vl.advise("8B, as Llama 3.1", context=131_072, memory="16 GB")
+    assert capsys.readouterr().out.startswith(f"'llama 8b' is taken as '8B, as Llama 3.1'.\n{expected}\n\n| cache |")
+    with pytest.raises(SystemExit):
+        cli.main(["advise", "8b", "--context", "many"])
+    assert "many is not a number of tokens: give 32768 or 32k" in capsys.readouterr().err
 
 
 def test_what_was_measured_without_the_sinks_of_the_cache_is_said():

@@ -13,9 +13,10 @@ from tests.letters import Letters
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
 from veloxlab.measure.generation import side_by_side
+from veloxlab.models.shapes import SIZES
 from veloxlab.widgets.pages import advise
 from veloxlab.widgets.pages.advice_words import answer_said
-from veloxlab.widgets.pages.memory import HERE, SIZES
+from veloxlab.widgets.pages.memory import HERE
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,14 @@ def test_a_model_that_is_not_here_is_said_and_the_last_advice_stays(page):
     assert "veloxlab-stale" in page._verdict._dom_classes
     turn(page, model=HERE)
     assert "veloxlab-stale" not in page._verdict._dom_classes
+
+
+def test_a_size_is_found_by_words_of_its_name(page):
+    turn(page, model="llama 3 8b", context=131_072)
+    assert "&#x27;llama 3 8b&#x27; is taken as &#x27;8B, as Llama 3.1&#x27;." in page._message.value
+    assert page.advice.frame.equals(vl.advise(SIZES["8B, as Llama 3.1"], context=131_072, memory="16 GB").frame)
+    turn(page, context=131_073)
+    assert "The model was made for texts of up to 131,072 tokens" in page._verdict.value
 
 
 def test_what_a_running_job_leaves_under_another_model_is_stale(page):

@@ -109,6 +109,14 @@ def _layers(word: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{word} is not a list of layers: give 0 or 0,-1, or none") from None
 
 
+def _tokens(word: str) -> int:
+    number, thousands, _ = word.lower().partition("k")
+    try:
+        return int(number) * 1024 if thousands else int(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{word} is not a number of tokens: give 32768 or 32k") from None
+
+
 MODEL = _one("--model", "name, .gguf file, folder or repo id", default="smollm2-135m")
 OUT = _one("--out", "output folder", Path, Path("results"))
 FILE = _one("--json", "output file for the results", Path, metavar="FILE", dest="file")
@@ -134,8 +142,8 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
     "advise": (
         "say which cache to take for a model, a context and a memory",
         measurements.advise_cache,
-        _one("model", "smollm2-135m, a .gguf file, a config.json or its folder, or a cached repo id"),
-        _one("--context", "tokens of each sequence", int, 32_768),
+        _one("model", "smollm2-135m, a .gguf file, a config.json or its folder, a cached repo id, or a size: 8B"),
+        _one("--context", "tokens of each sequence; 32k is 32768", _tokens, 32_768),
         _one("--memory", 'of the machine, such as "16 GB" (default: this device\'s)'),
         _one("--goal", "what the text is for: chat, retrieval or draft", default="chat"),
         _one("--weights", 'size of the weights, such as "4.5 GB" (default: from the model)'),
@@ -160,7 +168,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         _many("--tasks", "names of tasks; lm_eval:NAME for one of lm-evaluation-harness", default=[*TASKS]),
         _one("--own", "questions of your own too: a file of JSON lines", Path, None, metavar="FILE"),
         _one("--questions", "questions of each task", int, 32),
-        _one("--context", "tokens before a question", int, 512),
+        _one("--context", "tokens before a question", _tokens, 512),
     ),
     "compare": (
         "measure quality, memory and time of all caches on WikiText-2",

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 def advise_cache(model: str, **given: Any) -> None:
     """Print which cache to take, and all that come into question."""
     import veloxlab as vl
+    from veloxlab.models.shapes import taken_as
 
     advice = vl.advise(model, **given)
-    print(f"{advice}\n\n{tables.advice_table(advice.frame)}")
+    print("\n".join(filter(None, [taken_as(model), f"{advice}\n", tables.advice_table(advice.frame)])))
 
 
 def ask_tasks(

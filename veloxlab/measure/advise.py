@@ -65,6 +65,7 @@ class Advice:
     weights_bytes: int
     room_bytes: int  # for the cache: what weights, system and other programs leave
     frame: pl.DataFrame  # a row a cache, best first: `ADVICE`
+    trained_tokens: int = 0  # the longest text that the model was made for; 0 where that is not known
 
     @property
     def best(self) -> dict[str, Any]:
@@ -92,6 +93,9 @@ class Advice:
         uses = ((self.weights_bytes, "for the weights"), (system, "for the system"), (left, "for the cache"))
         shares = ", ".join(f"{_said(nbytes)} {use}" for nbytes, use in uses)
         lines = [f"{_said(self.memory_bytes)} of memory: {shares}."]
+        if 0 < self.trained_tokens < self.context:
+            made_for = f"The model was made for texts of up to {self.trained_tokens:,} tokens"
+            lines.append(f"{made_for}: what it says in a context of {self.context:,} is not to be trusted.")
         verdict = "Take" if self.best["fits"] else "No cache fits; the smallest is"
         lines.append(f"{verdict} {self.best['name']}: {self.best['reason']}")
         at_once = next((row for row in self.frame.to_dicts() if row["fits"] and not fitted(row)), self.best)
@@ -135,7 +139,8 @@ def advise(
 
     Parameters
     ----------
-    model_or_config : a model, a ``config.json`` or its folder, or a `veloxlab.models.ModelShape`.
+    model_or_config : a model, a ``config.json`` or its folder, a `veloxlab.models.ModelShape`, or a usual size, such as
+        ``"8B, as Llama 3.1"`` or ``"llama 8b"``.
     context, batch : tokens of each sequence, and sequences.
     memory : of the machine, in bytes or as ``"16 GB"`` (10^9 bytes); by default this device's. A quarter of it is kept
         for the system.
@@ -150,7 +155,7 @@ def advise(
     shape = shape_of(model_or_config)
     held = weights_bytes(model_or_config, shape.parameters, weight_bits) if weights is None else int(weights)
     total = int(device().memory_bytes if memory is None else memory)
-    advice = Advice(context, goal, total, held, int(total * (1 - KEPT)) - held, pl.DataFrame())
+    advice = Advice(context, goal, total, held, int(total * (1 - KEPT)) - held, pl.DataFrame(), shape.trained_tokens)
 
     known = known_losses()
     rows = []

@@ -7,6 +7,7 @@ other (`veloxlab.mlxlm.probe`), which finds the layers that slide, share, or kee
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,6 +72,42 @@ class ModelShape:
         return cls(name, tuple(map(cache, range(layers))))
 
 
+_WORDS = re.compile(r"\d+[a-z]\b|[a-z]+|\d+")
+_SIZES = {  # layers, KV heads, head dimension, weights, tokens that it was trained for (0: not stated here)
+    "1B, as Llama 3.2": (16, 8, 64, 1_235_814_400, 131_072),
+    "3B, as Llama 3.2": (28, 8, 128, 3_212_749_824, 131_072),
+    "8B, as Llama 3.1": (32, 8, 128, 8_030_261_248, 131_072),
+    "14B, as Qwen 2.5": (48, 8, 128, 14_770_033_664, 0),
+    "32B, as Qwen 2.5": (64, 8, 128, 32_763_876_352, 0),
+    "70B, as Llama 3.1": (80, 8, 128, 70_553_706_496, 131_072),
+}
+SIZES = {
+    name: replace(
+        ModelShape.typed(layers=layers, kv_heads=heads, head_dim=head_dim, name=name),
+        parameters=parameters,
+        trained_tokens=trained,
+    )
+    for name, (layers, heads, head_dim, parameters, trained) in _SIZES.items()
+}
+"""Shapes of models by their usual sizes, for those who have none of them here."""
+
+
+def usual_size(words: str | Path) -> str:
+    """The name of the only one of `SIZES` that has all of these words, as ``"llama 3 8b"``; empty if there is none.
+
+    Case and punctuation do not count. A file or folder of that name goes before.
+    """
+    said = {*_WORDS.findall(str(words).casefold())}
+    found = [name for name in SIZES if said and said <= {*_WORDS.findall(name.casefold())}]
+    return found[0] if len(found) == 1 and not Path(words).exists() else ""
+
+
+def taken_as(words: object) -> str:
+    """A sentence where `shape_of` takes words for a usual size that has another name; else empty."""
+    name = usual_size(words) if isinstance(words, str) else ""
+    return f"{words!r} is taken as {name!r}." if name not in ("", words) else ""
+
+
 ModelOrConfig = Module | ModelShape | Mapping[str, Any] | str | Path
 _GIVEN = instance((ModelShape, Mapping), "a vl.models.ModelShape or the content of a config.json")
 MODEL_OR_CONFIG = either(MODEL, _GIVEN, PATH)
@@ -81,8 +118,8 @@ def shape_of(model_or_config: ModelOrConfig) -> ModelShape:
     """Find the shapes of a model's caches: of a loaded one, or a `ModelShape`, which is given back.
 
     Or of the content of a ``config.json``, its path, its folder, or the id of a Hugging Face repository that has one in
-    the local cache; or of ``"smollm2-135m"`` or a ``.gguf``, which is loaded. Raises `InputError` for what is not here,
-    mlx-lm does not know, or has caches whose bytes cannot be predicted.
+    the local cache; or of ``"smollm2-135m"`` or a ``.gguf``, which is loaded; or one of `SIZES`, by words of its name.
+    Raises `InputError` for what is not here, mlx-lm does not know, or has caches whose bytes cannot be predicted.
     """
     model_or_config = loaded(model_or_config)
     if isinstance(model_or_config, ModelShape):
@@ -92,6 +129,8 @@ def shape_of(model_or_config: ModelOrConfig) -> ModelShape:
         return _of_model(model_or_config, name, probe(model_or_config))
     if isinstance(model_or_config, Mapping):
         config, name = model_or_config, str(model_or_config.get("model_type", "no model"))
+    elif size := usual_size(model_or_config):
+        return SIZES[size]
     else:
         config, name = _read(Path(model_or_config).expanduser())
     model = weightless(config)
@@ -147,7 +186,8 @@ def _in_hub_cache(repo: str) -> Path:
         said = f"The folder {repo} has no config.json" if Path(repo).is_dir() else f"There is no file or folder {repo}"
         raise InputError(
             f"{said}, and no config.json of a repository of that name lies in the local Hugging Face cache; nothing "
-            "is downloaded here. Give a loaded model, a config.json, or type the shape in: "
-            "vl.models.ModelShape.typed(layers=32, kv_heads=8, head_dim=128)."
+            f"is downloaded here. Give a loaded model, a config.json, a usual size ({'; '.join(SIZES)}), or a shape "
+            "and the size of its weights: "
+            'vl.advise(vl.models.ModelShape.typed(layers=32, kv_heads=8, head_dim=128), weights="4.5 GB").'
         )
     return Path(found)

@@ -18,6 +18,7 @@ from veloxlab.measure.advise import ADVICE, GOALS, Advice, advise, fitted, to_me
 from veloxlab.measure.generation import prompt_ids, side_by_side
 from veloxlab.measure.narrow import Narrow, narrow_layers
 from veloxlab.measure.quality import Reference, reference
+from veloxlab.models.shapes import SIZES, taken_as
 from veloxlab.runtime import device
 from veloxlab.views.picture import Section
 from veloxlab.widgets.chosen import Checked
@@ -26,7 +27,7 @@ from veloxlab.widgets.pages.advice_acts import Act
 from veloxlab.widgets.pages.advice_words import ROWS, advice_table, answer_said
 from veloxlab.widgets.pages.experiment import Experiment
 from veloxlab.widgets.pages.generation import PROMPT
-from veloxlab.widgets.pages.memory import GIGABYTE, HERE, SIZES
+from veloxlab.widgets.pages.memory import GIGABYTE, HERE
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.selection import Bits, Choice, Selection
 from veloxlab.widgets.worker import Progress, Worker
@@ -240,7 +241,7 @@ class Advisor(Panel):
             measured = self._measured
         settings: dict[str, Any] = {name: getattr(self, name) for name in ("context", "batch", "goal", "weight_bits")}
         settings |= {"memory": self.memory_gb * GIGABYTE, "measured": measured}
-        given = self.experiment.model if here else SIZES.get(self.model, self.model)
+        given = self.experiment.model if here else self.model
 
         def job(progress: Progress) -> Advice:
             if not measure:
@@ -263,7 +264,7 @@ class Advisor(Panel):
         picked = self.picked if by_hand and self.picked in names else advice.best["name"]
         self._caches.options = names
         self._caches.value = picked
-        self.say("")
+        self.say(taken_as(self.model))
         self._tell()
 
     def _chosen_for(self, part: str) -> list[Any]:

@@ -17,7 +17,7 @@ from veloxlab.errors import InputError
 from veloxlab.measure.advise import KEPT, weights_bytes
 from veloxlab.measure.known import EXACT, Loss, expected_loss
 from veloxlab.measure.planned_memory import CacheLayout, cache_layouts, largest, planned
-from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, shape_of
+from veloxlab.models.shapes import MODEL_OR_CONFIG, SIZES, ModelOrConfig, ModelShape, shape_of
 from veloxlab.runtime import device
 from veloxlab.views import memory_plan, plan_caption
 from veloxlab.views.memory import amount
@@ -33,23 +33,6 @@ TYPED_IN = "typed in"
 TITLES = ["cache", "bytes held", "most tokens", "nats a token", "other first choice", "", "source"]
 GIGABYTE = 1e9
 HERE = "this model"
-_SIZES = {  # layers, KV heads, head dimension, weights, tokens that it was trained for (0: not stated here)
-    "1B, as Llama 3.2": (16, 8, 64, 1_235_814_400, 131_072),
-    "3B, as Llama 3.2": (28, 8, 128, 3_212_749_824, 131_072),
-    "8B, as Llama 3.1": (32, 8, 128, 8_030_261_248, 131_072),
-    "14B, as Qwen 2.5": (48, 8, 128, 14_770_033_664, 0),
-    "32B, as Qwen 2.5": (64, 8, 128, 32_763_876_352, 0),
-    "70B, as Llama 3.1": (80, 8, 128, 70_553_706_496, 131_072),
-}
-SIZES = {
-    name: replace(
-        ModelShape.typed(layers=layers, kv_heads=heads, head_dim=head_dim, name=name),
-        parameters=parameters,
-        trained_tokens=trained,
-    )
-    for name, (layers, heads, head_dim, parameters, trained) in _SIZES.items()
-}
-"""Shapes of models by their usual sizes, for those who have none of them here."""
 LEAST, MOST = 8, 21  # powers of two between which the context slider runs
 TYPED = {"layers": "layers", "kv_heads": "KV heads", "head_dim": "head dim"}
 TYPED |= {"sliding_window": "sliding", "full_every": "full every"}
@@ -196,7 +179,7 @@ class MemoryPlanner(OfCache, ChartPage):
         if model == HERE and self._given is not None:
             return self._given
         if model != TYPED_IN:
-            return SIZES.get(model) or shape_of(model)
+            return shape_of(model)
         sizes: dict[str, Any] = dict(zip(TYPED, typed, strict=True))
         optional = {name: sizes[name] or None for name in ("sliding_window", "full_every")}
         return ModelShape.typed(**sizes | optional)
