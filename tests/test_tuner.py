@@ -389,7 +389,10 @@ def test_a_model_is_measured_first_and_found_again(model, tmp_path, monkeypatch)
     given: dict[str, Any] = {"budget": 3.25, "rate_settings": {"text": TEXT, "folder": tmp_path, **MEASURED}}
     tuner = vl.widgets.BudgetTuner(model, Letters(), **given)
     assert any(isinstance(part, ProgressBar) for part in lifetime.parts(tuner))
-    assert repr(tuner) == "BudgetTuner(no tables yet)" or tuner.rates is not None
+    assert tuner.wait(PATIENCE)
+    assert repr(tuner) == "BudgetTuner(no tables yet)"  # nobody asked for a long measurement
+    assert "gradients of 2 texts of 64 tokens" in tuner._message.value
+    controls(tuner)["Measure tables (2 × 64 tokens)"].click()
     assert tuner.wait(PATIENCE)
     assert tuner.budget == vl.allocate.AverageBits(3.25)
     tuner.budget = 5.0
@@ -403,13 +406,14 @@ def test_a_model_is_measured_first_and_found_again(model, tmp_path, monkeypatch)
 
 def test_a_start_that_was_cancelled_can_be_made_again(model, tmp_path):
     tuner = vl.widgets.BudgetTuner(model, Letters(), rate_settings={"text": TEXT, "folder": tmp_path, **MEASURED})
+    tuner.start()
     tuner.worker.cancel()
     assert tuner.wait(PATIENCE)
     tuner.layer = 1  # which is picked once there are charts
     for knob in (lambda: tuner.plan, lambda: setattr(tuner, "budget", 3.0)):
         with pytest.raises(InputError, match="not measured yet"):
             knob()
-    controls(tuner)["Measure tables"].click()
+    controls(tuner)["Measure tables (2 × 64 tokens)"].click()
     assert tuner.wait(PATIENCE)
     assert tuner.plan.layers
     assert tuner.charts["bits"].picked == 1
@@ -424,6 +428,7 @@ def test_a_budget_that_the_tables_cannot_serve_is_said_when_they_are_there(model
     tuner = vl.widgets.BudgetTuner(
         model, Letters(), budget=1.0, rate_settings={"text": TEXT, "folder": tmp_path, **MEASURED}
     )
+    tuner.start()
     assert tuner.wait(PATIENCE)
     assert "give more, or allow fewer bits" in tuner._message.value
     assert tuner._message in lifetime.parts(tuner)

@@ -150,15 +150,20 @@ def kept_rate_budget(
     With a method that was registered (`veloxlab.register`) it is measured each time: its code may have changed.
     """
     make = partial(rate_budget, model, tokenizer, folder=folder, progress=progress, **measured)
+    path = rate_budget_place(model, folder=folder, **measured)
+    return make() if path is None else kept(path, partial(_of_model, name_of(model)), make, RateBudget.save)
+
+
+def rate_budget_place(model: Module, *, folder: str | Path | None = None, **measured: Any) -> Path | None:
+    """Where `kept_rate_budget` keeps its result; None where it keeps none."""
     methods = [find_method(method) for method in measured.get("methods", USUAL)]
     if any(method.codecs for method in methods):
-        return make()
+        return None
     facts: dict[str, Any] = {n: list(given) if isinstance(given, range) else given for n, given in measured.items()}
     if "calibrations" in facts:
         facts["calibrations"] = [calibration.identity for calibration in facts["calibrations"]]
     versions = {method.id: method.version for method in methods}
-    path = kept_in("rates", folder) / f"{digest([FORMAT, versions, fingerprint(model), facts])[:16]}.json"
-    return kept(path, partial(_of_model, name_of(model)), make, RateBudget.save)
+    return kept_in("rates", folder) / f"{digest([FORMAT, versions, fingerprint(model), facts])[:16]}.json"
 
 
 def _of_model(name: str, path: Path) -> RateBudget:

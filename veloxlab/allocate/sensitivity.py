@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -44,7 +45,7 @@ that it is the mean of; tokens of each behind the sinks. With ``per_sequence``, 
 
 EACH = {"sequence" if name == "sequences" else name: dtype for name, dtype in SENSITIVITIES.items()}
 """The same with ``per_sequence``."""
-_Step = Callable[[str], None]
+_Step = Callable[[str], object]
 _Found = Iterator[tuple[int, Tensor, NDArray[np.float64]]]  # a layer, its keys or values, and a number for each KV head
 
 
@@ -64,7 +65,8 @@ def sensitivities(
 ) -> pl.DataFrame:
     """Measure the sensitivity of every KV head's keys and values: `SENSITIVITIES`, sorted by layer, tensor and head.
 
-    The result is kept on disk and found again by the model's weights, the text's tokens and these settings.
+    Each sequence is kept on disk and found again by the model's weights, its tokens and these settings: what was
+    stopped goes on behind the sequences that are done.
     Raises `InputError`: a text that is too short, or does not fit into memory; a model without plain keys and values,
     queries or gradients; numbers that are not finite.
 
@@ -82,14 +84,18 @@ def sensitivities(
     if tokens - sinks < LEAST_TOKENS:
         raise InputError(f"tokens={tokens} with sinks={sinks} say too little: take {LEAST_TOKENS} more than sinks.")
     texts = stretches(tokenizer, excerpt("validation") if text is None else text, tokens, sequences, name="sequences")
-    facts = {"model": fingerprint(model), "text": digest(texts), "sequences": sequences, "tokens": tokens}
-    facts |= {"sinks": sinks, "by": by}
-    frame = kept(
-        kept_in("sensitivities", folder) / f"{by}-{digest([FORMAT, facts])[:16]}.json",
-        partial(read, facts),
-        lambda: pl.concat(_measured(model, texts, by, sinks, progress)),
-        partial(write, facts),
-    )
+    of_all = {"model": fingerprint(model), "sinks": sinks, "by": by}
+    frames = []
+    for sequence, ids in enumerate(texts):
+        facts = of_all | {"text": digest(ids)}
+        found = kept(
+            kept_in("sensitivities", folder) / f"{by}-{digest([FORMAT, facts])[:16]}.json",
+            partial(read, facts),
+            partial(_measured, model, ids, by, sinks, _Steps(progress, sequence, sequences)),
+            partial(write, facts),
+        )
+        frames.append(found.with_columns(sequence=pl.lit(sequence, pl.Int32)))
+    frame = pl.concat(frames)
     return frame if per_sequence else settled(frame, sequences)
 
 
@@ -126,28 +132,35 @@ def read(facts: Mapping[str, Any], path: Path) -> pl.DataFrame:
         return frame_of(content["columns"], EACH)
 
 
-def _measured(
-    model: Module, texts: Sequence[list[int]], by: By, sinks: int, progress: Progress
-) -> Iterator[pl.DataFrame]:
-    layers = len(layer_sizes(model))
+@dataclass
+class _Steps:
+    """Tells of the steps of one sequence of several."""
+
+    progress: Progress
+    sequence: int
+    sequences: int
+
+    def of(self, steps: int) -> _Step:
+        """What tells of the next of so many steps of this sequence."""
+        done, total = iter(range(self.sequence * steps, self.sequences * steps)), self.sequences * steps
+        said = f"sequence {self.sequence + 1} of {self.sequences}"
+        return lambda label: self.progress(next(done), total, f"{said}: {label}")
+
+
+def _measured(model: Module, ids: Sequence[int], by: By, sinks: int, progress: _Steps) -> pl.DataFrame:
+    """Rows of `EACH` of one sequence, which is called 0."""
     if by in NATS:
-        check_room(model, [max(map(len, texts))])
-    steps = {"gradient": 1, "key_norm": 1, "attention_output": layers, "forward_kl": 2 * layers + 1}[by]
-    done, total = iter(range(steps * len(texts))), steps * len(texts)
-    for sequence, ids in enumerate(texts):
-
-        def step(label: str, sequence: int = sequence) -> None:
-            progress(next(done), total, f"sequence {sequence + 1} of {len(texts)}: {label}")
-
-        frames = []
-        for layer, tensor, found in _MEASURES[by](model, ids, sinks, step):
-            if not np.isfinite(found).all():
-                wrong = f"The sensitivity of layer {layer}'s {tensor} by {by!r} is NaN or infinite"
-                raise InputError(f"{wrong}: {NOT_FINITE}")
-            said = {"layer": layer, "tensor": tensor, "sequence": sequence, "tokens": len(ids) - sinks, "by": by}
-            frames.append(pl.DataFrame({"head": range(len(found)), "sensitivity": found} | said))
-        yield in_schema(pl.concat(frames), EACH)
-    progress(total, total, "done")
+        check_room(model, [len(ids)])
+    layers = len(layer_sizes(model))
+    step = progress.of({"gradient": 1, "key_norm": 1, "attention_output": layers, "forward_kl": 2 * layers + 1}[by])
+    frames = []
+    for layer, tensor, found in _MEASURES[by](model, ids, sinks, step):
+        if not np.isfinite(found).all():
+            wrong = f"The sensitivity of layer {layer}'s {tensor} by {by!r} is NaN or infinite"
+            raise InputError(f"{wrong}: {NOT_FINITE}")
+        said = {"layer": layer, "tensor": tensor, "sequence": 0, "tokens": len(ids) - sinks, "by": by}
+        frames.append(pl.DataFrame({"head": range(len(found)), "sensitivity": found} | said))
+    return in_schema(pl.concat(frames), EACH)
 
 
 def _by_gradient(model: Module, ids: Sequence[int], sinks: int, step: _Step) -> _Found:

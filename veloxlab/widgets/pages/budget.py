@@ -16,7 +16,7 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.allocate import budget as budgets
 from veloxlab.allocate.budget import Allocation, AverageBits, Bounds, Budget, Setting, Spans, TokensInMemory
-from veloxlab.allocate.ratequant import EVALUATED, evaluated, kept_rate_budget
+from veloxlab.allocate.ratequant import EVALUATED, evaluated, kept_rate_budget, rate_budget_place
 from veloxlab.allocate.rates import RateBudget
 from veloxlab.allocate.sensitivity import NATS
 from veloxlab.cache.calibration import Calibration
@@ -30,17 +30,13 @@ from veloxlab.widgets.chart_view import link
 from veloxlab.widgets.chosen import Chosen
 from veloxlab.widgets.layout import button, columns, controls
 from veloxlab.widgets.pages import budget_charts as drawn
-from veloxlab.widgets.pages.budget_controls import PlanFile, SettingControl, history
+from veloxlab.widgets.pages.budget_controls import PlanFile, SettingControl, history, measuring
 from veloxlab.widgets.pages.charts import ChartPage, Look
 from veloxlab.widgets.selection import Fitting, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
 T = TypeVar("T")
 TOKENS = 4096  # of a text, until one is asked for
-STARTING = (
-    "How much each head matters is measured once, by gradients, and kept on disk. That takes a minute or more; then "
-    "every change of a control is answered from tables."
-)
 
 
 def _part(name: str, doc: str) -> Any:  # noqa: ANN401 - a property
@@ -50,8 +46,9 @@ def _part(name: str, doc: str) -> Any:  # noqa: ANN401 - a property
 class BudgetTuner(ChartPage):
     """Choose a budget and its bounds, and see which heads get the bits and what that is predicted to cost.
 
-    Everything but *Measure* answers from tables: of a `veloxlab.RateBudget`, or measured first, with progress, and kept
-    on disk. Losses are predictions unless they are said to be measured. Nothing here needs a network.
+    Everything but *Measure* answers from tables: of a `veloxlab.RateBudget`; or measured at a press of *Measure tables*
+    or by `start`, with progress, and kept on disk. Tables that are kept there are found again by themselves. Losses are
+    predictions unless they are said to be measured. Nothing here needs a network.
 
     ``rates``: what `veloxlab.rate_budget` measured, or `veloxlab.RateBudget.load` read; or a model, then its tokenizer.
     ``model``, ``tokenizer``: as `veloxlab.load` gives them, to measure plans with; without them all else works.
@@ -122,8 +119,7 @@ class BudgetTuner(ChartPage):
         if self._model is not None and self._tokenizer is None:
             raise InputError("To measure, a model needs its tokenizer: give both, as vl.load gives them.")
         self._sample: dict[str, Any] = {"text": text, "tokens": tokens, "windows": windows}
-        self._first = budget, bounds or Bounds(), key_weight
-        self._rate_settings = dict(rate_settings or {})
+        self._first, self._rate_settings = (budget, bounds or Bounds(), key_weight), dict(rate_settings or {})
         self._found: Allocation | None = None
         self._ready = False
         self.rates: RateBudget | None = None
@@ -133,7 +129,7 @@ class BudgetTuner(ChartPage):
         if isinstance(rates, RateBudget):
             self._build(rates)
         else:
-            self.start()
+            self._offer()
         self.follow()
 
     def tune(self, **parts: Any) -> None:
@@ -152,13 +148,17 @@ class BudgetTuner(ChartPage):
 
     def start(self) -> None:
         """Measure the tables, or find them on disk, and show the tuner once they are there; nothing if they are."""
-        if self.rates is not None:
-            return
-        again = button("Measure tables", "Sensitivities and distortions of this model", self.start)
-        self._laid_out([controls(again)])
-        self.say(STARTING)
-        measure = partial(kept_rate_budget, self._model, self._tokenizer, **self._rate_settings)
-        self._submit("tables", lambda progress: measure(progress=progress), on_done=self._build)
+        if self.rates is None:
+            measure = partial(kept_rate_budget, self._model, self._tokenizer, **self._rate_settings)
+            self._submit("tables", lambda progress: measure(progress=progress), on_done=self._build, first=True)
+
+    def _offer(self) -> None:
+        """Offer to measure the tables; take them if they are on disk."""
+        words, cost = measuring(self._rate_settings)
+        self._laid_out([controls(button(words, "Sensitivities and distortions of this model", self.start))])
+        self.say(cost)
+        place = partial(rate_budget_place, self._model, **self._rate_settings)
+        self._submit("kept tables", lambda _: place(), on_done=lambda at: self.start() if at and at.is_file() else None)
 
     def add(self, method: str) -> None:
         """Ask for a method in the tables whose calibration, which is kept on disk, says what every bit saves."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,19 @@ def _control(kind: type[ipw.Widget], words: str, tip: str, **settings: Any) -> i
 
 def _slider(words: str, tip: str, form: str, kind: type[ipw.Widget] = ipw.FloatSlider, **settings: Any) -> ipw.Widget:
     return _control(kind, words, tip, readout_format=form, **settings)
+
+
+STARTING = (
+    "How much each head matters is measured once: gradients of {sequences} texts of {tokens} tokens. That takes some "
+    "minutes for a small model on a CPU, and much longer for a large one. Texts that are done are kept on disk: after "
+    "Cancel it goes on behind them. Then every change of a control is answered from tables."
+)
+
+
+def measuring(rate_settings: Mapping[str, Any]) -> tuple[str, str]:
+    """What the button of measuring tables says, and what that costs."""
+    asked = {name: rate_settings.get(name, usual) for name, usual in {"sequences": 8, "tokens": 512}.items()}
+    return "Measure tables ({sequences} × {tokens} tokens)".format(**asked), STARTING.format(**asked)
 
 
 class SettingControl(ipw.Box):  # type: ignore[misc]  # ipywidgets has no types
