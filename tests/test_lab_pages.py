@@ -140,6 +140,27 @@ def test_a_layer_that_has_bits_of_its_own_keeps_and_shows_them(lab):
     assert plans.key_bits == 5
 
 
+def test_the_memory_page_plans_layers_that_have_bits_of_their_own(lab):
+    plans = lab.turn_to("memory")
+    turn(lab, key_bits=4, value_bits=4)
+    equal = plans.plan.filter(cache="turboquant K4 V4", part="codes")["bytes"].sum()
+    turn(plans, method="turboquant")
+    lab.selection.choose(own_bits={0: (2, 2)})
+    assert lab.wait(120)
+    name = "turboquant K4 V4, layer 0 K2 V2"
+    codes = plans.plan.filter(cache=name, part="codes")["bytes"].sum()
+    assert codes == pytest.approx(equal * 3 / 4, rel=1e-3)  # one of two layers has half; a block may be in either
+    assert name in plans._losses.value
+    assert plans.loss(name).source == "not known before a run"
+    space = {"vl": vl, "model": lab.experiment.model}
+    exec(plans._code.value, space)
+    assert space["plan"].layers == lab.plan.layers
+    turn(plans, model="1B, as Llama 3.2")
+    assert plans.plan["cache"][0] == "turboquant K4 V4"
+    assert "what is planned here is turboquant K4 V4." in plans._banner.value
+    turn(plans, model="this model")
+
+
 def test_the_bits_of_a_page_that_shows_values_are_those_of_values(lab):
     keys = lab.turn_to("keys")
     turn(keys, tensor="values")

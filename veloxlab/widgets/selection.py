@@ -152,12 +152,18 @@ class Choice:
         return sorted({width for bits in self.pairs for width in bits})
 
     def lines(self, plan: str = "") -> list[str]:
-        """Lines of Python that make the cache: of what they call its ``plan``, or of its settings for all layers."""
-        bits = f"key_bits={self.key_bits}, value_bits={self.value_bits}"
-        made = plan or f'"{self.method}", {bits}, sinks={self.sinks}, window={self.window}'
+        """Lines of Python that make the cache: of what they call its ``plan``, or of its settings."""
+        said = "key_bits={}, value_bits={}"
+        settings = f'"{self.method}", {said.format(*self.pairs[0])}, sinks={self.sinks}, window={self.window}'
+        first = []
+        if self.own_bits and not plan:
+            own = [f".with_layer({layer}, {said.format(*bits)})" for layer, bits in sorted(self.own_bits.items())]
+            first, plan = [f"plan = vl.Plan.uniform(model, {settings})" + "".join(own)], "plan"
+        made = plan or settings
         if not find_method(self.method).calibrated:
-            return [f"cache = vl.make_cache(model, {made})"]
+            return [*first, f"cache = vl.make_cache(model, {made})"]
         return [
+            *first,
             f'calibration = vl.calibrate(model, tokenizer, "{self.method}", bits={self.widths})',
             f"cache = vl.make_cache(model, {made}, calibration=calibration)",
         ]

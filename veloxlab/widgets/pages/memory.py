@@ -15,7 +15,7 @@ from veloxlab.checks import WORDS, maybe, real, whole
 from veloxlab.codecs import METHODS
 from veloxlab.errors import InputError
 from veloxlab.measure.advise import KEPT, weights_bytes
-from veloxlab.measure.known import EXACT, Loss, expected_loss
+from veloxlab.measure.known import EXACT, UNKNOWN, Loss, expected_loss
 from veloxlab.measure.planned_memory import CacheLayout, cache_layouts, largest, planned
 from veloxlab.models.shapes import MODEL_OR_CONFIG, SIZES, ModelOrConfig, ModelShape, shape_of
 from veloxlab.runtime import device
@@ -24,9 +24,9 @@ from veloxlab.views.memory import amount
 from veloxlab.views.picture import html_table
 from veloxlab.widgets.chosen import Checked, OfCache
 from veloxlab.widgets.layout import CodeLines, button, columns, controls
-from veloxlab.widgets.pages.charts import Chart, ChartPage
+from veloxlab.widgets.pages.charts import Chart, ChartPage, Look
 from veloxlab.widgets.runs import Runs
-from veloxlab.widgets.selection import CACHE, Fitting, Selection
+from veloxlab.widgets.selection import CACHE, Choice, Fitting, Selection
 from veloxlab.widgets.worker import Worker
 
 TYPED_IN = "typed in"
@@ -50,21 +50,23 @@ class Count(Checked):
 def _layouts(page: Any, _: object, method: str, *numbers: Any) -> tuple[CacheLayout | int, ...]:  # noqa: ANN401
     """Codecs make tables, which belong to the thread that made them: the worker's."""
     settings: dict[str, Any] = dict(zip(CACHE[1:], numbers, strict=False))
-    model, *typed = numbers[len(settings) :]
+    own, model, *typed = numbers[len(settings) :]
     shape = page._shape(model, typed)
-    return (*cache_layouts(shape, method, **settings), shape.trained_tokens)
+    ours, *others = cache_layouts(shape, method, layer_bits=dict(own), **settings)
+    name = Choice(method, own_bits=dict(own), **settings).name
+    return (replace(ours, name=name), *others, shape.trained_tokens)
 
 
 CHART = Chart(
     "memory_plan",
-    (*CACHE, *OWN),
+    (*CACHE, "own_bits", *OWN),
     lambda found, look: (
         planned(found[0][:-1], [look.context], look.batch),
         largest(found[0][:-1], look.memory_gb * GIGABYTE, look.batch),
         found[0][-1],
     ),
     lambda plan, _: memory_plan(*plan[:2], trained=plan[2]),
-    asks=lambda look: [("layouts", *(getattr(look, name) for name in (*CACHE, "model", *TYPED)))],
+    asks=lambda look: [("layouts", *(getattr(look, name) for name in (*CACHE, "own_bits", "model", *TYPED)))],
     why="Whether this context fits, and how long a one does.",
     badge="predicted",
 )
@@ -151,12 +153,12 @@ class MemoryPlanner(OfCache, ChartPage):
         if cache.startswith("mlx-lm"):
             name, bits, _ = cache.split()
             return expected_loss(name, float(bits), float(bits))
-        choice = self.selection.choice
+        choice = self._planned
         for run in reversed(self._runs.every if self.model == HERE else ()):
-            if run.choice.cache == replace(choice, own_bits={}).cache:
+            if run.choice.cache == choice.cache:
                 lost, flips = run.kl.mean, run.row["top1_flips"].item()
                 return Loss((lost, lost), (flips, flips), "measured", f"this model: {run.text}")
-        return expected_loss(choice.method, choice.key_bits, choice.value_bits)
+        return UNKNOWN if choice.own_bits else expected_loss(choice.method, choice.key_bits, choice.value_bits)
 
     def leave_room(self) -> None:
         """Set the memory for the cache to what the system and the weights leave of the machine's."""
@@ -174,6 +176,22 @@ class MemoryPlanner(OfCache, ChartPage):
         if left > 0:
             self.memory_gb = round(left, 3)
         self.say(said + (f"{left:.3g} for the cache." if left > 0 else "nothing for a cache: take fewer bits."))
+
+    @property
+    def _planned(self) -> Choice:
+        """What is planned: the layers' own bits too, where the model is theirs."""
+        choice = self.selection.choice
+        return choice if self.model == HERE else replace(choice, own_bits={})
+
+    @property
+    def notes(self) -> list[str]:
+        left_out = self._planned.name if self._planned.own_bits != self.selection.choice.own_bits else ""
+        said = f"Bits of single layers belong to this model: what is planned here is {left_out}."
+        return [*super().notes, said if left_out else ""]
+
+    def _look(self, **changed: Any) -> Look:
+        own = tuple(sorted(self._planned.own_bits.items()))
+        return super()._look(**{"own_bits": own} | changed)
 
     def _shape(self, model: str, typed: Sequence[int]) -> ModelShape:
         if model == HERE and self._given is not None:
@@ -195,7 +213,7 @@ class MemoryPlanner(OfCache, ChartPage):
 
     def _redraw(self) -> None:
         super()._redraw()
-        self._code.value = "\n".join(self.selection.choice.lines())
+        self._code.value = "\n".join(self._planned.lines())
         self._typed.layout.display = "" if self.model == TYPED_IN else "none"
 
     def _controls(self) -> ipywidgets.Widget:
