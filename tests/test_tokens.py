@@ -11,10 +11,13 @@ import veloxlab as vl
 from tests.letters import Letters
 from tests.test_calibration import TEXT
 from tests.tiny_models import tiny
+from veloxlab import views
 from veloxlab.codecs import METHODS
 from veloxlab.errors import InputError
 from veloxlab.measure import scores, tokens
 from veloxlab.measure.errors import attention_map
+from veloxlab.measure.frames import in_schema
+from veloxlab.views.tokens import alternatives_data, attended_data
 
 EXACT = {"sinks": 2, "window": 8}
 
@@ -150,3 +153,19 @@ def test_one_pair_alone_makes_the_whole_error(here):
     share, alone = scores._split(queries, lost, np.array([[3, 35], [4, 36]]))
     assert share == pytest.approx(np.array([[1.0, 0.0]] * 2), abs=1e-5)
     assert alone[:, 0] == pytest.approx(rms, rel=1e-4)
+
+
+SEEN = tokens.ATTENDED | {"text": pl.String}
+
+
+def test_white_space_has_a_visible_name_in_lists_and_captions():
+    texts = {"  ": "␣␣", "\n\n": "↵↵", " \t": "␣⇥", " the": "the", ",\n": ",↵"}
+    same = {"position": 7, "came": [True] + [False] * 4, "token": range(5), "rank": range(1, 6)}
+    rows = pl.DataFrame({"text": [*texts], "probability": 0.1, "exact_probability": 0.1} | same)
+    assert alternatives_data(rows)["said"].to_list() == [
+        f"{i + 1}. {name}{'' if i else '  ◀ text'}" for i, name in enumerate(texts.values())
+    ]
+    assert "Both choose '␣␣'; the text has '␣␣'" in views.alternatives_caption(rows)
+    keys = {"key": range(5), "weight": 0.1, "exact_weight": 0.1, "error": 0.0, "state": "codes"}
+    attended = in_schema(pl.DataFrame({"text": [*texts]} | keys).with_columns(key_end=pl.col("key") + 1), SEEN)
+    assert {*attended_data(attended)["said"].drop_nulls()} == {f"{i}  {name}" for i, name in enumerate(texts.values())}

@@ -425,3 +425,22 @@ def test_a_legend_keeps_its_bar_when_a_redraw_names_the_gradient_anew(bare):
     )
     wait_for(bare, there)
     assert bare.errors == []
+
+
+def test_a_legend_keeps_its_bar_when_vega_gives_it_a_gradient_and_forgets_the_old_one(bare):
+    """Vega keeps old gradients until it draws anew, then names the one element anew and leaves the bar alone."""
+    open_chart(bare, ChartView(bars(5, 10).encode(color=alt.Color("error:Q"))))
+    bar = "document.querySelector('#one [data-gradient]')"
+    there = f"document.getElementById({bar}.getAttribute('fill').slice(5, -1)) !== null"
+    first = "document.querySelector('#one linearGradient')"
+    wait_for(bare, f"{bar} && {there}")
+    steps = (
+        f"const a = {first}; const b = a.cloneNode(true); delete b.dataset.name; a.after(b); a.id = 'gradient_0'; "
+        f"b.id = 'gradient_9'; {bar}.setAttribute('fill', 'url(#gradient_9)')",
+        f"{first}.nextSibling.remove(); {first}.id = 'gradient_9'",
+    )
+    for step in steps:
+        bare.page.evaluate(f"(() => {{ {step} }})()")
+        bare.page.evaluate("new Promise((next) => setTimeout(next))")
+        assert bare.page.evaluate(there), step
+    assert bare.errors == []

@@ -7,7 +7,7 @@ import polars as pl
 
 from veloxlab.measure.tokens import pooled_keys
 from veloxlab.views import columns, marks, theme
-from veloxlab.views.generation import LOST, SIDES
+from veloxlab.views.generation import BREAK, LOST, SIDES
 
 BLOCKS = 160  # of keys that are drawn along the text: each with its greatest weight
 KEYS = 10  # that are listed
@@ -19,6 +19,13 @@ WEIGHED = {"exact": "exact_weight", "compressed": "weight"}
 LIKELY = {"exact": "exact_probability", "compressed": "probability"}
 ATTENDED = "key key_end weight exact_weight error state text"  # columns that are drawn
 ROW = 17  # pixels of a line of a list
+WHITE = {" ": "\u2423", "\n": BREAK, "\t": "\u21e5"}  # what stands for white space
+
+
+def seen(text: str) -> str:
+    """A token's text as a name: without spaces at its ends, and with signs for white space where it is nothing else."""
+    signs = WHITE if not text.strip() else {"\n": BREAK}
+    return "".join(signs.get(letter, letter) for letter in text).strip(" ")
 
 
 def losses_along(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
@@ -54,7 +61,7 @@ def losses_caption(frame: pl.DataFrame) -> str:
     """Say which token lost most, and how many divergences are not finite."""
     finite = frame.filter(pl.col("kl").is_finite()).sort("kl", "position")
     said = [
-        f"Most: {row['kl']:.3g} nats at token {row['position']} ({row['text'].strip()!r}), whose probability went from "
+        f"Most: {row['kl']:.3g} nats at token {row['position']} ({seen(row['text'])!r}), whose probability went from "
         f"{row['exact_probability']:.3g} to {row['probability']:.3g}"
         for row in finite.filter(pl.col("kl") > 0).tail(1).iter_rows(named=True)
     ]
@@ -135,7 +142,7 @@ def attended_data(frame: pl.DataFrame) -> pl.DataFrame:
     needed = frame.select(ATTENDED.split())
     blocks = pooled_keys(needed, BLOCKS).with_columns(kind=pl.lit("block"))
     most = needed.sort(pl.max_horizontal("weight", "exact_weight"), descending=True).head(KEYS)
-    name = pl.format("{}  {}", "key", pl.col("text").str.strip_chars())
+    name = pl.format("{}  {}", "key", pl.col("text").map_elements(seen, pl.String))
     listed = most.with_columns(kind=pl.lit("key"), rank=pl.int_range(pl.len()), said=name)
     return pl.concat([blocks, listed], how="diagonal")
 
@@ -146,7 +153,7 @@ def attended_caption(frame: pl.DataFrame) -> str:
     moved = float(change.abs().sum()) / 2
     row = frame.row(int(change.abs().arg_max() or 0), named=True)
     coded = frame.filter(state="codes").height
-    most = f"most at key {row['key']} ({row['text'].strip()!r}): {row['exact_weight']:.3f} became {row['weight']:.3f}"
+    most = f"most at key {row['key']} ({seen(row['text'])!r}): {row['exact_weight']:.3f} became {row['weight']:.3f}"
     return f"{moved:.1%} of the attention moved; {most}; {coded} of {frame.height} keys are in codes"
 
 
@@ -166,7 +173,7 @@ def alternatives(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
 
 def alternatives_data(frame: pl.DataFrame) -> pl.DataFrame:
     """Rows of that chart: the tokens that are listed, and what they are called."""
-    name = pl.col("text").str.replace_all("\n", "\u21b5").str.strip_chars(" ")
+    name = pl.col("text").map_elements(seen, pl.String)
     came = pl.col("came")
     said = pl.format("{}. {}", "rank", pl.when(came).then(pl.format("{}  \u25c0 text", name)).otherwise(name))
     # two tokens may have one text; as many rows for every token keep the chart steady
@@ -176,14 +183,12 @@ def alternatives_data(frame: pl.DataFrame) -> pl.DataFrame:
 
 def alternatives_caption(frame: pl.DataFrame) -> str:
     """Say what each cache would have chosen, and what the token's own probability became."""
-    first = [frame.sort(column, "rank", descending=[True, False])["text"][0].strip() for column in LIKELY.values()]
+    first = [seen(frame.sort(column, "rank", descending=[True, False])["text"][0]) for column in LIKELY.values()]
     chosen = (
         f"Both choose {first[0]!r}" if first[0] == first[1] else f"Exact chooses {first[0]!r}, compressed {first[1]!r}"
     )
     (came,) = frame.filter("came").to_dicts()
-    text = (
-        f"the text has {came['text'].strip()!r}, {came['exact_probability']:.3g} exact, {came['probability']:.3g} now"
-    )
+    text = f"the text has {seen(came['text'])!r}, {came['exact_probability']:.3g} exact, {came['probability']:.3g} now"
     return f"Token {came['position']}. {chosen}; {text}"
 
 

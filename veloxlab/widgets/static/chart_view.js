@@ -142,18 +142,21 @@ function sizesIn({ signals = [], width, height }) {
 }
 
 // Vega numbers gradients from 0, and so does JupyterLab's own Vega on the same page: without names of our own the legend
-// of one chart would show the colours of another. Any redraw may bring Vega's names back.
+// of one chart would show the colours of another. Any redraw may bring Vega's names back, or other names of its own: what
+// is filled is asked first which one it has now.
 let gradients = 0;
 
 function ownGradients(plot) {
+  for (const filled of plot.querySelectorAll("[fill*='#gradient_']")) {
+    filled.dataset.gradient = filled.getAttribute("fill").match(/#(gradient_\d+)/)[1];
+  }
   for (const gradient of plot.querySelectorAll("linearGradient[id^='gradient_']")) {
     gradient.dataset.name = gradient.id;
     gradient.id = `veloxlab-${gradients++}`;
   }
   for (const gradient of plot.querySelectorAll("linearGradient[data-name]")) {
-    const [{ name }, own] = [gradient.dataset, `url(#${gradient.id})`];
-    for (const filled of plot.querySelectorAll(`[fill$='#${name})'], [data-gradient='${name}']`)) {
-      filled.dataset.gradient = name;
+    const own = `url(#${gradient.id})`;
+    for (const filled of plot.querySelectorAll(`[data-gradient='${gradient.dataset.name}'][fill^='url']`)) {
       if (filled.getAttribute("fill") !== own) filled.setAttribute("fill", own);
     }
   }
