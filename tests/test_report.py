@@ -6,6 +6,7 @@ import io
 import json
 import re
 from contextlib import redirect_stdout
+from dataclasses import replace
 
 import mlx.core as mx
 import nbformat
@@ -16,6 +17,7 @@ import veloxlab as vl
 from tests.letters import Readable
 from tests.tiny_models import tiny
 from veloxlab.cli import main
+from veloxlab.cli.report import name_of
 from veloxlab.errors import InputError
 from veloxlab.measure.paired import Mean, by_window, difference
 from veloxlab.measure.reproduce import calibration_code, notebook, run, steps
@@ -70,12 +72,33 @@ def test_a_report_says_what_its_notebook_gives_again(loaded, page):
 
 def test_a_report_stands_alone_and_escapes_what_it_shows(page):
     text, _ = page
-    assert "<h1>turboquant K3 V3 on a&lt;b&gt;</h1>" in text
-    assert text.index("<h2>What does turboquant K3 V3 on a&lt;b&gt; change") < text.index('class="chart"')
+    assert "<h1>turboquant K3 V3, layer 1 K5 V3 on a&lt;b&gt;</h1>" in text
+    assert text.index("<h2>What does turboquant K3 V3, layer 1 K5 V3 on a&lt;b&gt; change") < text.index(
+        'class="chart"'
+    )
     assert text.count('<div class="chart"') == 3
+    assert "Table of 1 row<" in text
+    assert "Layers encode their blocks in different steps" in text
     tags = re.findall(r"<[a-zA-Z][^>]*>", re.sub(r"(?s)<script.*?</script>", "", text))
     assert not [tag for tag in tags if re.search(r"(src|href|url)\s*=?\s*[\"'(]?\s*(https?:)?//", tag)]
     assert "<b>" not in "".join(tags)
+
+
+def test_a_report_is_named_by_its_plan_and_the_layers_that_differ(loaded):
+    plan = vl.Plan.uniform(tiny("llama", num_hidden_layers=4), bits=4)
+    assert name_of(plan) == "turboquant K4 V4"
+    for layer in range(2):
+        plan = plan.with_layer(layer, key_bits=2)
+    assert name_of(plan) == "turboquant K4 V4, layer 0 K2 V4, layer 1 K2 V4"
+    assert name_of(plan.with_layer(2, value_bits=3)) == "turboquant K4 V4, 3 layers with other bits"
+    assert name_of(replace(plan, name="mine")) == "mine"
+    assert name_of(replace(plan, name="")) == ""
+
+
+def test_the_answer_of_a_report_says_of_how_many_tokens_it_is(page):
+    _, printed = page
+    assert printed.startswith("Texts of 96 tokens are read, of which 2 sinks and a window of 8 stay exact. Predictions")
+    assert "After 96 tokens the cache holds " in printed
 
 
 def test_a_cache_that_holds_more_says_why(loaded):

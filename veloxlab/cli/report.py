@@ -16,10 +16,11 @@ from veloxlab.measure.reproduce import Step, calibration_code, notebook, run, st
 from veloxlab.progress import say
 from veloxlab.store import check_place, write_atomically
 from veloxlab.views import bytes_caption
-from veloxlab.views.picture import Section, report
+from veloxlab.views.picture import Section, report, table_of
 from veloxlab.widgets.chart_view import ensure_bundle
 
 MB = 1e6
+NAMED = 2  # layers with bits of their own that a title lists
 
 
 def write_report(model: str, plan: Path, out: Path, calibration: Sequence[Path] = (), **settings: Any) -> None:
@@ -28,28 +29,40 @@ def write_report(model: str, plan: Path, out: Path, calibration: Sequence[Path] 
     wanted = Plan.load(plan)
     cells = [*steps(model, wanted, calibration_code(wanted, calibration), **settings)]
     shown, space = run(cells, say)
-    title = f"{wanted.name or plan.stem} on {model}"
+    title = f"{name_of(wanted) or plan.stem} on {model}"
     sections = [first_section(title, space), *sections_of(cells, shown)]
     page = report(title, sections, ensure_bundle().read_text("utf-8"), notebook(title, cells))
     print(sections[0].words)
     print(f"The page is {write_atomically(out, page.encode())}.")
 
 
+def name_of(plan: Plan) -> str:
+    """A plan's name; where it is that of most layers, with what the others have."""
+    said = [f"{layer.key_method} K{layer.key_bits} V{layer.value_bits}" for layer in plan.layers]
+    method = plan.name.split(" ")[0] + " "
+    others = [f"layer {i} {each.removeprefix(method)}" for i, each in enumerate(said) if each != plan.name]
+    if plan.name not in said or not others:
+        return plan.name
+    return ", ".join([plan.name, *(others if len(others) <= NAMED else [f"{len(others)} layers with other bits"])])
+
+
 def first_section(title: str, space: Mapping[str, Any]) -> Section:
     """The question, the answer, and the numbers, of what the cells of `steps` left in their namespace."""
-    windows, layers, said = space["windows"], space["layers"], space["predictions"]
+    windows, layers, said, plan = (space[name] for name in ("windows", "layers", "predictions", "plan"))
     kl = Mean.of(windows["kl_mean"].to_list())
     held = layers.drop_nulls("layer")
+    tokens = held["tokens"].max()
     answer = (
+        f"Texts of {tokens:,} tokens are read, of which {plan.sinks} sinks and a window of {plan.window} stay exact. "
         f"Predictions move by {kl.mean:.3g} nats a token ({kl.interval}); {said['flip'].mean():.1%} of tokens have "
-        f"another first choice. It holds {bytes_caption(layers)}"
+        f"another first choice. After {tokens:,} tokens the cache holds {bytes_caption(layers)}"
     )
     perplexity = {name: exp(said[name].mean()) for name in ("nll", "nll_exact")}
     numbers = [
         ("KL, nats a token", kl.mean, 0.0),
         ("other first choice, share of tokens", said["flip"].mean(), 0.0),
         ("perplexity", perplexity["nll"], perplexity["nll_exact"]),
-        (f"MB held for {held['tokens'].max():,} tokens", held["held_bytes"].sum() / MB, held["fp16_bytes"].sum() / MB),
+        (f"MB held for {tokens:,} tokens", held["held_bytes"].sum() / MB, held["fp16_bytes"].sum() / MB),
         ("true bits of a key's coordinate, mean of layers", held["key_bits"].mean(), 16.0),
         ("true bits of a value's coordinate, mean of layers", held["value_bits"].mean(), 16.0),
     ]
@@ -62,7 +75,7 @@ def sections_of(cells: Sequence[Step], shown: Sequence[Any]) -> list[Section]:
     made = []
     for cell, found in zip(cells, shown, strict=True):
         if isinstance(found, pl.DataFrame):
-            made.append(Section(cell.title, cell.words, table=found, folded=f"Table of {found.height} rows"))
+            made.append(Section(cell.title, cell.words, table=found, folded=table_of(found)))
         else:
             assert isinstance(found, alt.TopLevelMixin)  # `steps` shows frames and charts
             made.append(Section(chart=found.to_dict()))

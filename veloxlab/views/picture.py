@@ -146,6 +146,11 @@ def report(title: str, sections: Sequence[Section], script: str, notebook: bytes
     )
 
 
+def table_of(frame: pl.DataFrame) -> str:
+    """What is said of a table that a click shows."""
+    return f"Table of {frame.height} row{'s' * (frame.height != 1)}"
+
+
 def _table(frame: pl.DataFrame, folded: str) -> str:
     table = f'<div class="table">{html_table(frame.columns, frame.iter_rows())}</div>'
     return f"<details><summary>{escape(folded)}</summary>{table}</details>" if folded else table

@@ -10,7 +10,7 @@ import polars as pl
 
 from veloxlab.measure.times import LAYER_TIMES, layer_times
 from veloxlab.views.fidelity import times_by_layer, times_by_layer_caption
-from veloxlab.views.picture import Section
+from veloxlab.views.picture import Section, table_of
 from veloxlab.widgets.layout import button, columns, controls
 from veloxlab.widgets.pages.experiment import Experiment, OfExperiment
 from veloxlab.widgets.worker import Progress, Worker
@@ -57,7 +57,7 @@ class Times(OfExperiment):
 
     @property
     def sections(self) -> list[Section]:
-        table = Section(self._of, table=self.timed, folded=f"Table of {self.timed.height} rows")
+        table = Section(self._of, table=self.timed, folded=table_of(self.timed))
         return [*super().sections, table] if self._of else []
 
     def _show(self, timed: pl.DataFrame, of: str) -> None:
