@@ -181,3 +181,5 @@ def test_what_was_measured_without_the_sinks_of_the_cache_is_said():
     said = {name: "without the 4 sinks that this cache has" in reason for name, reason in reasons.items()}
     assert said["spectralquant 3 bit"]
     assert not any(said[name] for name in ("fp16", "mlx-lm 4 bit", "turboquant 3 bit"))
+    measured = advise(1e9).frame.with_columns(kind=pl.lit("measured"))
+    assert not advise(1e9, measured=measured).frame["reason"].str.contains("without the 4 sinks").any()

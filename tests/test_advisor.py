@@ -2,6 +2,7 @@
 
 import re
 import threading
+from dataclasses import replace
 from typing import Any
 
 import polars as pl
@@ -14,7 +15,7 @@ from tests.tiny_models import tiny
 from veloxlab.errors import InputError
 from veloxlab.measure.generation import side_by_side
 from veloxlab.models.shapes import SIZES
-from veloxlab.widgets.pages import advise
+from veloxlab.widgets.pages import advice_runs, advise
 from veloxlab.widgets.pages.advice_words import answer_said
 from veloxlab.widgets.pages.memory import HERE
 
@@ -62,6 +63,7 @@ def test_an_eight_billion_model_on_sixteen_gigabytes_is_answered_in_a_sentence(p
 
 def test_the_picked_cache_sets_the_controls_of_all_pages(page, lab):
     turn(page, picked="rabitq 4 bit")
+    assert controls(page)["cache"].value == "rabitq 4 bit"
     assert re.search("\u25b6</td><td[^>]*>rabitq 4 bit<", page._table.value)
     pressed(page, "Set the controls")
     assert (lab.method, lab.key_bits, lab.value_bits, lab.sinks, lab.window) == ("rabitq", 4, 4, 4, 64)
@@ -86,10 +88,36 @@ def test_layers_that_may_have_two_bits_are_found_and_used(page, lab):
     turn(page, picked="turboquant 4 bit")
     assert button(page, "Use these layers").disabled
     pressed(page, "Which layers may go to 2 bits?")
-    assert f"{page.narrow} Judged with everything but the sinks in codes." in page._narrowed.value
+    assert f"{page.narrow} For chat, 0.05 nats a token may be lost" in page._narrowed.value
+    assert "Judged with everything but the sinks in codes." in page._narrowed.value
+    assert (page.picked, page.row["kind"], page.row["kl_mean"]) == ("turboquant 4 bit", "measured", page.narrow.before)
+    assert "veloxlab-stale" not in page._narrowed._dom_classes
     assert button(page, "Use these layers").disabled == (not page.narrow.layers)
     page.take_narrow()
     assert {layer for layer, bits in lab.layer_bits.items() if bits == (2, 2)} == {*page.narrow.layers}
+    names: dict[str, Any] = {"model": page.experiment.model, "vl": vl}
+    exec(page._code.value, names)
+    widths = {layer.layer: layer.key_codec.bits for layer in names["cache"]}
+    assert {layer for layer, bits in widths.items() if bits == 2} == {*page.narrow.layers}
+    assert (lab.sinks, lab.window) == (names["plan"].sinks, names["plan"].window)
+    pressed(page, "Set the controls")
+    assert "with_layer" not in page._code.value
+
+
+def test_a_cache_whose_layers_were_tried_stays_picked(page, monkeypatch):
+    """What was measured may make another cache the best."""
+
+    def best_until_measured(*given, measured, **more):
+        found = vl.advise(*given, measured=measured, **more)
+        first = found.frame.sort(pl.col("name") == "turboquant 4 bit", descending=True)
+        return found if measured.height else replace(found, frame=first)
+
+    page._measured = page._measured.clear()
+    monkeypatch.setattr(advise, "advise", best_until_measured)
+    turn(page, picked=page.advice.best["name"], memory_gb=17.0)
+    assert page.picked == page.advice.best["name"] == "turboquant 4 bit"
+    pressed(page, "Which layers may go to 2 bits?")
+    assert page.picked == "turboquant 4 bit" != page.advice.best["name"]
 
 
 def test_an_answer_is_compared_with_the_cache_that_the_code_makes(page, monkeypatch):
@@ -99,7 +127,7 @@ def test_an_answer_is_compared_with_the_cache_that_the_code_makes(page, monkeypa
         plans.append(plan)
         return side_by_side(model, tokenizer, prompt, plan, **more)
 
-    monkeypatch.setattr(advise, "side_by_side", compared)
+    monkeypatch.setattr(advice_runs, "side_by_side", compared)
     turn(page, prompt="what changes?", picked="turboquant 4 bit")
     pressed(page, "Does the answer change?")
     names: dict[str, Any] = {"model": page.experiment.model, "vl": vl}
@@ -139,6 +167,7 @@ def test_a_model_that_is_not_here_is_said_and_the_last_advice_stays(page):
     assert "no config.json of a repository of that name" in page._message.value
     assert page._verdict.value == before
     assert "veloxlab-stale" in page._verdict._dom_classes
+    assert repr(page).endswith("; still measuring, this is of older settings)")
     turn(page, model=HERE)
     assert "veloxlab-stale" not in page._verdict._dom_classes
 

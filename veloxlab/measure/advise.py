@@ -183,12 +183,7 @@ def _measure(model: Module, tokenizer: Tokenizer, rows: list[dict[str, Any]], to
         if fitted(row):
             settings["calibration"] = calibrate(model, tokenizer, row["method"], bits=settings["bits"])
         found = fidelity_to(exact, row["method"], **settings).row(0, named=True)
-        row |= {
-            "kl_mean": found["kl_mean"],
-            "top1_flips": found["top1_flips"],
-            "kind": "measured",
-            "sinks": DEFAULT_SINKS,
-        }
+        row |= {"kl_mean": found["kl_mean"], "top1_flips": found["top1_flips"], "kind": "measured"}
 
 
 def weights_bytes(model_or_config: ModelOrConfig, parameters: int, bits: int) -> int:
@@ -237,7 +232,7 @@ def _reason(row: dict[str, Any], advice: Advice) -> str:
     where = "on this model" if row["kind"] == "measured" else f"on {DEMO}"
     lost = f"loses {row['kl_mean']:.3f} nats a token {where}, where {row['top1_flips']:.0%} have another first choice"
     bears = GOALS[advice.goal]
-    if row["method"] and row["sinks"] < DEFAULT_SINKS:
+    if row["method"] and row["kind"] == "predicted" and row["sinks"] < DEFAULT_SINKS:
         lost += f", without the {DEFAULT_SINKS} sinks that this cache has"
     verdict = "" if row["kl_mean"] <= bears else f": more than the {bears} that {advice.goal} bears"
     return f"{takes}, and {lost}{verdict}.{' It needs a calibration, once.' if fitted(row) else ''}"

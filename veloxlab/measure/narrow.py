@@ -27,6 +27,7 @@ class Narrow:
     bits: float  # that layers were tried with
     limit: float  # nats a token that the plan may lose
     before: float  # nats that it loses unchanged
+    flips: float  # share of tokens whose first choice is then another
     together: float  # and with all that may
     frame: pl.DataFrame  # a row a layer, the least loss first: `NARROW`
 
@@ -67,7 +68,7 @@ def narrow_layers(
         raise InputError("There are no layers to try: give at least one.")
     most, done = len(tried) + 1 + len(tried).bit_length(), 0
 
-    def lost(changed: Sequence[int], said: str) -> float:
+    def lost(changed: Sequence[int], said: str) -> dict[str, Any]:
         nonlocal done
         progress(done, most, said)
         done += 1
@@ -75,17 +76,18 @@ def narrow_layers(
         for layer in changed:
             made = made.with_layer(layer, key_bits=bits, value_bits=bits)
         given: dict[str, Any] = {} if calibration is None else {"calibration": calibration}
-        return float(fidelity_to(exact, made, **given)["kl_mean"][0])
+        return fidelity_to(exact, made, **given).row(0, named=True)
 
-    before = lost([], "the plan unchanged")
-    alone = sorted((lost([layer], f"layer {layer} at {bits} bits"), layer) for layer in tried)
+    whole = lost([], "the plan unchanged")
+    alone = sorted((lost([layer], f"layer {layer} at {bits} bits")["kl_mean"], layer) for layer in tried)
+    before, flips = whole["kl_mean"], whole["top1_flips"]
     together, low, high = before, 0, len(alone) + 1  # so many layers fit, so many do not
     while high - low > 1:
         count = (low + high) // 2
-        found = lost([layer for _, layer in alone[:count]], f"{count} layers at {bits} bits")
+        found = lost([layer for _, layer in alone[:count]], f"{count} layers at {bits} bits")["kl_mean"]
         if found <= limit:
             low, together = count, found
         else:
             high = count
     rows = [(layer, float(bits), kl, place < low) for place, (kl, layer) in enumerate(alone)]
-    return Narrow(bits, limit, before, together, pl.DataFrame(rows, schema=NARROW, orient="row"))
+    return Narrow(bits, limit, before, flips, together, pl.DataFrame(rows, schema=NARROW, orient="row"))

@@ -7,8 +7,10 @@ import html
 import polars as pl
 
 from veloxlab.measure.generation import SIDES, first_parting
+from veloxlab.measure.narrow import Narrow
 from veloxlab.views.memory import amount
 from veloxlab.views.picture import html_table
+from veloxlab.widgets.selection import Choice
 
 ROWS = 12  # of the table
 TITLES = ["", "cache", "fits", "bytes held", "most tokens", "nats a token", "other first choice", ""]
@@ -31,6 +33,24 @@ def advice_table(frame: pl.DataFrame, picked: str) -> str:
         for row in rows
     ]
     return html_table(TITLES, lines, cell="padding: 1px 14px 1px 0", left=2)
+
+
+def narrow_said(name: str, found: Narrow, goal: str) -> str:
+    """Say in HTML which layers may have fewer bits, by what limit and how that was judged."""
+    limit = f"For {goal}, {found.limit} nats a token may be lost: see used for."
+    said = f"{found} {limit} Judged with everything but the sinks in codes."
+    return f"<b>{html.escape(name)}</b>: {html.escape(said)}"
+
+
+def narrow_lines(choice: Choice) -> str:
+    """Lines of Python that make a cache some of whose layers have bits of their own, all of them the same."""
+    key_bits, value_bits = next(iter(choice.own_bits.values()))
+    lines = [
+        f'plan = vl.Plan.uniform(model, "{choice.method}", key_bits={choice.key_bits}, value_bits={choice.value_bits})',
+        f"for layer in {sorted(choice.own_bits)}:",
+        f"    plan = plan.with_layer(layer, key_bits={key_bits}, value_bits={value_bits})",
+    ]
+    return "\n".join([*lines, *choice.lines("plan")])
 
 
 def answer_said(rows: pl.DataFrame, in_codes: str) -> str:

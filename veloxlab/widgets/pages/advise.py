@@ -12,34 +12,31 @@ import polars as pl
 import traitlets as t
 
 from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW
-from veloxlab.checks import WORDS, choice, number_of_bits, real, whole
+from veloxlab.checks import WORDS, number_of_bits
 from veloxlab.errors import InputError
 from veloxlab.measure.advise import ADVICE, GOALS, Advice, advise, fitted, to_measure
-from veloxlab.measure.generation import prompt_ids, side_by_side
-from veloxlab.measure.narrow import Narrow, narrow_layers
+from veloxlab.measure.narrow import Narrow
 from veloxlab.measure.quality import Reference, reference
-from veloxlab.models.shapes import SIZES, taken_as
-from veloxlab.runtime import device
+from veloxlab.models.shapes import taken_as
 from veloxlab.views.picture import Section
 from veloxlab.widgets.chosen import Checked
 from veloxlab.widgets.layout import CodeLines, broad, controls
 from veloxlab.widgets.pages.advice_acts import Act
-from veloxlab.widgets.pages.advice_words import ROWS, advice_table, answer_said
+from veloxlab.widgets.pages.advice_asked import ASKED, Constraints
+from veloxlab.widgets.pages.advice_runs import NARROWEST, answered, narrowed
+from veloxlab.widgets.pages.advice_words import ROWS, advice_table, narrow_lines, narrow_said
 from veloxlab.widgets.pages.experiment import Experiment
 from veloxlab.widgets.pages.generation import PROMPT
-from veloxlab.widgets.pages.memory import GIGABYTE, HERE
+from veloxlab.widgets.pages.memory import HERE
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.selection import Bits, Choice, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
-ASKED = ("model", "context", "batch", "memory_gb", "weight_bits", "goal")  # what advice depends on
 DEPENDS = {"advice": ASKED, "narrow": ("model", "goal", "picked"), "answer": ("model", "prompt", "picked")}
-NARROWEST = 2  # bits that layers are tried with
-ANSWER = 64  # tokens of an answer that are compared
 MOST = 3  # caches that are measured together
 
 
-class Advisor(Panel):
+class Advisor(Constraints, Panel):
     """Say what you have and what you want, and see which cache to take, and why.
 
     Bytes are those of the layout of codes. What a cache loses is predicted from the committed results of SmolLM2-135M,
@@ -56,15 +53,7 @@ class Advisor(Panel):
     HELP = "13_memory_planner.ipynb#Which cache should I take?"
     SETTINGS = (*ASKED, "prompt")
 
-    model = Checked(WORDS, HERE, help="which model: this one, a usual size, or a folder, config.json or cached id")
-    context = Checked(whole(1), 32_768, help="tokens of each sequence that the cache has to hold")
-    batch = Checked(whole(1), 1, help="sequences at once")
-    memory_gb = Checked(real(above=0), help="memory of the whole machine, GB of 10^9 bytes; a quarter is left to it")
-    weight_bits = Checked(whole(1, 32), 4, help="bits of a weight, 1 to 32; a loaded model has its own")
-    goal = Checked(choice(*GOALS), "chat", help="what the model is for, which says how many nats a token it may lose")
-    prompt = Checked(
-        WORDS, PROMPT, help="a message, or a whole chat as text; the longer it is, the more is read through codes"
-    )
+    prompt = Checked(WORDS, PROMPT, help="a message, or a whole chat as text; the longer it is, the more is in codes")
     picked = t.Unicode("", help="the cache that buttons act on, one of the table")
 
     def __init__(
@@ -79,6 +68,7 @@ class Advisor(Panel):
         self.experiment = experiment
         self.advice: Advice | None = None
         self.narrow: Narrow | None = None
+        self._with_layers = dict[str, Choice]()  # by the names of caches: what was taken with layers of fewer bits
         self._exact: Reference | None = None
         self._measured = pl.DataFrame(schema=ADVICE)  # rows of this model
         self._verdict, self._table, self._code = ipywidgets.HTML(), ipywidgets.HTML(), CodeLines()
@@ -86,10 +76,8 @@ class Advisor(Panel):
         self._said = {"advice": [self._verdict, self._table], "narrow": [self._narrowed], "answer": [self._answered]}
         self._of = dict[str, list[Any]]()  # what the said is of: values of DEPENDS
         self._caches = ipywidgets.Dropdown(description="cache", tooltip=self.traits()["picked"].help.capitalize())
-        self._laid_out(
-            [self._controls()],
-            *(self._verdict, self._acts(), self._narrowed, self._answered, self._table, self._code),
-        )
+        below = self._verdict, self._acts(), self._narrowed, self._answered, self._table, self._code
+        self._laid_out([self._constraints()], *below)
         self.observe(lambda _: self._compare_with_chosen(), list({"picked", *self.SETTINGS}))
         self.observe(lambda _: self._ask(), list(ASKED))
         self.observe(lambda _: self._tell(), "picked")
@@ -109,11 +97,14 @@ class Advisor(Panel):
     def summary(self) -> str:
         return "no advice yet" if self.advice is None else str(self.advice).split("\n\n")[0].replace("\n", " ")
 
+    def _settle(self, timeout: float | None = None) -> bool:
+        return self._is_of_chosen("advice") or (self.wait(timeout) and self._is_of_chosen("advice"))
+
     @property
     def sections(self) -> list[Section]:
         if self.advice is None:
             return []
-        said = [str(found) for found in (self.narrow,) if found is not None]
+        said = [str(self.narrow)] if self._is_of_chosen("narrow") else []
         frame = self.advice.frame.drop("reason").head(ROWS)
         return [Section(words=" ".join([self.row["reason"], *said]), table=frame, code=self._lines())]
 
@@ -121,6 +112,8 @@ class Advisor(Panel):
         """Set the controls of all pages to the picked cache."""
         row = self._coded_row()
         self.selection.choose(**self._parts(row), layer=None)
+        self._with_layers.pop(row["name"], None)
+        self._tell()
         self.say(f"All pages now show {self.selection.choice.name}, sinks={DEFAULT_SINKS}, window={DEFAULT_WINDOW}.")
 
     def measure(self) -> None:
@@ -131,22 +124,21 @@ class Advisor(Panel):
     def try_narrow(self) -> None:
         """Ask which layers of the picked cache may go to 2 bits on the model that is here."""
         self.selection.fitting.held.clear()
-        row, limit, asked = self._row_to_run(), GOALS[self.goal], self._chosen_for("narrow")
+        row, goal, asked = self._row_to_run(), self.goal, self._chosen_for("narrow")
 
         def job(progress: Progress) -> Narrow:
-            choice = self._choice(row, window=0)
-            widths = sorted({*choice.widths, NARROWEST})
-            given = self.selection.fitting.calibration(choice.method, widths, progress)
-            plan, layers = choice.plan(self.experiment.model), self.selection.layers
-            settings: dict[str, Any] = {"bits": NARROWEST, "limit": limit, "layers": layers, "calibration": given}
-            return narrow_layers(self._reference(progress), plan, progress=progress, **settings)
+            choice = self.selection.changed(**self._parts(row, window=0))
+            return narrowed(self.experiment, self._reference(progress), choice, GOALS[goal], progress)
 
         def done(found: Narrow) -> None:
-            self.narrow = found
-            said = f"{found} Judged with everything but the sinks in codes."
-            self._narrowed.value = f"<b>{html.escape(row['name'])}</b>: {html.escape(said)}"
-            self._narrow_of, self._of["narrow"] = row, asked
+            self.narrow, self._narrow_of, self._of["narrow"] = found, row, asked
+            self._narrowed.value = narrow_said(row["name"], found, goal)
+            measured = row | {"kl_mean": found.before, "top1_flips": found.flips, "kind": "measured"}
+            others = self._measured.filter(pl.col("name") != row["name"])
+            self._measured = pl.concat([others, pl.DataFrame([measured], schema=ADVICE)])
             self._compare_with_chosen()
+            if self.model == HERE:
+                self._ask(keep=self.picked)
 
         self._submit("narrow", job, on_done=done, first=True)
 
@@ -154,9 +146,12 @@ class Advisor(Panel):
         """Set the controls of all pages to the picked cache with the layers that may have fewer bits."""
         self._check_narrow()
         assert self.narrow is not None
-        bits = number_of_bits(self._narrow_of["bits"])
         own: dict[int, Bits] = dict.fromkeys(self.narrow.layers, (NARROWEST, NARROWEST))
-        self.selection.choose(method=self._narrow_of["method"], key_bits=bits, value_bits=bits, own_bits=own)
+        name = self._narrow_of["name"]
+        self.selection.choose(**self._parts(self._narrow_of) | {"own_bits": own}, layer=None)
+        self._with_layers[name] = self.selection.choice
+        self.picked = name
+        self._tell()
         self.say(f"All pages now show {self.selection.choice.name}.")
 
     def compare_answers(self) -> None:
@@ -165,13 +160,8 @@ class Advisor(Panel):
         row, prompt, asked = self._row_to_run(), self.prompt, self._chosen_for("answer")
 
         def job(progress: Progress) -> str:
-            choice = self._choice(row)
-            given = self.selection.fitting.calibration(choice.method, choice.widths, progress)
-            model, tokenizer = self.experiment.model, self.experiment.tokenizer
-            settings: dict[str, Any] = {"tokens": ANSWER, "calibration": given, "progress": progress}
-            rows = side_by_side(model, tokenizer, prompt, choice.plan(model), **settings)
-            read = len(prompt_ids(tokenizer, prompt)) + rows.filter(side="compressed").height
-            return answer_said(rows, choice.in_codes(read))
+            choice = self.selection.changed(**self._parts(row))
+            return answered(self.experiment, choice, prompt, progress)
 
         def done(said: str) -> None:
             self._answered.value = f"<b>{html.escape(row['name'])}</b>: {said}"
@@ -201,6 +191,9 @@ class Advisor(Panel):
         ready = all(fitting.is_ready(row["method"], width) for width in (number_of_bits(row["bits"]), *more))
         return [] if ready else [row["method"]]
 
+    def _fits_narrow(self) -> list[str]:
+        return self._fits(NARROWEST)
+
     def _fits_measured(self) -> list[str]:
         self._check_here()
         rows = [] if self.advice is None else to_measure(self.advice.frame.to_dicts(), MOST)
@@ -224,23 +217,16 @@ class Advisor(Panel):
         exact = {"sinks": DEFAULT_SINKS, "window": window, "own_bits": {}}
         return {"method": row["method"], "key_bits": bits, "value_bits": bits} | exact
 
-    def _choice(self, row: dict[str, Any], window: int = DEFAULT_WINDOW) -> Choice:
-        return self.selection.changed(**self._parts(row, window))
-
     def _reference(self, progress: Progress) -> Reference:
         if self._exact is None:
             given: dict[str, Any] = {"text": self.experiment.text, "tokens": len(self.experiment.capture.tokens)}
             self._exact = reference(self.experiment.model, self.experiment.tokenizer, progress=progress, **given)
         return self._exact
 
-    def _ask(self, *, measure: bool = False) -> None:
+    def _ask(self, *, measure: bool = False, keep: str = "") -> None:
         """Ask for advice; an older request is dropped."""
-        asked = self._chosen_for("advice")
-        here, measured = self.model == HERE, None
-        if here and self._measured.height:
-            measured = self._measured
-        settings: dict[str, Any] = {name: getattr(self, name) for name in ("context", "batch", "goal", "weight_bits")}
-        settings |= {"memory": self.memory_gb * GIGABYTE, "measured": measured}
+        asked, here = self._chosen_for("advice"), self.model == HERE
+        settings = self.wanted | {"measured": self._measured if here else None}
         given = self.experiment.model if here else self.model
 
         def job(progress: Progress) -> Advice:
@@ -253,28 +239,32 @@ class Advisor(Panel):
             if here:
                 self._measured = advice.frame.filter(kind="measured")
             self._of["advice"] = asked
-            self._show(advice)
+            self._show(advice, keep)
 
         self._submit("advice", job, on_done=done)
 
-    def _show(self, advice: Advice) -> None:
+    def _show(self, advice: Advice, keep: str) -> None:
         by_hand = self.advice is not None and self.picked != self.advice.best["name"]
         self.advice = advice
         names = advice.frame["name"].to_list()
-        picked = self.picked if by_hand and self.picked in names else advice.best["name"]
+        keep = keep or (self.picked if by_hand else "")
+        picked = keep if keep in names else advice.best["name"]
         self._caches.options = names
-        self._caches.value = picked
+        self._caches.value = self.picked = picked
         self.say(taken_as(self.model))
         self._tell()
 
     def _chosen_for(self, part: str) -> list[Any]:
         return [getattr(self, name) for name in DEPENDS[part]]
 
+    def _is_of_chosen(self, part: str) -> bool:
+        return self._of.get(part) == self._chosen_for(part)
+
     def _compare_with_chosen(self) -> None:
         """Fade what is of other settings than the chosen ones, and say at each button whether it can act on these."""
-        for part, of in self._of.items():
+        for part in self._of:
             for said in self._said[part]:
-                (said.remove_class if of == self._chosen_for(part) else said.add_class)("veloxlab-stale")
+                (said.remove_class if self._is_of_chosen(part) else said.add_class)("veloxlab-stale")
         for act in self._buttons:
             act.look()
 
@@ -288,52 +278,24 @@ class Advisor(Panel):
         reason = "" if row["name"] == advice.best["name"] else f"{row['name']}: {row['reason']}"
         self._verdict.value = f"<div class='veloxlab-verdict'>{lines}<br>{html.escape(reason)}</div>"
         self._table.value = advice_table(advice.frame, self.picked)
-        self._code.value = self._lines()
+        self._code.value, self._caches.value = self._lines(), self.picked
         self._compare_with_chosen()
 
     def _lines(self) -> str:
         assert self.advice is not None
+        if self.picked in self._with_layers:
+            return narrow_lines(self._with_layers[self.picked])
         return replace(self.advice, frame=self.advice.frame.filter(name=self.picked)).code
-
-    def _controls(self) -> ipywidgets.Widget:
-        models = self._control(ipywidgets.Combobox, "model", options=[HERE, *SIZES], continuous_update=False)
-        models.placeholder = "a folder, a config.json, an id"
-        number: dict[str, Any] = {"min": 1, "max": 2**24}
-        memory: dict[str, Any] = {"min": 1e-3, "max": 1e5, "step": 1}
-        return controls(
-            models,
-            self._control(ipywidgets.BoundedIntText, "weight_bits", "weight bits", min=1, max=32),
-            self._control(ipywidgets.BoundedFloatText, "memory_gb", "RAM (GB)", **memory),
-            self._control(ipywidgets.BoundedIntText, "context", "context", **number),
-            self._control(ipywidgets.BoundedIntText, "batch", "sequences", min=1, max=100_000),
-            self._control(ipywidgets.Dropdown, "goal", "used for", options=list(GOALS)),
-        )
 
     def _acts(self) -> ipywidgets.Widget:
         prompt = self._control(ipywidgets.Textarea, "prompt", "your chat", rows=2, continuous_update=False)
         acts = {
             "Set the controls": ("All pages then show the picked cache", self.take, self._fits_none),
             f"Measure the first {MOST}": ("Run this model with them", self.measure, self._fits_measured),
-            f"Which layers may go to {NARROWEST} bits?": (
-                "Try each layer of this model, then many together",
-                self.try_narrow,
-                lambda: self._fits(NARROWEST),
-            ),
-            "Use these layers": (
-                "Give the layers that were found fewer bits, on all pages",
-                self.take_narrow,
-                self._check_narrow,
-            ),
-            "Does the answer change?": (
-                "Answer the chat with the exact cache and with this one",
-                self.compare_answers,
-                self._fits,
-            ),
+            f"Which layers may go to {NARROWEST} bits?": ("Try each, then many", self.try_narrow, self._fits_narrow),
+            "Use these layers": ("Give these layers fewer bits, on all pages", self.take_narrow, self._check_narrow),
+            "Does the answer change?": ("Answer the chat with both caches", self.compare_answers, self._fits),
         }
         self._buttons = [Act(words, tip, partial(self._saying, act), fits) for words, (tip, act, fits) in acts.items()]
         *made, answer = (act.button for act in self._buttons)
         return controls(self._caches, *made, broad(prompt), answer)
-
-    @t.default("memory_gb")
-    def _memory_here(self) -> float:
-        return round(device().memory_bytes / GIGABYTE, 1)

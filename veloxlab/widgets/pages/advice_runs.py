@@ -1,0 +1,34 @@
+"""What the page of advice runs on the model that is here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from veloxlab.measure.generation import prompt_ids, side_by_side
+from veloxlab.measure.narrow import Narrow, narrow_layers
+from veloxlab.measure.quality import Reference
+from veloxlab.progress import Progress
+from veloxlab.widgets.pages.advice_words import answer_said
+from veloxlab.widgets.pages.experiment import Experiment
+from veloxlab.widgets.selection import Choice
+
+NARROWEST = 2  # bits that layers are tried with
+ANSWER = 64  # tokens of an answer that are compared
+
+
+def narrowed(experiment: Experiment, exact: Reference, choice: Choice, limit: float, progress: Progress) -> Narrow:
+    """Find the layers of a cache that may have `NARROWEST` bits within so many nats."""
+    selection, widths = experiment.selection, sorted({*choice.widths, NARROWEST})
+    given = selection.fitting.calibration(choice.method, widths, progress)
+    settings: dict[str, Any] = {"bits": NARROWEST, "limit": limit, "layers": selection.layers, "calibration": given}
+    return narrow_layers(exact, choice.plan(experiment.model), progress=progress, **settings)
+
+
+def answered(experiment: Experiment, choice: Choice, prompt: str, progress: Progress) -> str:
+    """Answer a prompt with the exact cache and with a compressed one, and say in HTML whether the answers differ."""
+    given = experiment.selection.fitting.calibration(choice.method, choice.widths, progress)
+    model, tokenizer = experiment.model, experiment.tokenizer
+    settings: dict[str, Any] = {"tokens": ANSWER, "calibration": given, "progress": progress}
+    rows = side_by_side(model, tokenizer, prompt, choice.plan(model), **settings)
+    read = len(prompt_ids(tokenizer, prompt)) + rows.filter(side="compressed").height
+    return answer_said(rows, choice.in_codes(read))
