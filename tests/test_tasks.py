@@ -1,6 +1,7 @@
 """Questions asked through a cache: they are scored as a run without a cache scores them, and see the codes."""
 
 import json
+import re
 import sys
 from datetime import UTC, datetime
 from importlib.machinery import ModuleSpec
@@ -155,19 +156,30 @@ def test_questions_of_ones_own_are_lines_of_json():
 
 
 def test_the_page_asks_questions_of_ones_own(model):
-    page = vl.widgets.Tasks(model, Readable(), tasks=[], window=0, sinks=0)
+    page = vl.widgets.Tasks(model, Readable(), window=0, sinks=0)
     knobs = controls(page)
     ask, file = knobs["Ask"], knobs["From a file"]
+    page.tasks = []
     ask.click()
+    page.tasks = BUILT_IN
     assert "No task is chosen" in page._message.value
     file.value = ({"name": "own", "type": "", "size": 1, "content": b"\xff", "last_modified": datetime.now(UTC)},)
     assert "own is no text in UTF-8" in page._message.value
     line = json.dumps({"context": CONTEXT, "question": "and?", "answer": "abc", "choices": ["abc", "xyz"]})
     file.value = ({**file.value[0], "content": f"{line}\n{line}".encode()},)
+    assert "2 questions are too few to tell." in page._checked.value
+    assert page.tasks == ()  # only what was typed is asked
     ask.click()
     assert page.wait(60)
     assert page.answered.select("task", "questions", "chance").rows() == [("own", 2, 0.5)]
+    assert "2 questions are too few to tell." in page._message.value
+    answers = page.answers.filter(side="exact")["answer"].to_list()
+    row = "<td[^>]*>own</td><td[^>]*>and\\?</td><td[^>]*>abc</td><td[^>]*>"
+    assert re.findall(f"{row}([^<]*)<", page._table.value) == [answer.strip() for answer in answers]
+    page.own = "\n".join([line] * 20)
+    assert "20 questions." in page._checked.value
     page.own = "x"
+    assert "Line 1 is no question" in page._checked.value
     with pytest.raises(InputError, match="Line 1 is no question"):
         page.run()
     page.close()

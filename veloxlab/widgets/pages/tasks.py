@@ -12,8 +12,10 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.checks import WORDS, checked, choice, many, whole
 from veloxlab.errors import InputError
+from veloxlab.measure.generation import SIDES
 from veloxlab.measure.quality import maker
 from veloxlab.measure.questions import BUILT_IN, EXAMPLE, Task
+from veloxlab.measure.tasks import ANSWERS as SINGLE
 from veloxlab.measure.tasks import EVALUATION, ask, summary, unread
 from veloxlab.views.generation import task_caption, task_scores
 from veloxlab.views.picture import Section, html_table
@@ -28,6 +30,9 @@ WHY = (
     "A model that answers as well through the compressed cache has kept what it read. The text is read first, the "
     "question after it. A small model guesses on some tasks with the exact cache too: these tell nothing."
 )
+FEW = 20  # questions that say little
+FORMAT = "One question in a line of JSON; without choices the model writes its answer."
+ANSWERS = ["task", "question", "right answer", "exact", "compressed"]
 TITLES = ["task", "questions", "guess", "exact", "compressed", "difference", "95 % interval", "in codes"]
 
 
@@ -38,9 +43,10 @@ class Tasks(OfCache, Panel):
     ``questions=64`` or ``method="rabitq"``. Raises `InputError` for an unknown method, task or setting.
 
     The traits are ``tasks``, names in `veloxlab.measure.questions.BUILT_IN`; ``questions`` of each of these;
-    ``context``, tokens that are read before one; ``own``, what `veloxlab.measure.Task.of_lines` reads; and ``method``,
-    ``key_bits``, ``value_bits``, ``sinks`` and ``window``, as for `veloxlab.make_cache`. *Ask* starts a run.
-    ``answered`` has the newest one, rows of `veloxlab.measure.tasks.EVALUATION`.
+    ``context``, tokens that are read before one; ``own``, what `veloxlab.measure.Task.of_lines` reads, asked in the
+    place of the built-in tasks unless these are chosen again; and ``method``, ``key_bits``, ``value_bits``, ``sinks``
+    and ``window``, as for `veloxlab.make_cache`. *Ask* starts a run. ``answered`` has the newest one, rows of
+    `veloxlab.measure.tasks.EVALUATION`, and ``answers`` its single answers, of `veloxlab.measure.tasks.ANSWERS`.
     """
 
     NAME = "tasks"
@@ -66,10 +72,12 @@ class Tasks(OfCache, Panel):
         **settings: Any,
     ) -> None:
         chosen = {name: settings.pop(name) for name in CACHE if name in settings}
+        if "own" in settings:
+            settings.setdefault("tasks", ())
         super().__init__(selection or Selection(Fitting(model, tokenizer), **chosen), worker, **settings)
         self._model, self._tokenizer = model, tokenizer
-        self.answered, self._of = pl.DataFrame(schema=EVALUATION), ""
-        self._slot, self._table = columns(), ipywidgets.HTML()
+        self.answered, self._of, self.answers = pl.DataFrame(schema=EVALUATION), "", pl.DataFrame(schema=SINGLE)
+        self._slot, self._table, self._checked = columns(), ipywidgets.HTML(), ipywidgets.HTML()
         why = ipywidgets.HTML(f"<div>{WHY}</div>")
         self._laid_out([self._controls()], why, self._own_questions(), self._slot, self._table)
         self.follow()
@@ -83,10 +91,11 @@ class Tasks(OfCache, Panel):
         self.selection.fitting.held.clear()
         self.say("")
 
-        def job(progress: Progress) -> pl.DataFrame:
+        def job(progress: Progress) -> tuple[pl.DataFrame, pl.DataFrame]:
             calibration = self.selection.fitting.calibration(choice.method, choice.widths, progress)
             make = maker(choice.plan(self._model), {"calibration": calibration})
-            return summary(*ask(self._model, self._tokenizer, make, tasks, progress=progress, **asked))
+            answers, chances = ask(self._model, self._tokenizer, make, tasks, progress=progress, **asked)
+            return summary(answers, chances), answers
 
         self._submit("questions", job, on_done=lambda found: self._show(found, choice.name), first=True)
 
@@ -98,11 +107,15 @@ class Tasks(OfCache, Panel):
     def sections(self) -> list[Section]:
         return [*super().sections, Section(self._of, table=self.answered)] if self._of else []
 
-    def _show(self, answered: pl.DataFrame, of: str) -> None:
-        self.answered, self._of = answered, of
+    def _show(self, found: tuple[pl.DataFrame, pl.DataFrame], of: str) -> None:
+        answered, answers = found
+        self.answered, self.answers, self._of = answered, answers, of
         self._put({"scores": task_scores(answered, caption=f"{of}. {task_caption(answered)}")}, self._slot)
-        self.say(" ".join(unread(answered)))
-        self._table.value = f"<b>{html.escape(of)}</b>{task_table(answered)}"
+        own = answered.filter(pl.col("task") == "own", pl.col("questions") < FEW)["questions"]
+        few = [too_few(count) for count in own]
+        self.say(" ".join([*unread(answered), *few]))
+        single = f"<details><summary>Single answers</summary>{answers_table(answers)}</details>"
+        self._table.value = f"<b>{html.escape(of)}</b>{task_table(answered)}{single}"
 
     def _controls(self) -> ipywidgets.Widget:
         several: dict[str, Any] = {"options": BUILT_IN, "rows": len(BUILT_IN)}
@@ -117,13 +130,26 @@ class Tasks(OfCache, Panel):
 
     def _own_questions(self) -> ipywidgets.Widget:
         """A box for questions of one's own, and a button that fills it from a file."""
-        box = self._control(ipywidgets.Textarea, "own", "questions", rows=6, continuous_update=False)
+        box = self._control(ipywidgets.Textarea, "own", "questions", rows=6)
         box.placeholder, box.layout.width = EXAMPLE, "auto"
         tip = "A file of JSON lines, a question in each"
         file = ipywidgets.FileUpload(description="From a file", accept=".jsonl,.json,.txt", tooltip=tip)
         file.observe(self._read, "value")
-        titles = ["Questions of your own"]
-        return ipywidgets.Accordion([ipywidgets.VBox([box, file])], titles=titles, selected_index=None)
+        self.observe(self._check_own, "own")
+        said = ipywidgets.HTML(f"<div>{FORMAT} For example:<br><code>{html.escape(EXAMPLE)}</code></div>")
+        parts = ipywidgets.VBox([said, box, self._checked, file])
+        return ipywidgets.Accordion([parts], titles=["Questions of your own"], selected_index=None)
+
+    def _check_own(self, change: dict[str, Any]) -> None:
+        """Say what is typed: how many questions, or which line is none."""
+        if change["new"].strip() and not change["old"].strip():
+            self.tasks = ()
+        try:
+            count = len(Task.of_lines(self.own).questions) if self.own.strip() else 0
+            said = "" if count == 0 else too_few(count) if count < FEW else f"{count} questions."
+        except InputError as error:
+            said = str(error)
+        self._checked.value = f"<em>{html.escape(said)}</em>"
 
     def _read(self, change: dict[str, Any]) -> None:
         for file in change["new"]:
@@ -131,6 +157,25 @@ class Tasks(OfCache, Panel):
                 self.own = bytes(file["content"]).decode()
             except UnicodeDecodeError:
                 self.say(f"{file['name']} is no text in UTF-8: save it as that.")
+
+
+def too_few(count: int) -> str:
+    """Say how many questions there are, where they are few."""
+    return f"{count} question{'s are' if count != 1 else ' is'} too few to tell."
+
+
+def answers_table(frame: pl.DataFrame) -> str:
+    """HTML of `veloxlab.measure.tasks.ANSWERS`: a row for each question."""
+    sides = [frame.filter(side=side).to_dicts() for side in SIDES]
+    rows = [
+        (
+            one["task"],
+            one["question"].strip(),
+            *(said.strip() for said in (one["right"], one["answer"], other["answer"])),
+        )
+        for one, other in zip(*sides, strict=True)
+    ]
+    return html_table(ANSWERS, rows, cell="padding: 1px 14px 1px 0", left=len(ANSWERS))
 
 
 def task_table(frame: pl.DataFrame) -> str:
