@@ -392,6 +392,8 @@ def test_work_moves_the_bar_of_the_open_page_alone(lab):
 def test_a_report_has_the_charts_of_every_page_that_was_made(lab, tmp_path):
     for page in PAGES:
         lab.turn_to(page)
+    lab.pages["budget"].start()
+    assert lab.wait(120)
     assert {name.split("_")[0] for name in lab.named} >= {"errors", "keys", "budget", "memory"}
     html = lab.export(tmp_path / "report.html").read_text()
     assert html.count('<div class="chart"') == len(lab.named)
