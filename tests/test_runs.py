@@ -156,6 +156,14 @@ def test_the_page_of_runs_compares_names_and_uses_them(lab, tmp_path, monkeypatc
     assert other.table.equals(lab.points.table)
 
 
+def test_a_new_page_of_runs_compares_the_two_that_there_are(lab):
+    page = lab.turn_to("runs")
+    page.close()
+    again = lab.turn_to("runs")
+    assert [control.value for control in again._lists] == [0, 1]
+    assert again.pair[0] is not again.pair[1]
+
+
 def test_an_interval_is_that_of_fidelity_on_as_many_windows(lab, model):
     newest = lab.points.every[-1]
     again = vl.fidelity(

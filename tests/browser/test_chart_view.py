@@ -12,6 +12,7 @@ import pytest
 from veloxlab import views
 from veloxlab.measure.tokens import ATTENDED
 from veloxlab.widgets.chart_view import STATIC, ChartView
+from veloxlab.widgets.layout import STYLE
 
 pytestmark = pytest.mark.browser
 
@@ -444,3 +445,25 @@ def test_a_legend_keeps_its_bar_when_vega_gives_it_a_gradient_and_forgets_the_ol
         bare.page.evaluate("new Promise((next) => setTimeout(next))")
         assert bare.page.evaluate(there), step
     assert bare.errors == []
+
+
+def test_controls_show_their_words_and_are_seen_in_the_dark(bare):
+    rows = "".join(f"<option {state}>a" for state in ("", "selected"))
+    parts = "<label class='widget-label' style='width: 80px; overflow: hidden'>memory (GB), long</label>"
+    parts = f"<div class='widget-inline-hbox' style='display: flex; width: 222px'>{parts}<input size=30></div>"
+    page = (
+        f"<div class='veloxlab-page'><div class='veloxlab-controls'>{parts}</div><select size=2>{rows}</select></div>"
+    )
+    bare.page.evaluate("(html) => { document.body.innerHTML = html; }", STYLE + page)
+    assert bare.page.evaluate(
+        "(({scrollWidth, clientWidth}) => scrollWidth <= clientWidth)(document.querySelector('label'))"
+    )
+    style = "getComputedStyle(document.querySelector('{}')).{}"
+    assert bare.page.evaluate(style.format("option:checked", "backgroundImage")).startswith(
+        "linear-gradient(rgb(59, 125"
+    )
+    assert bare.page.evaluate(style.format("select", "colorScheme")) == "normal"
+    bare.page.evaluate("document.body.dataset.jpThemeLight = 'false'")
+    assert bare.page.evaluate(style.format("select", "colorScheme")) == "dark"
+    arrow = style.format(".veloxlab-page", "getPropertyValue('--jp-widgets-dropdown-arrow')")
+    assert "fill='%23ccc'" in bare.page.evaluate(arrow)

@@ -10,6 +10,7 @@ from veloxlab.views import columns, marks, theme
 from veloxlab.views.generation import SIDES
 
 POOLS = 64  # marks along a window
+NAME = 320  # pixels of a cache's name in a legend: with two layers of their own
 MB = 1e6
 LOOKS = ((theme.NEUTRAL, "circle"), (theme.CHOSEN, "diamond"))  # of the first cache, and of the second
 STEP = 44  # pixels of a window
@@ -63,7 +64,8 @@ def window_losses(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart
     )
     base, names = base.encode(x=x, y=y), shown["cache"].unique(maintain_order=True).to_list()
     colours, shapes = (dict(zip(names, looks, strict=False)) for looks in zip(*LOOKS, strict=True))
-    colour, shape = marks.scaled(alt.Color, "cache", colours), marks.scaled(alt.Shape, "cache", shapes)
+    colour = marks.scaled(alt.Color, "cache", colours).legend(labelLimit=NAME)
+    shape = marks.scaled(alt.Shape, "cache", shapes).legend(labelLimit=NAME)
     plot = marks.layered(
         base.mark_line(strokeWidth=1.5, color=theme.NEUTRAL, opacity=0.5).encode(detail=alt.Detail("window:O")),
         marks.points(base, columns.tips("cache window positions kl_mean top1_flips"), 80, color=colour, shape=shape),

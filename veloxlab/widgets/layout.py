@@ -70,6 +70,12 @@ def broad(control: ipywidgets.Widget) -> ipywidgets.Widget:
     return control
 
 
+def wide(control: ipywidgets.Widget) -> ipywidgets.Widget:
+    """A control as wide as two, where there is room: its words are long."""
+    control.add_class("veloxlab-wide")
+    return control
+
+
 def columns(charts: Iterable[ipywidgets.Widget] = ()) -> ipywidgets.Box:
     """Charts in columns, each chart as wide as its column."""
     return _box("veloxlab-grid", charts)

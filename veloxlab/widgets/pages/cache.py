@@ -18,7 +18,7 @@ from veloxlab.measure import code_bits, layer_errors, memory_growth, predicted_g
 from veloxlab.mlxlm.probe import LayerFacts, probe
 from veloxlab.widgets.chart_view import ChartView, link
 from veloxlab.widgets.chosen import Checked, OfLayers
-from veloxlab.widgets.layout import CodeLines, button, columns, controls
+from veloxlab.widgets.layout import CodeLines, button, columns, controls, wide
 from veloxlab.widgets.lifetime import loosen
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request, coded
 from veloxlab.widgets.pages.compare import Comparison
@@ -195,7 +195,7 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
         layer = ipywidgets.Dropdown(description="layer", tooltip=tip, options=layers, value=_of_list(self.layer))
         t.link((self, "layer"), (layer, "value"), transform=(_of_list, lambda each: None if each == ALL else each))
         metrics = [(METRICS[name][0], name) for name in self._metrics]
-        metric = self._control(ipywidgets.Dropdown, "metric", "error of", options=metrics)
+        metric = wide(self._control(ipywidgets.Dropdown, "metric", "error of", options=metrics))
         forget = partial(self.selection.choose, own_bits={}, layer=None)
         self._reset = button("Same for all", "Forget the bits of single layers", forget)
         measure = button("Measure fidelity", "Run the model with this cache and compare its predictions", self.measure)

@@ -13,7 +13,7 @@ import traitlets as t
 from veloxlab.errors import InputError
 from veloxlab.views.fidelity import window_losses
 from veloxlab.views.picture import Section, html_table
-from veloxlab.widgets.layout import button, columns, controls
+from veloxlab.widgets.layout import button, columns, controls, wide
 from veloxlab.widgets.pages.experiment import Experiment, OfExperiment
 from veloxlab.widgets.runs import Run, apart
 from veloxlab.widgets.worker import Worker
@@ -154,7 +154,7 @@ class RunsPage(OfExperiment):
         save = button(
             "Save", f"Write all runs to {FILE}, in the folder of this notebook", partial(self._saying, self.save)
         )
-        return controls(measure, windows, *self._lists, self._name, use, save)
+        return controls(measure, windows, *map(wide, (*self._lists, self._name)), use, save)
 
 
 def _line(number: int, run: Run) -> tuple[str, ...]:
