@@ -18,7 +18,7 @@ from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import LayerFacts
 from veloxlab.views.picture import png_size
 from veloxlab.widgets import ChartView, ProgressBar
-from veloxlab.widgets.lab import NAMES
+from veloxlab.widgets.lab import AT_ONCE, NAMES
 from veloxlab.widgets.lab import PAGES as KINDS
 from veloxlab.widgets.lifetime import TABLE, parts
 from veloxlab.widgets.pages.cache import CachePage, unusual
@@ -71,6 +71,11 @@ def test_to_cancel_the_work_that_a_page_waits_for_brings_the_page(lab):
 
     lab.worker.submit("long", work)
     assert started.wait(60)
+    for page in AT_ONCE:  # they need not wait
+        if page in lab.pages:
+            lab.pages[page].close()
+        lab.page = page
+        assert lab._places[page].children == (lab.pages[page],)
     lab.page = "errors"
     words, bar = lab._places["errors"].children
     assert "or cancelled" in words.value

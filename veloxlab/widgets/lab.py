@@ -51,6 +51,7 @@ PAGES: dict[str, tuple[str, Callable[[Lab], Panel]]] = {
     "memory": ("Memory", lambda lab: memory.MemoryPlanner(lab.experiment.model, runs=lab.points, **lab.shared)),
 }
 NAMES = tuple(PAGES)
+AT_ONCE = ("runs", "tasks", "times")  # pages whose making runs no model: they wait for nothing
 WAITING = "<em>This page is made when the present work is done, or cancelled.</em>"
 
 
@@ -148,7 +149,9 @@ class Lab(Experimenter, OfExperiment, OfLayers):
         name = self.page
         for each, panel in self.pages.items():
             panel.activate(each == name)
-        if name not in self.pages:
+        if name not in self.pages and name in AT_ONCE:
+            self._show_page(name, PAGES[name][1](self))
+        elif name not in self.pages:
             self._put_in(name, ipywidgets.HTML(WAITING), self.progress())
             loosen(self)
 
