@@ -287,7 +287,8 @@ class Chart {
       whole.params = [...(whole.params ?? []), { name: "heading", value: "" }];
     }
     this.room ??= this.plot.clientWidth;
-    this.isHidden = this.plot.offsetParent === null;
+    // later its observer tells: at a change of theme the page may have no layout for a moment, of which nothing is told
+    if (!this.result) this.isHidden = this.plot.offsetParent === null;
     for (const param of whole.params ?? []) if (param.name in this.words) param.value = this.lines(param.name);
     const old = this.result;
     this.result = null;
