@@ -73,9 +73,10 @@ def lab_of(model: Any) -> vl.Lab:
     lab = vl.Lab(model, Letters(), tokens=64, sinks=2, window=16)
     lab.measure()
     for page in ("generation", "budget", "memory", "keys", "errors"):
-        lab.page = page
-        while page not in lab.pages or (page == "budget" and not lab.pages[page].named):
-            time.sleep(0.01)
+        lab.turn_to(page)
+    lab.pages["budget"].start()
+    assert lab.wait(PATIENCE)
+    assert lab.pages["budget"].named
     assert lab.frontier is not None
     lab.worker.cancel()  # what is measured ahead
     return lab
