@@ -61,10 +61,7 @@ def frontier(
     )
     order: list[Any] = [alt.SortField("cost"), alt.SortField("kl_mean")]
     best = base.transform_window(best="min(kl_mean)", frame=[None, 0], sort=order)
-    # methods as their lines lie, from the top down, so that the legend reads like the chart
-    height = pl.col("kl_mean").filter(pl.col("kl_mean").is_finite() & (pl.col("kl_mean") > 0)).log().mean()
-    lines = drawn.group_by("method").agg(height).sort("kl_mean", "method", descending=[True, False], nulls_last=True)
-    look = marks.method_look(lines["method"].to_list())
+    look = marks.method_look(_lines_down(drawn))
     told = columns.tips("name kl_mean top1_flips perplexity key_bits value_bits held_bytes")
     layers = [
         best.transform_filter("datum.kl_mean <= datum.best").mark_line(**STEPS),
@@ -72,12 +69,7 @@ def frontier(
         marks.points(base, told, 70, **look),
     ]
     if drawn.height <= FEW:
-        named = base.transform_calculate(short="slice(datum.name, length(datum.method) + 1)")
-        if point:  # caches of one width lie in a heap, where one name says it
-            place = "datum.short + round(10 * log(datum.cost)) + ' ' + round(3 * log(datum.kl_mean_drawn))"
-            named = named.transform_calculate(place=place).transform_window(nth="row_number()", groupby=["place"])
-            named = named.transform_filter("datum.nth === 1")
-        layers.append(named.mark_text(align="left", dx=7, dy=-7, fontSize=10).encode(text=alt.Text("short:N")))
+        layers.append(_names(base, in_heaps=bool(point)))
     if point:
         picked = base.transform_filter(f"datum.point === {marks.PICKED_POINT}")
         layers.append(picked.mark_point(size=190, stroke=theme.PICKED, strokeWidth=2.5))
@@ -90,6 +82,24 @@ def frontier(
     heading = f"KL divergence of predictions against {words}"
     picks = [marks.PICKED_POINT] if point else []
     return marks.framed([plot], shown, heading, caption or fidelity_caption(frame, x), picks=picks)
+
+
+def _names(base: alt.Chart, *, in_heaps: bool) -> alt.Chart:
+    """What each cache is beside its method; of caches of one width that lie in a heap, one name says it."""
+    named = base.transform_calculate(short="slice(datum.name, length(datum.method) + 1)")
+    if in_heaps:
+        place = "datum.short + round(10 * log(datum.cost)) + ' ' + round(3 * log(datum.kl_mean_drawn))"
+        named = named.transform_calculate(place=place).transform_window(nth="row_number()", groupby=["place"])
+        named = named.transform_filter("datum.nth === 1")
+    words: alt.Chart = named.mark_text(align="left", dx=7, dy=-7, fontSize=10).encode(text=alt.Text("short:N"))
+    return words
+
+
+def _lines_down(drawn: pl.DataFrame) -> list[str]:
+    """Methods as their lines lie, from the top down, so that the legend reads like the chart."""
+    height = pl.col("kl_mean").filter(pl.col("kl_mean").is_finite() & (pl.col("kl_mean") > 0)).log().mean()
+    lines = drawn.group_by("method").agg(height).sort("kl_mean", "method", descending=[True, False], nulls_last=True)
+    return lines["method"].to_list()
 
 
 def _exact_line(exact_bytes: int) -> list[marks.Plot]:
