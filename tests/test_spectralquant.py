@@ -52,12 +52,13 @@ def test_greedy_bits_follow_the_reverse_water_filling_of_the_text():
             greedy_bits([1, 1, 1, 1], budget)
 
 
+@pytest.mark.parametrize("rates", [4.0, (3.57, 3.57, 3.57, 5.09, 5.09, 5.09)], ids=["one-rate", "keys-and-values"])
 @pytest.mark.parametrize("seed", range(5))
-def test_greedy_bits_are_as_good_as_any(seed):
+def test_greedy_bits_are_as_good_as_any(seed, rates):
     weights = np.random.default_rng(seed).lognormal(0, 2, 6)
-    cost = lambda widths: float((weights * 4.0 ** -np.array(widths)).sum())  # noqa: E731
-    best = min(cost(w) for w in itertools.product(range(5), repeat=6) if sum(w) == 11)
-    assert cost(greedy_bits(list(weights), 11, most=4)) == pytest.approx(best, rel=1e-12)
+    cost = lambda widths: float((weights * np.array(rates) ** -np.array(widths)).sum())  # noqa: E731
+    best = min(cost(w) for w in itertools.product(range(1, 5), repeat=6) if sum(w) == 13)
+    assert cost(greedy_bits(list(weights), 13, rates=rates, least=1, most=4)) == pytest.approx(best, rel=1e-12)
 
 
 @pytest.mark.parametrize("widths", [(8, 5, 3, 3, 1, 0, 0), (3,) * 64, (7,) * 30 + (1,) * 14, (0, 8, 0, 2), (8,) * 256])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,85 +135,3 @@ class Rows(NamedTuple):
     def words(self, widths: Integers) -> int:
         """Words of a row with these bits of coordinates ``[H, D]``."""
         return max(LEAST_WORDS, -(-int(self.overhead * len(widths) + widths.sum()) // _WORD_BITS))
-
-
-class DistortionFit(NamedTuple):
-    """A quantizer's distortion at b bits, ``alpha · beta ** -b``, relative to the variance."""
-
-    alpha: float
-    beta: float
-
-
-def fit_distortion(bits: Sequence[float], distortions: Sequence[float]) -> DistortionFit:
-    """Least squares of ln D on b, over measured ``distortions`` > 0 at two or more ``bits`` (the paper: 2 to 6)."""
-    widths, values = np.asarray(bits, np.float64), np.asarray(distortions, np.float64)
-    if len(widths) != len(values) or len(set(widths.tolist())) < 2 or not (values > 0).all():
-        raise InputError(
-            f"A fit takes as many distortions above 0 as widths, at two widths or more: it was given widths "
-            f"{widths.tolist()} and distortions {values.tolist()}."
-        )
-    slope, intercept = np.polyfit(widths, np.log(values), 1)
-    return DistortionFit(float(np.exp(intercept)), float(np.exp(-slope)))
-
-
-def continuous_bits(
-    weights: Sequence[float],
-    mean_bits: float,
-    beta: float | Sequence[float],
-    *,
-    least: float = -np.inf,
-    most: float = np.inf,
-) -> Floats:
-    """Widths, not whole, that lose least: bᵢ = b̄ + (ln wᵢ − mean ln w)/ln β, kept within bounds (RateQuant, Thm 2).
-
-    ``weights`` are wᵢ·αᵢ > 0; ``beta`` above 1 is what one bit divides the distortion by, one for all or one each. One
-    more bit saves the same everywhere, wᵢ·ln βᵢ·βᵢ^−bᵢ, but on the bounds.
-    """
-    logs = np.log(_positive(weights))
-    rates = np.log(np.broadcast_to(_rates(beta), len(logs)))
-    if not least <= mean_bits <= most:
-        raise InputError(f"A mean of {mean_bits} bits does not fit widths from {least} to {most}: choose between them.")
-    worth = logs + np.log(rates)  # ln of what a bit saves at 0 bits; bits are (worth + level) / rate
-    level = (mean_bits * len(logs) - (worth / rates).sum()) / (1 / rates).sum()
-    free = (worth + level) / rates
-    low = least if np.isfinite(least) else free.min()  # others that meet the upper bound only leave it more
-    high = most if np.isfinite(most) else free.max()
-    # Σ clip((worth + level) / rate) is straight between the levels at which a component meets a bound
-    bends = np.sort(np.concatenate([low * rates - worth, high * rates - worth]))
-    totals = [np.clip((worth + bend) / rates, low, high).sum() for bend in bends]
-    level = np.interp(mean_bits * len(logs), totals, bends)
-    return np.asarray(np.clip((worth + level) / rates, low, high))
-
-
-def integer_bits(
-    weights: Sequence[float], mean_bits: float, beta: float | Sequence[float], *, least: int = 2, most: int = 8
-) -> tuple[int, ...]:
-    """Whole widths that lose least, by marginal gain (RateQuant, .4): `greedy_bits` with a budget of ⌊b̄·N⌋ bits."""
-    budget = int(np.floor(mean_bits * len(weights) + 1e-9))  # 2.7 · 10 is 27 bits, whatever the float says
-    return greedy_bits([float(w) for w in weights], budget, rates=_rates(beta), least=least, most=most)
-
-
-def loss(weights: Sequence[float], bits: Sequence[float], beta: float | Sequence[float]) -> float:
-    """Σ wᵢ·βᵢ^−bᵢ: what the widths ``bits`` lose, by the model."""
-    rates, widths = np.asarray(beta, np.float64), np.asarray(bits, np.float64)
-    return float((np.asarray(weights, np.float64) * rates**-widths).sum())
-
-
-def water_filling_gain(weights: Sequence[float]) -> float:
-    """AM/GM of the weights: by how much one width for all loses more than the continuous optimum (RateQuant, Thm 3)."""
-    positive = _positive(weights)
-    return float(positive.mean() / np.exp(np.log(positive).mean()))
-
-
-def _positive(weights: Sequence[float]) -> Floats:
-    array = np.asarray(weights, np.float64)
-    if array.size == 0 or not (np.isfinite(array) & (array > 0)).all():
-        raise InputError(f"Water-filling takes one or more weights above 0, and was given {array.tolist()}.")
-    return array
-
-
-def _rates(beta: float | Sequence[float]) -> Any:  # noqa: ANN401 - one number, or an array of them
-    rates = np.asarray(beta, np.float64)
-    if not (rates > 1).all():
-        raise InputError(f"beta={beta} does not fall: one more bit has to divide the distortion by more than 1.")
-    return rates
