@@ -84,6 +84,7 @@ def test_a_request_that_failed_is_measured_again(lab, monkeypatch):
     page = lab.turn_to("cache")
     with monkeypatch.context() as patch:
         patch.setitem(page.MEASURES, "bits", lambda *_: 1 / 0)
+        page.found.clear()  # these bits may have been measured ahead
         turn(page, key_bits=6)
         assert "ZeroDivisionError" in page._message.value
         assert page.bits.frame.filter(tensor="keys", part="codes")["bits_per_value"].max() != 6

@@ -15,7 +15,6 @@ from veloxlab.views.picture import Section
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.chosen import Checked, Chosen, OfLayers
 from veloxlab.widgets.layout import button, glossary, styled
-from veloxlab.widgets.lifetime import loosen
 from veloxlab.widgets.pages import (
     advise,
     budget,
@@ -33,7 +32,7 @@ from veloxlab.widgets.pages import (
 from veloxlab.widgets.pages.experiment import Experiment, Experimenter, OfExperiment
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.runs import Steps
-from veloxlab.widgets.worker import Progress
+from veloxlab.widgets.worker import sentence
 
 # A page is one line here: its name, its title, and what makes it from a laboratory.
 PAGES: dict[str, tuple[str, Callable[[Lab], Panel]]] = {
@@ -51,8 +50,6 @@ PAGES: dict[str, tuple[str, Callable[[Lab], Panel]]] = {
     "memory": ("Memory", lambda lab: memory.MemoryPlanner(lab.experiment.model, runs=lab.points, **lab.shared)),
 }
 NAMES = tuple(PAGES)
-AT_ONCE = ("runs", "tasks", "times")  # pages whose making runs no model: they wait for nothing
-WAITING = "<em>This page is made when the present work is done, or cancelled.</em>"
 
 
 def _of(page: str, name: str) -> Any:  # noqa: ANN401 - a property
@@ -64,7 +61,8 @@ class Lab(Experimenter, OfExperiment, OfLayers):
     """The laboratory: pages that measure and show one model's compressed cache.
 
     All pages share method, bits, exact tokens, layer, head and token. A page is made when it is opened, and made anew
-    after it was closed. One thread does all work, with progress; each page can cancel it. Nothing here needs a network.
+    after it was closed; each of its charts comes when it is measured. One thread does all work, with progress; each
+    page can cancel it. Nothing here needs a network.
 
     Parameters, and what they raise, are those of `CacheExplorer`, and so are the attributes, with these besides:
 
@@ -95,10 +93,11 @@ class Lab(Experimenter, OfExperiment, OfLayers):
         self.experiment, self.points = experiment, experiment.points
         self.loaded: tuple[Any, Any] = (experiment.model, experiment.tokenizer)
         self.shared: dict[str, Any] = {"selection": self.selection, "worker": self.worker}
-        self._pages: dict[str, Panel] = {}  # never changed in place: the worker adds pages while others read them
+        self._pages: dict[str, Panel] = {}  # never changed in place: threads add pages while others read them
         self._places = {name: ipywidgets.VBox() for name in PAGES}
-        for name in ("cache", "compare"):
-            self._show_page(name, PAGES[name][1](self))
+        self._unmade = ""  # why the page that was opened last is not there
+        self._show_page("cache", cache.CachePage(experiment, self.worker, now=True))
+        self._show_page("compare", PAGES["compare"][1](self))
         titles = [title for title, _ in PAGES.values()]
         self._tabs = ipywidgets.Tab([*self._places.values()], titles=titles)
         t.link((self, "page"), (self._tabs, "selected_index"), transform=(NAMES.index, lambda i: NAMES[i or 0]))
@@ -134,53 +133,36 @@ class Lab(Experimenter, OfExperiment, OfLayers):
         return self.pages[name]
 
     def turn_to(self, page: str) -> Panel:
-        """Open a page, wait until it is there, and give it; raises `InputError` if it cannot be made."""
+        """Open a page, wait for what it measures first, and give it; raises `InputError` if it cannot be made."""
         if self.page != page:
             self.page = page  # which opens it; a second page of one kind would end the work of the first
         elif page not in self.pages:
             self._open()
-        self.worker.wait()
         if page not in self.pages:
-            raise InputError(f"The page {page!r} could not be made: {self.worker.last_error}")
+            raise InputError(f"The page {page!r} could not be made: {self._unmade}")
+        self.worker.wait()
         return self.pages[page]
 
     def _open(self) -> None:
-        """Draw the open page alone; make it if it is new, or was closed."""
+        """Draw the open page alone; make it if it is new, or was closed. The worker does what it measures."""
         name = self.page
         for each, panel in self.pages.items():
             panel.activate(each == name)
-        if name not in self.pages and name in AT_ONCE:
-            self._show_page(name, PAGES[name][1](self))
-        elif name not in self.pages:
-            self._put_in(name, ipywidgets.HTML(WAITING), self.progress())
-            loosen(self)
-
-            def make(progress: Progress) -> Panel:
-                progress(0, 1, "measuring what the page shows first")
-                return PAGES[name][1](self)
-
-            order = {"first": True, "kept": True}  # to cancel the work that it waits for brings the page
-            self._submit(f"page {name}", make, on_done=lambda panel: self._show_page(name, panel), **order)
+        if name not in self.pages:
+            try:
+                self._show_page(name, PAGES[name][1](self))
+            except Exception as error:  # noqa: BLE001 - whatever a page raises is said, and the others live on
+                self._unmade = sentence(error)
+                self.say(self._unmade)
 
     def _settle(self, timeout: float | None = None) -> bool:
         return all(panel._settle(timeout) for panel in self.pages.values() if panel.active)
 
-    def retry(self) -> None:
-        """Ask again for what was cancelled, and for the open page."""
-        super().retry()
-        if self.page not in self.pages:
-            self._open()
-
     def _show_page(self, name: str, panel: Panel) -> None:
         self._pages = self._pages | {name: panel}
-        self._put_in(name, panel)
-        panel.activate(name == self.page)
-
-    def _put_in(self, name: str, *widgets: ipywidgets.Widget) -> None:
-        """Show widgets in the place of a page, and close what was there: a bar would go on following the worker."""
-        before, self._places[name].children = self._places[name].children, widgets
-        for widget in before:
-            widget.close()
+        self._places[name].children = (panel,)
+        if name != self.page:
+            panel.activate(False)
 
     @t.observe("compact")
     def _tighten(self, _: object) -> None:

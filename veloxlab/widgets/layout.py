@@ -112,6 +112,11 @@ WORDS = {
 }
 
 
+def awaited(why: str) -> ipywidgets.HTML:
+    """What stands in the place of a chart that is not measured yet: what it is for."""
+    return ipywidgets.HTML(f"<div class='veloxlab-awaited'>{html.escape(why)}</div>")
+
+
 def note(why: str, badge: str) -> dict[str, str]:
     """The line above a chart: why it is there, and whether its numbers are "measured", "predicted" or "stale"."""
     return {"why": why, "badge": badge, "tip": "; ".join(WORDS[word] for word in badge.split(", then "))}

@@ -140,7 +140,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
 
     def progress(self, **layout: Any) -> ProgressBar:
         """A bar of the worker, which can begin again what was cancelled."""
-        return ProgressBar(self.worker, weakly(self.retry), weakly(self._can_retry), **layout)
+        return ProgressBar(self.worker, weakly(self.retry), weakly(self._can_retry), f"{self.NAME}: ", **layout)
 
     def _can_retry(self) -> bool:
         return self.worker.can_retry or bool(self.selection.fitting.held)
@@ -156,7 +156,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     ) -> None:
         """Put together the page: a head that stays in sight, with what is ``told`` and done, and what is below it."""
         self._bar = self.progress()
-        said = status([told or self._banner, self._message], self._bar)
+        said = status([told or self._banner, self._message, self._bar.before], self._bar)
         self.children = laid_out([*head, said, about(self.HELP)], *parts)
 
     def _saying(self, act: Callable[[], object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +21,8 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
     """Show what a worker does, and let it be cancelled, and begun again. It keeps its place while nothing runs.
 
     ``retry``: what begins again; by default all that was cancelled. ``can_retry``: whether there is something.
-    A bar that nobody sees sends nothing until it is activated again.
+    ``own``: with what the kinds of a page's jobs begin; ``before`` says what runs before such a job, for the page to
+    show. A bar that nobody sees sends nothing until it is activated again.
     """
 
     def __init__(
@@ -28,9 +30,11 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
         worker: Worker,
         retry: Callable[[], None] | None = None,
         can_retry: Callable[[], object] | None = None,
+        own: str = "",
         **layout: Any,
     ) -> None:
         self._worker, self._moved, self._busy = worker, 0.0, ""  # the kind of job that runs
+        self._own, self.before = own, ipywidgets.HTML()
         self._newest: Status | None = None
         self._active, self._changing = True, threading.Lock()
         self._retry = retry or worker.retry
@@ -56,8 +60,9 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
         """Follow the worker from now on, beginning with what was missed, or leave it."""
         with self._changing:
             self._active = active
-            if active and self._newest is not None:
-                self._tell(self._newest)
+            newest = self._worker.newest or self._newest
+            if active and newest is not None:
+                self._tell(newest)
 
     def _follow(self, status: Status) -> None:
         with self._changing:
@@ -67,16 +72,26 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
 
     def _tell(self, status: Status) -> None:
         now, part_way = time.monotonic(), 0 < status.done < status.total
-        if status.state == "running" and not (part_way and now - self._moved < PAUSE):
+        if status.state == "running" and part_way and now - self._moved < PAUSE:
+            return
+        self._tell_before()
+        if status.state == "running":
             self._moved = now if status.done else 0.0
             self._bar.bar_style = ""
             self._bar.value = status.done / status.total if status.total else 0
-            self._label.value = f"{status.label} ({status.done} of {status.total})" if status.total else "starting"
+            self._label.value = _said(status)
             self._show(status.key)
         elif status.state in ("done", "cancelled", "failed") and self._busy in ("", status.key):
             self._label.value = {"failed": status.label, "cancelled": "cancelled"}.get(status.state, "")
             self._bar.bar_style = "danger" if status.state == "failed" else ""
             self._show()
+
+    def _tell_before(self) -> None:
+        """Say what the page's own job waits for."""
+        runs = self._worker.newest
+        waits = runs is not None and not runs.key.startswith(self._own) and self._worker.awaits(self._own)
+        said = html.escape(_said(runs)) if runs is not None and waits else ""
+        self.before.value = f"<em>This page waits for other work: {said}. Cancel ends it.</em>" if said else ""
 
     def _show(self, busy: str = "") -> None:
         again = not busy and self._can_retry()
@@ -97,3 +112,8 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
             if busy:
                 self._tell_button("Cancelling\u2026")  # before the job's end is told, which a step may be far from
         (self._worker.cancel if busy else self._retry)()
+
+
+def _said(status: Status) -> str:
+    """What a job that runs does, and how far it is."""
+    return f"{status.label} ({status.done} of {status.total})" if status.total else "starting"

@@ -197,6 +197,11 @@ class Worker:
             dropped = line.forget(key, "cancelled")
         self._tell(*dropped)
 
+    def awaits(self, begin: str) -> bool:
+        """Whether a job waits, but none that runs ahead, whose key begins so."""
+        with self._line.changed:
+            return any(key.startswith(begin) and not each.ahead for key, each in self._line.waiting.items())
+
     @property
     def is_ending(self) -> bool:
         """Whether the job that runs was cancelled, and has not noticed it yet."""

@@ -241,7 +241,7 @@ class Advisor(Constraints, Panel):
             self._of["advice"] = asked
             self._show(advice, keep)
 
-        self._submit("advice", job, on_done=done)
+        self._submit("advice", job, on_done=done, first=not measure, kept=self.advice is None)
 
     def _show(self, advice: Advice, keep: str) -> None:
         by_hand = self.advice is not None and self.picked != self.advice.best["name"]

@@ -28,7 +28,7 @@ from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import probe
 from veloxlab.widgets.chart_view import link
 from veloxlab.widgets.chosen import Chosen
-from veloxlab.widgets.layout import button, columns, controls
+from veloxlab.widgets.layout import button, controls
 from veloxlab.widgets.pages import budget_charts as drawn
 from veloxlab.widgets.pages.budget_controls import PlanFile, SettingControl, history, measuring
 from veloxlab.widgets.pages.charts import ChartPage, Look
@@ -248,7 +248,7 @@ class BudgetTuner(ChartPage):
         for one in buttons:
             one.disabled = self._model is None
         head = [self._controls, controls(*buttons)]
-        self._laid_out(head, columns(self.charts.values()), self._history, self._file, told=self._told)
+        self._laid_out(head, self._grid, self._history, self._file, told=self._told)
         self._ready = True
         self._redraw()
         self.add_class("ready")

@@ -18,7 +18,7 @@ from veloxlab.measure import code_bits, layer_errors, memory_growth, predicted_g
 from veloxlab.mlxlm.probe import LayerFacts, probe
 from veloxlab.widgets.chart_view import ChartView, link
 from veloxlab.widgets.chosen import Checked, OfLayers
-from veloxlab.widgets.layout import CodeLines, button, columns, controls, wide
+from veloxlab.widgets.layout import CodeLines, button, controls, wide
 from veloxlab.widgets.lifetime import loosen
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request, coded
 from veloxlab.widgets.pages.compare import Comparison
@@ -153,23 +153,28 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
     TALL = ("errors",)
     STATE = ("metric",)
 
+    errors = property(lambda page: page._of_drawn(page.charts, "errors"), doc="The chart of errors.")
+    bits = property(lambda page: page._of_drawn(page.charts, "bits"), doc="The chart of bits.")
+    memory = property(lambda page: page._of_drawn(page.charts, "memory"), doc="The chart of memory.")
     _listed: Mapping[int, str] | None = None
     metric = Checked(choice(*METRICS), "output_error", help="which error is drawn: of attention, or of keys and values")
 
-    def __init__(self, experiment: Experiment, worker: Worker | None = None) -> None:
+    def __init__(self, experiment: Experiment, worker: Worker | None = None, *, now: bool = False) -> None:
         shown = any(c.queries is not None for c in experiment.capture.layers)
         self._metrics = [metric for metric in METRICS if shown or metric == "rel_mse"]
         super().__init__(experiment.selection, worker, experiment.capture, metric=self._metrics[0])
         self.experiment, self.points = experiment, experiment.points
         self._shown, self._unusual = shown, unusual(probe(experiment.model))
-        self._draw(CHARTS)
-        self.errors, self.bits, self.memory = self.charts.values()
-        link(*self.charts.values())
-        t.link((self, "layer"), (self.errors, "picked"))
+        self._draw(CHARTS, now=now)
         self._code = CodeLines()
         self._own = ipywidgets.HBox(layout={"flex_flow": "row wrap"})  # a button a layer with bits of its own
-        self._laid_out([self._controls(), self._own], columns(self.charts.values()), self._code)
+        self._laid_out([self._controls(), self._own], self._grid, self._code)
         self.follow()
+
+    def _added(self, name: str, view: ChartView) -> None:
+        link(*[each for each in self.charts.values() if each is not view][:1], view)
+        if name == "errors":
+            t.link((self, "layer"), (view, "picked"))
 
     @property
     def summary(self) -> str:
@@ -179,7 +184,8 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
             errors = relative([self.found[request] for request in asked], look)
             means = dict(errors.group_by("tensor").agg(pl.col("rel_mse").mean()).iter_rows())
         lost = [means.get(tensor, float("nan")) for tensor in TENSORS]
-        held = views.memory_caption(self.memory.frame.filter(kind="measured"))
+        rows = self.memory.frame.filter(kind="measured") if "memory" in self.charts else None
+        held = "memory not measured yet" if rows is None else views.memory_caption(rows)
         said = f"relative MSE of keys {lost[0]:.4f}, of values {lost[1]:.4f}; {held}"
         return f"{choice.name}, sinks={choice.sinks}, window={choice.window}: {said}"
 

@@ -17,9 +17,10 @@ from veloxlab.errors import InputError
 from veloxlab.measure import Capture
 from veloxlab.progress import Progress as Tell
 from veloxlab.progress import silent
+from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.chosen import Checked, Chosen
-from veloxlab.widgets.layout import note
-from veloxlab.widgets.lifetime import weakly
+from veloxlab.widgets.layout import awaited, columns, note
+from veloxlab.widgets.lifetime import loosen, weakly
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.selection import Selection
 from veloxlab.widgets.worker import Progress, Status, Worker, sentence
@@ -28,7 +29,9 @@ Request = tuple[Any, ...]  # the name of a measurement, and what it is of
 Look = Any  # a `SimpleNamespace`: what a page shows, setting by setting
 Measure = Callable[..., Any]  # takes a `ChartPage`, a progress, and the rest of a request; gives a frame, as a rule
 WAITING = "Measuring these settings. Until then the charts show the settings before them."
+AWAITED = "Measuring what is shown here. Each chart comes when it is measured."
 CANCELLED = "Cancelled. The charts show the last settings that were measured. Press Retry to measure these."
+NONE_YET = "Cancelled. Press Retry to measure what is shown here."
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,10 @@ class ChartPage(Panel):
         self.found: dict[Request, Any] = selection.kept.setdefault(self.NAME, {})  # a page made anew finds it again
         self.refused: dict[Request, str] = {}
         self._kinds: dict[str, Chart] = {}
-        self._at: dict[str, tuple[object, object]] = {}  # of each chart: the settings that it shows, and its shape
+        self._at: dict[
+            str, tuple[object, object]
+        ] = {}  # of each drawn chart: the settings that it shows, and its shape
+        self._grid = columns()
         self._drawing = threading.Lock()
         self._complete = True
         self._cancelled: set[Request] = set()
@@ -116,12 +122,15 @@ class ChartPage(Panel):
                     self._measured(request, progress)
                 except InputError as error:
                     self.refused[request] = sentence(error)
+                if not self._all_drawn:
+                    self._show()
             self._show()
 
         if missing and {*missing} <= self._cancelled:
-            self.say(CANCELLED)
+            self._say_cancelled()
         elif missing:
-            self._submit("frames", lambda progress: job(missing, progress))
+            new = not self._all_drawn  # to cancel the work that a new page waits for brings its charts
+            self._submit("frames", lambda progress: job(missing, progress), first=new, kept=new)
         if ahead:
             self._submit("ahead", lambda progress: job(ahead, progress), ahead=True)
 
@@ -131,17 +140,41 @@ class ChartPage(Panel):
     def _likely(self) -> Iterable[Look]:
         return ()  # what may be looked at next
 
-    def _draw(self, kinds: Iterable[Chart]) -> None:
-        """Draw these charts first; what is missing for them is measured now, and `InputError` says what cannot be."""
-        look, charts = self._look(), {}
-        for kind in kinds:
-            rows = kind.rows([self._measured(request, silent) for request in kind.asks(look)], look)
-            charts[kind.name] = self._chart(kind.draw(rows, look), kind.why, kind.badge)
-            self.shown[kind.name], self._at[kind.name] = rows, (kind.at(look), kind.shape(rows, look))
-            self._kinds[kind.name] = kind
-            if kind.name in self.TALL:
-                charts[kind.name].add_class("veloxlab-tall")
-        self.charts = charts
+    def _draw(self, kinds: Iterable[Chart], *, now: bool = False) -> None:
+        """Show these charts. What they need is measured here ``now``, and by a page with a worker of its own.
+
+        `InputError` says what cannot be measured. A page of a laboratory shows a chart once the worker measured it.
+        """
+        self._kinds = {kind.name: kind for kind in kinds}
+        self.charts, self.shown, self._at = {}, {}, {}
+        if now or self._owns_worker:
+            for request in self._lacking([self._look()]):
+                self._measured(request, silent)
+        look = self._look()
+        for kind in self._kinds.values():
+            self._bring(kind, look)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Put the charts into the grid, and in the place of each that is not measured yet what it is for."""
+        self._grid.children = [self.charts.get(name) or awaited(kind.why) for name, kind in self._kinds.items()]
+        loosen(self._grid)
+
+    def _added(self, name: str, view: ChartView) -> None:
+        """A chart was drawn for the first time."""
+
+    @property
+    def _all_drawn(self) -> bool:
+        return len(self.charts) == len(self._kinds)
+
+    def _of_drawn(self, held: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401
+        if name not in held:
+            raise InputError(f"The chart {name!r} is not measured yet: wait for it with wait().")
+        return held[name]
+
+    def _caption(self, name: str) -> str:
+        """The line under a chart's heading."""
+        return str(self.charts[name].content["params"]["caption"]) if name in self.charts else "not measured yet"
 
     def _selected(self, change: object = None) -> None:
         self._cancelled.clear()  # who turns a knob asks again
@@ -167,14 +200,18 @@ class ChartPage(Panel):
         """Bring every chart to the present look as far as it is measured. From any thread."""
         with self._drawing:  # the one who comes last reads the newest settings
             now = self._look()
+            before = len(self.charts)
             problems = dict.fromkeys(self._bring(kind, now) for kind in self._kinds.values())
-            self._complete = True
-            for name, kind in self._kinds.items():
+            if len(self.charts) > before:
+                self._arrange()
+            self._complete = self._all_drawn
+            for name, view in self.charts.items():
+                kind = self._kinds[name]
                 drawn = self._at[name][0] == kind.at(now)
                 self._complete &= drawn
-                self.charts[name].note = note(kind.why, kind.badge if drawn else "stale")
+                view.note = note(kind.why, kind.badge if drawn else "stale")
         self.problem = " ".join(filter(None, problems))
-        said = self.problem or ("" if self._complete else WAITING)
+        said = self.problem or ("" if self._complete else WAITING if self._all_drawn else AWAITED)
         if said != self._said:
             self._said = said
             self.say(said)
@@ -185,11 +222,18 @@ class ChartPage(Panel):
         found = [self.found.get(request) for request in asked]
         if any(frame is None for frame in found):
             return next(filter(None, map(self.refused.get, asked)), "")
-        before, old_shape = self._at[kind.name]
+        before, old_shape = self._at.get(kind.name, (None, None))
         if at != before:
             self.shown[kind.name] = rows = kind.rows(found, look)
-            shape, view = kind.shape(rows, look), self.charts[kind.name]
-            if kind.caption is not None and shape == old_shape:
+            shape, view = kind.shape(rows, look), self.charts.get(kind.name)
+            if view is None:
+                view = self._chart(kind.draw(rows, look), kind.why, kind.badge)
+                if kind.name in self.TALL:
+                    view.add_class("veloxlab-tall")
+                drawn = {**self.charts, kind.name: view}
+                self.charts = {name: drawn[name] for name in self._kinds if name in drawn}
+                self._added(kind.name, view)
+            elif kind.caption is not None and shape == old_shape:
                 view.put(kind.data(rows), caption=kind.caption(rows, look))
             else:
                 view.show(kind.draw(rows, look))
@@ -200,7 +244,10 @@ class ChartPage(Panel):
         if status.state == "cancelled" and status.key == f"{self.NAME}: frames" and not self._complete:
             self.selection.fitting.hold()
             self._cancelled = {*self._lacking([self._look()])}
-            self.say(CANCELLED)
+            self._say_cancelled()
+
+    def _say_cancelled(self) -> None:
+        self.say(CANCELLED if self._all_drawn else NONE_YET)
 
 
 def coded(measure: Callable[..., pl.DataFrame], *names: str, **given: Any) -> Measure:

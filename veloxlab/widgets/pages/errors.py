@@ -111,8 +111,7 @@ class ErrorExplorer(HeadPage):
 
     @property
     def summary(self) -> str:
-        said = self.charts["positions"].content["params"]["caption"]
-        return f"layer {self.layer}, KV head {self.head}, {self.method}: {said}"
+        return f"layer {self.layer}, KV head {self.head}, {self.method}: {self._caption('positions')}"
 
     @property
     def notes(self) -> list[str]:

@@ -13,7 +13,7 @@ from veloxlab.cache.calibration import Calibration
 from veloxlab.checks import checked
 from veloxlab.measure import Capture
 from veloxlab.widgets.chosen import Chosen, ChosenBits
-from veloxlab.widgets.layout import columns, controls
+from veloxlab.widgets.layout import controls
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look
 from veloxlab.widgets.selection import Fitting, Selection
 from veloxlab.widgets.worker import Worker
@@ -88,7 +88,7 @@ class HeadPage(ChartPage):
         if all(getattr(layer, needs) is not None for layer in capture.layers):
             rare, self._missing = (), ""
         self._draw(chart for chart in self.CHARTS if chart.name not in rare)
-        self._laid_out([self._controls()], columns(self.charts.values()))
+        self._laid_out([self._controls()], self._grid)
         self.follow()
 
     def _likely(self) -> Iterable[Look]:

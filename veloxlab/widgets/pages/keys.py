@@ -105,8 +105,8 @@ class KeyExplorer(HeadPage):
 
     @property
     def summary(self) -> str:
-        said = self.charts["channels"].content["params"]["caption"]
-        return f"{self.tensor}, {SPACE_WORDS[self.space]}, {self.method} at {bits_said(self.bits)}: {said}"
+        said = f"{self.tensor}, {SPACE_WORDS[self.space]}, {self.method} at {bits_said(self.bits)}"
+        return f"{said}: {self._caption('channels')}"
 
     def _likely(self) -> Iterable[Look]:
         spaces = [self._look(space=space) for space in SPACES]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import ipywidgets
@@ -23,7 +24,7 @@ from veloxlab.views import memory_plan, plan_caption
 from veloxlab.views.memory import amount
 from veloxlab.views.picture import html_table
 from veloxlab.widgets.chosen import Checked, OfCache
-from veloxlab.widgets.layout import CodeLines, button, columns, controls
+from veloxlab.widgets.layout import CodeLines, button, controls
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look
 from veloxlab.widgets.runs import Runs
 from veloxlab.widgets.selection import CACHE, Choice, Fitting, Selection
@@ -73,7 +74,7 @@ CHART = Chart(
 
 
 def _of_chart(place: int, doc: str) -> Any:  # noqa: ANN401 - a property
-    return property(lambda page: page.shown["memory_plan"][place], doc=doc)
+    return property(lambda page: page._of_drawn(page.shown, "memory_plan")[place], doc=doc)
 
 
 class MemoryPlanner(OfCache, ChartPage):
@@ -113,6 +114,7 @@ class MemoryPlanner(OfCache, ChartPage):
     full_every = Count(0, 1000, 0, "every so many-th layer sees all tokens; 0: none does")
     plan = _of_chart(0, "Bytes by part at this context: `veloxlab.measure.planned_memory.PLANNED`.")
     largest = _of_chart(1, "The largest contexts that fit: `veloxlab.measure.planned_memory.LARGEST`.")
+    chart = property(lambda page: page._of_drawn(page.charts, "memory_plan"), doc="The chart of the plan.")
 
     def __init__(
         self,
@@ -126,13 +128,12 @@ class MemoryPlanner(OfCache, ChartPage):
         chosen = {name: settings.pop(name) for name in CACHE if name in settings}
         selection = selection or Selection(Fitting(), methods=list(METHODS), **chosen)
         given = maybe(MODEL_OR_CONFIG)("model_or_config", model_or_config)
-        self._given = None if given is None else shape_of(given)
+        self._given = given
         self._loaded = given if isinstance(given, Module) else None
         super().__init__(selection, worker, **{"model": TYPED_IN if given is None else HERE} | settings)
         self._draw([CHART])
-        self.chart = self.charts["memory_plan"]
         self._code, self._losses, self._runs = CodeLines(), ipywidgets.HTML(), runs or Runs()
-        self._laid_out([self._controls()], columns([self.chart]), self._losses, self._code)
+        self._laid_out([self._controls()], self._grid, self._losses, self._code)
         self._watch(self._runs, "every", self._tell_losses)
         self.follow()
 
@@ -143,7 +144,9 @@ class MemoryPlanner(OfCache, ChartPage):
 
     @property
     def summary(self) -> str:
-        name = self._given.name if self._given is not None and self.model == HERE else self.model
+        if not self.charts:
+            return "no plan yet"
+        name = self._shape_given.name if self._given is not None and self.model == HERE else self.model
         return f"{name}: {plan_caption(self.plan, self.largest)}"
 
     def loss(self, cache: str) -> Loss:
@@ -162,6 +165,9 @@ class MemoryPlanner(OfCache, ChartPage):
 
     def leave_room(self) -> None:
         """Set the memory for the cache to what the system and the weights leave of the machine's."""
+        if not self.charts:
+            self.say("The plan is not there yet: press this again once its chart is.")
+            return
         shape, total = self.shape, self.machine_gb
         given = self._loaded if self.model == HERE and self._loaded is not None else shape
         try:
@@ -193,9 +199,15 @@ class MemoryPlanner(OfCache, ChartPage):
         own = tuple(sorted(self._planned.own_bits.items()))
         return super()._look(**{"own_bits": own} | changed)
 
+    @cached_property
+    def _shape_given(self) -> ModelShape:
+        """Of the given model, which may have to be run for it: the worker asks first."""
+        assert self._given is not None
+        return shape_of(self._given)
+
     def _shape(self, model: str, typed: Sequence[int]) -> ModelShape:
         if model == HERE and self._given is not None:
-            return self._given
+            return self._shape_given
         if model != TYPED_IN:
             return shape_of(model)
         sizes: dict[str, Any] = dict(zip(TYPED, typed, strict=True))

@@ -22,8 +22,9 @@ from veloxlab.measure.tokens import (
 )
 from veloxlab.progress import Progress as Tell
 from veloxlab.views.tokens import alternatives_data, attended_data
+from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.chosen import Chosen, OfLayers
-from veloxlab.widgets.layout import button, columns, controls
+from veloxlab.widgets.layout import button, controls
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request
 from veloxlab.widgets.pages.experiment import Experiment, OfExperiment
 from veloxlab.widgets.selection import Choice, Selection
@@ -221,14 +222,17 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
         shown = all(layer.queries is not None for layer in experiment.capture.layers)
         self._missing = "" if shown else NO_QUERIES
         self._draw(chart for chart in CHARTS if shown or chart.name != "keys")
-        for trait in ("picked", "picked_head"):
-            self._watch(self.charts["heads"], trait, self._head_picked)
         tip = "Position in the text of the token that is seen, 1 to the last"
         self._steps = ipywidgets.IntSlider(description="token", min=FIRST, max=FIRST, value=FIRST, tooltip=tip)
         self._steps.observe(self._token_picked, "value")
         self._back = button("Captured text", "See the text of the laboratory again", self._leave, width="auto")
-        self._laid_out([self._controls()], columns(self.charts.values()))
+        self._laid_out([self._controls()], self._grid)
         self.follow()
+
+    def _added(self, name: str, view: ChartView) -> None:
+        if name == "heads":
+            for trait in ("picked", "picked_head"):
+                self._watch(view, trait, self._head_picked)
 
     @property
     def place(self) -> int:
@@ -239,8 +243,7 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
 
     @property
     def summary(self) -> str:
-        params = [self.charts[name].content["params"]["caption"] for name in ("alternatives", "heads")]
-        return f"{self.name}: {' '.join(params)}"
+        return f"{self.name}: {' '.join(map(self._caption, ('alternatives', 'heads')))}"
 
     @property
     def notes(self) -> list[str]:
@@ -274,8 +277,8 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
 
     def _mark(self) -> None:
         super()._mark()
-        heads = self.charts["heads"]
-        heads.picked, heads.picked_head = self.layer, self.head
+        if heads := self.charts.get("heads"):
+            heads.picked, heads.picked_head = self.layer, self.head
 
     def _show(self) -> None:
         super()._show()
