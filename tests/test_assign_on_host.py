@@ -11,6 +11,7 @@ import pytest
 from tests.metal_on_host import check, run
 from tests.metal_on_host.launch import HOST
 from veloxlab.codecs.parts.vector import nearest, pack_indices, unpack_indices
+from veloxlab.kernels.backend import run_vectors
 from veloxlab.kernels.devices import CUDA
 from veloxlab.kernels.encode import search_kernel
 
@@ -28,7 +29,7 @@ def found_by_kernel(points, centroids, bits, backend=HOST):
     dim, length = centroids.shape[1], points.shape[-1]
     shape = (1, 1, 1, *points.shape)
     kernel = search_kernel(dim, length // dim, bits, backend)
-    packed = kernel(backend, points.reshape(math.prod(shape[:-3]), *shape[-3:]), centroids)["packed"]
+    packed = run_vectors(kernel, backend, points.reshape(math.prod(shape[:-3]), *shape[-3:]), centroids)["packed"]
     return packed.reshape(*points.shape[:-1], packed.shape[-1])
 
 

@@ -23,7 +23,6 @@ from veloxlab.codecs.parts import transforms
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.kernels import attend, backend, checked, devices
-from veloxlab.kernels.vectors import VectorKernel
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("g++") and shutil.which("clang-16")), reason="kernels run here through g++ and clang-16"
@@ -311,12 +310,12 @@ def on_a_cpu(monkeypatch):
 
 def wrong_by(monkeypatch, change):
     """Let ``change`` alter all that kernels of vectors give, each named array."""
-    right = VectorKernel.__call__
+    right = backend.run_vectors
 
     def wrong(*given):
         return {name: change(name, array).astype(array.dtype) for name, array in right(*given).items()}
 
-    monkeypatch.setattr(VectorKernel, "__call__", wrong)
+    monkeypatch.setattr(checked, "run_vectors", wrong)
 
 
 ONE_LAUNCH = [

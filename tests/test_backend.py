@@ -13,9 +13,9 @@ from veloxlab.cache.counts import BLOCK
 from veloxlab.checkup import SESSION_KERNELS
 from veloxlab.codecs import METHODS
 from veloxlab.kernels import backend, checked, devices
-from veloxlab.kernels.backend import Source
 from veloxlab.kernels.devices import CUDA
 from veloxlab.kernels.encode import sign_kernel
+from veloxlab.kernels.text import Source
 
 
 def test_a_launch_on_cuda_copies_no_text(monkeypatch, tmp_path):

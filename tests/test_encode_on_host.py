@@ -15,6 +15,7 @@ from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.codecs.rabitq import RaBitQ
 from veloxlab.codecs.rvq import Rvq
 from veloxlab.codecs.turboquant import TurboQuant
+from veloxlab.kernels.backend import run_vectors
 from veloxlab.kernels.rotated import decode_kernel, rotate_kernel
 from veloxlab.kernels.vectors import fits_lanes
 
@@ -103,7 +104,7 @@ def on_the_host(case, tokens):
     """What kernel and reference make of some vectors, and these, rotated and of root-mean-square 1, with their own."""
     codec, dim = case.codec, case.codec.head_dim
     x = vectors(np.random.default_rng(dim + tokens), dim, case.dtype, tokens)
-    found, reference = codec._encoder(HOST, x), codec.encode(x).arrays
+    found, reference = run_vectors(codec._encoder, HOST, x), codec.encode(x).arrays
     assert {name: (a.shape, a.dtype) for name, a in found.items()} == {
         n: (a.shape, a.dtype) for n, a in reference.items()
     }
@@ -202,7 +203,7 @@ def test_decoding_is_the_reference(case):
     for tokens in (1, 43):
         held = codec.encode(vectors(rng, dim, mx.float32, tokens + 5))[2 : tokens + 2]
         words, root = held.arrays["codes"], held.arrays["root_scale"]
-        found = decode_kernel(signs, codec._table, case.dtype)(HOST, words, root)["out"]
+        found = run_vectors(decode_kernel(signs, codec._table, case.dtype), HOST, words, root)["out"]
         expected = codec.decode(held)
         assert found.dtype == case.dtype
         assert found.shape == expected.shape
@@ -216,7 +217,7 @@ def test_decoding_is_the_reference(case):
 def test_coordinates_may_be_apart():
     codec = TurboQuant(64, 1)
     x = mx.array(np.random.default_rng(0).standard_normal((1, 1, 3, 128)).astype(np.float32))[..., ::2]
-    found, reference = codec._encoder(HOST, x), codec.encode(x).arrays
+    found, reference = run_vectors(codec._encoder, HOST, x), codec.encode(x).arrays
     assert all(mx.array_equal(found[name], array) for name, array in reference.items())
 
 
@@ -233,7 +234,7 @@ def test_coordinates_may_be_apart():
 def test_rotating_any_block_size_is_the_reference(dim, dtype, inverse):
     rotation = SignedHadamard(dim, 3)
     x = vectors(np.random.default_rng(dim), dim, dtype, 5)
-    found = rotate_kernel(signs_of(rotation), inverse=inverse)(HOST, x)["out"]
+    found = run_vectors(rotate_kernel(signs_of(rotation), inverse=inverse), HOST, x)["out"]
     exact = x.astype(mx.float32)
     expected = rotation.inverse(exact) if inverse else rotation.forward(exact)
     assert found.dtype == mx.float32

@@ -14,10 +14,10 @@ from tests.metal_on_host.launch import HOST
 from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.kernels import splits as sharing
 from veloxlab.kernels.attend import attend_kernel
-from veloxlab.kernels.backend import Source
 from veloxlab.kernels.call import Exact, Queries, Tokens
 from veloxlab.kernels.devices import METAL
 from veloxlab.kernels.readers import TableReader
+from veloxlab.kernels.text import Source
 
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to check and run Metal text")

@@ -9,7 +9,7 @@ import pytest
 from tests.metal_on_host import check, run
 from tests.metal_on_host.launch import to_mlx, to_numpy
 from tests.metal_on_host.text import KernelError
-from veloxlab.kernels.backend import Source
+from veloxlab.kernels.text import Source
 
 needs_clang = pytest.mark.skipif(
     shutil.which(check.COMPILER) is None, reason=f"needs {check.COMPILER} to check Metal's address spaces"

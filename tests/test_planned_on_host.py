@@ -14,6 +14,7 @@ from veloxlab.codecs import spectralquant
 from veloxlab.codecs.base import Sample
 from veloxlab.codecs.parts.scalar import PlannedQuantizer
 from veloxlab.codecs.spectralquant import SpectralQuant
+from veloxlab.kernels.backend import run_vectors
 
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to read and run Metal on the CPU")
@@ -49,7 +50,7 @@ def test_codes_and_scales_are_the_references(given, dtype):
     for tokens in (1, 43):
         x = vectors(np.random.default_rng(tokens), dim, dtype, tokens)
         y = x.astype(mx.float32) @ codec.forward
-        found, reference = codec._encoder(HOST, x, y), codec._encode_by_graph(x, y)
+        found, reference = run_vectors(codec._encoder, HOST, x, y), codec._encode_by_graph(x, y)
         assert {n: (a.shape, a.dtype) for n, a in found.items()} == {
             n: (a.shape, a.dtype) for n, a in reference.items()
         }
@@ -88,7 +89,7 @@ def unpacked(plan, words):
 def test_all_layers_share_one_kernel():
     first, second = fitted(64, 3), fitted(64, 3, (8, 8, 8, 0, 0, 0, 0, 0) * 8)
     x = vectors(np.random.default_rng(0), 64, mx.float16, 2)
-    first._encoder(HOST, x, x.astype(mx.float32))
+    run_vectors(first._encoder, HOST, x, x.astype(mx.float32))
     built = run._compiled.cache_info().misses
-    second._encoder(HOST, x, x.astype(mx.float32))
+    run_vectors(second._encoder, HOST, x, x.astype(mx.float32))
     assert run._compiled.cache_info().misses == built

@@ -11,6 +11,7 @@ from tests.metal_on_host.launch import HOST
 from tests.test_encode_on_host import vectors
 from veloxlab.codecs import qjl
 from veloxlab.codecs.parts.packing import pack, unpack
+from veloxlab.kernels.backend import run_vectors
 from veloxlab.kernels.encode import group_kernel, sign_kernel
 
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
@@ -43,7 +44,7 @@ def test_signs_are_the_references(dim, rows, dtype):
     for tokens in (1, 43):
         x, y = vectors(rng, dim, dtype, tokens), vectors(rng, rows, mx.float32, tokens)  # views with gaps
         y = mx.where(mx.abs(y) < 0.05 * mx.abs(y).max(axis=-1, keepdims=True), mx.sign(y) * 0.0, y)  # 0 and -0
-        found, reference = sign_kernel(dim, rows)(HOST, x, y), qjl._signs_and_size(x, y)
+        found, reference = run_vectors(sign_kernel(dim, rows), HOST, x, y), qjl._signs_and_size(x, y)
         assert shapes(found) == shapes(reference)
         assert mx.array_equal(found["signs"], reference["signs"])
         check_roots(found["root_rms"], reference["root_rms"])
@@ -67,7 +68,7 @@ def test_grouped_steps_are_the_references(dim, bits, group, levels, dtype):
     codec = qjl.GroupedValues(dim, bits, levels, group)
     for tokens in (1, 43):
         x = vectors(np.random.default_rng(tokens), dim, dtype, tokens)
-        found, reference = codec._encoder(HOST, x), codec._encode_by_graph(x)
+        found, reference = run_vectors(codec._encoder, HOST, x), codec._encode_by_graph(x)
         assert shapes(found) == shapes(reference)
         check_roots(found["least"], reference["least"])
         check_roots(found["half_step"], reference["half_step"])

@@ -11,6 +11,7 @@ from tests.metal_on_host.launch import HOST
 from veloxlab.codecs.base import Sample
 from veloxlab.codecs.commvq import CommVQ
 from veloxlab.codecs.parts.rope import Rope
+from veloxlab.kernels.backend import run_vectors, vectors_key
 
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to read and run Metal on the CPU")
@@ -39,7 +40,7 @@ def test_what_is_found_is_what_the_reference_finds(dim, bits, tensor, rope, opti
     x = np.random.default_rng(1).standard_normal((2, 9, 2, dim)) * 10.0 ** np.arange(-4, 5)[:, None, None]
     x[1, 3, 1] = 0
     given = mx.array(x.astype(np.float32)).swapaxes(1, 2)  # a view with strides of its own
-    found, wanted = codec._encoder(HOST, given), codec._encode_by_graph(given)
+    found, wanted = run_vectors(codec._encoder, HOST, given), codec._encode_by_graph(given)
     assert {name: (a.shape, a.dtype) for name, a in found.items()} == {n: (a.shape, a.dtype) for n, a in wanted.items()}
     same = (found["codes"] == wanted["codes"]).all(axis=-1)
     assert same.sum() >= same.size - 2  # a sum may be as near as another, to rounding; what follows is other then
@@ -52,4 +53,4 @@ def test_what_is_found_is_what_the_reference_finds(dim, bits, tensor, rope, opti
 
 def test_vectors_that_threadgroup_memory_does_not_hold_have_no_kernel():
     codec = fitted(256, 1, "values", None, stages=1)
-    assert codec._encoder.key(HOST, mx.zeros((1, 2, 1, 256))) is None
+    assert vectors_key(codec._encoder, HOST, mx.zeros((1, 2, 1, 256))) is None

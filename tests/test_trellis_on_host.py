@@ -10,6 +10,7 @@ from tests.metal_on_host import check, run
 from tests.metal_on_host.launch import HOST
 from tests.test_cuda_text import compiled, kernel_text
 from veloxlab.codecs.parts.trellis import TrellisRows, levels_of
+from veloxlab.kernels.backend import run_vectors, vectors_source
 from veloxlab.kernels.devices import CUDA
 
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
@@ -45,7 +46,7 @@ def test_strings_are_those_of_the_reference(code, entries, heads, dim, bits, sca
     given = (loud * rng.standard_normal((2, 1, 11, heads, dim))).reshape(2, 1, 11, -1).astype(np.float32)
     given[1, 0, 3] = 0
     x = mx.array(np.concatenate([given, given], axis=-1))[:, :, 1:-1, : heads * dim]  # a view with strides of its own
-    found, wanted = rows.encoder(HOST, x)["codes"], rows.encode(x)["codes"]
+    found, wanted = run_vectors(rows.encoder, HOST, x)["codes"], rows.encode(x)["codes"]
     assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
     assert (rows.scales(wanted).max().item() > 2) == scaled
     # of two strings that are as near either may be found, as of a vector of zeros, and to float rounding of others
@@ -63,9 +64,9 @@ def test_strings_are_those_of_the_reference(code, entries, heads, dim, bits, sca
 
 def test_all_layers_share_one_kernel():
     x = mx.random.normal((1, 1, 2, 128), key=mx.random.key(1))
-    rows_of("trellis", 256, 2, 64, 2.25, True).encoder(HOST, x)
+    run_vectors(rows_of("trellis", 256, 2, 64, 2.25, True).encoder, HOST, x)
     built = run._compiled.cache_info().misses
-    rows_of("trellis", 256, 2, 64, 4.25, True, seed=5).encoder(HOST, x)
+    run_vectors(rows_of("trellis", 256, 2, 64, 4.25, True, seed=5).encoder, HOST, x)
     assert run._compiled.cache_info().misses == built
 
 
@@ -74,4 +75,4 @@ def test_all_layers_share_one_kernel():
 def test_the_cuda_text_compiles(code, entries):
     kernel, x = rows_of(code, entries, 8, 128, 2.25, True).encoder, mx.zeros((1, 1, 2, 1024))
     given = [array.dtype for array in (x, *kernel.tables.values())]
-    assert compiled(kernel_text(kernel.source(CUDA, x), given, [mx.uint32])) == ""
+    assert compiled(kernel_text(vectors_source(kernel, CUDA, x), given, [mx.uint32])) == ""

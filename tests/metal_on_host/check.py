@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.metal_on_host.kept import kept
 from tests.metal_on_host.text import INCLUDES, KernelError, body, defines, facts, numbered
-from veloxlab.kernels.backend import Source, source_file
+from veloxlab.kernels.text import Source, source_file
 
 COMPILER = "clang-16"
 MOST_ARGUMENTS = 31  # of a kernel: Metal's; an array's shape or strides are one more

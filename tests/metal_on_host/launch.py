@@ -11,8 +11,8 @@ import numpy as np
 
 from tests.metal_on_host.check import check_syntax
 from tests.metal_on_host.run import BFLOAT, TYPES, run
-from veloxlab.kernels.backend import Built, Source
 from veloxlab.kernels.devices import METAL
+from veloxlab.kernels.text import Built, Source
 
 DTYPES: dict[mx.Dtype, np.dtype] = {
     mx.float32: np.dtype(np.float32),

@@ -18,7 +18,7 @@ import numpy as np
 
 from tests.metal_on_host.kept import kept
 from tests.metal_on_host.text import INCLUDES, PRELUDES, KernelError, body, defines, facts
-from veloxlab.kernels.backend import SIMD, Source
+from veloxlab.kernels.text import SIMD, Source
 
 COMPILER = "g++" if sys.platform == "linux" else "g++ on Linux"
 FLAGS = ("-std=c++20", "-O1", "-fvisibility=hidden", "-fPIC", "-w", *INCLUDES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import veloxlab.kernels
-from veloxlab.kernels.backend import Source
+from veloxlab.kernels.text import Source
 
 PRELUDES = Path(__file__).parent
 HEADERS = Path(veloxlab.kernels.__file__).parent / "source"

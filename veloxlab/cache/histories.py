@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from veloxlab.cache.arithmetic import as_added
 from veloxlab.cache.attention import FEW_QUERIES, History
+from veloxlab.cache.buffers import Call
 from veloxlab.cache.past import Segment, exact_arrays, with_exact_arrays
+from veloxlab.cache.stack import Stack
 from veloxlab.codecs import TENSORS, Code
 from veloxlab.kernels.attend import AttendKernel
 from veloxlab.kernels.call import Queries
@@ -19,9 +21,6 @@ from veloxlab.kernels.checked import agrees, evaluated, with_derivatives
 from veloxlab.kernels.devices import current_backend
 from veloxlab.kernels.splits import Sizes
 from veloxlab.mlxlm.hooks import Handle, Mask, shape_in_common
-
-if TYPE_CHECKING:
-    from veloxlab.cache.stack import Stack
 
 
 class BatchRow(NamedTuple):
@@ -121,16 +120,6 @@ def attend_together(
         return {"out": mx.concatenate(parts)}
 
     return with_derivatives({"out": out}, by_graph, q, *chain(*exact))["out"]
-
-
-class Call(NamedTuple):
-    """What answers queries of one form, without a reference to the stack."""
-
-    attend: Callable[[mx.array, mx.array | None, mx.array | None, Sizes, int], mx.array]
-    kernel: AttendKernel
-
-
-Calls = dict[tuple[object, ...], Call | None]
 
 
 class StackHistory(Handle):

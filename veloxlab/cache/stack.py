@@ -1,8 +1,6 @@
-"""The sequences of a batch in shared buffers while they are decoded: a GPU reads a layer's tokens of all by one launch.
+"""The sequences of a batch while they are decoded: a GPU reads a layer's tokens of all by one launch.
 
-Sinks and windows are entries of arrays ``[places, H, S, D]``. The newest tokens of all windows are in one column, so
-that a token of each joins by one slice, and what leaves a window is passed over. Packed tokens are in arrays
-``[1, H, S, ...]``, each sequence's in a stretch of its own: a long one leaves no padding behind a short one.
+What the windows no longer hold is encoded into the shared buffers (`veloxlab.cache.buffers`).
 """
 
 from __future__ import annotations
@@ -13,21 +11,15 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from veloxlab.cache import places
+from veloxlab.cache.buffers import Buffers
 from veloxlab.cache.coming import Checks, Largest
-from veloxlab.cache.counts import BLOCK
-from veloxlab.cache.histories import Calls
 from veloxlab.cache.layer import CompressedKVCache
-from veloxlab.cache.places import Part
 from veloxlab.cache.runs import Arrays, Run, named
-from veloxlab.codecs import TENSORS
 from veloxlab.codecs.base import empty_code
-from veloxlab.codecs.none import Exact
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
-from veloxlab.kernels.attend import AttendKernel
 from veloxlab.kernels.checked import ahead
 from veloxlab.kernels.devices import current_backend
-from veloxlab.kernels.splits import Sizes
 
 Asked = tuple[list[list[CompressedKVCache]], list[list[CompressedKVCache]]]  # whose tokens `Checks` has; see there
 
@@ -56,57 +48,19 @@ def _heads(row: CompressedKVCache) -> int:
     return max(buffer.shape[1] for buffer in row.buffers)
 
 
-class Stack:
+class Stack(Buffers):
     """The tokens of ``rows``, which `can_share` them; until `release` they have none of their own, but for `show`."""
 
     def __init__(self, rows: Sequence[CompressedKVCache]) -> None:
         first = rows[0]
+        super().__init__(first.windows, (first.key_codec, first.value_codec), _heads(first), first._dtype)
         self.rows: list[CompressedKVCache] = []
-        self.padding = 0  # columns of the past that hold no token of any row
         self.refused = False  # there is no kernel for the queries that came
-        self._kind, self._windows, self._layer, self._checks = _kind(first), first.windows, first.layer, Checks()
-        self.codecs = first.key_codec, first.value_codec
+        self._kind, self._layer, self._checks = _kind(first), first.layer, Checks()
         self._turned = any(isinstance(x, Rope) for codec in self.codecs for x in vars(codec).values())
-        self.exact = Exact(first.key_codec.head_dim), Exact(first.value_codec.head_dim)
         self._asked: Asked = [], []
-        self.column, self.form = 0, places.form_of(first.max_sinks, ())
         self._shown = False
-        self.room = self._windows.most_recent + 1 + BLOCK  # columns of a window
-        self.calls: Calls = {}  # what attention prepared, for as long as no buffer is replaced
-        self._numbers: tuple[int, mx.array] | None = None  # what kernels have to know, with so much `padding`
-        dtype, heads = first._dtype, _heads(first)
-        self._packed = named([empty_code(codec, 1, heads, dtype) for codec in self.codecs])
-        dims = {f"{tensor}/values": codec.head_dim for tensor, codec in zip(TENSORS, self.exact, strict=True)}
-        self._sinks, self._recent = (
-            {name: mx.zeros((0, heads, count, dim), dtype) for name, dim in dims.items()}
-            for count in (first.max_sinks, self.room)
-        )
         self.add(rows)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row."""
-        return self.form.lengths(self.column)
-
-    @property
-    def offsets(self) -> mx.array:
-        """The same ``[B]``."""
-        return places.offsets(self.form, self.column)
-
-    @property
-    def columns(self) -> tuple[int, ...]:
-        """Columns of a mask before the oldest token of each row."""
-        return places.columns(self.form, self.room, self.padding)  # which are the same for any column
-
-    def mask_of_all(self, past: int) -> mx.array:
-        """The mask of the token behind ``past`` columns, where each row sees all its own."""
-        return places.mask_of_all(self.columns, past)
-
-    def sizes(self, kernel: AttendKernel) -> Sizes:
-        """What a kernel has to know of all sequences."""
-        if self._numbers is None or self._numbers[0] != self.padding:
-            self._numbers = self.padding, places.numbers(self.form, self.padding, self.room)
-        return Sizes(self._numbers[1], places.splits(self.form, self.room, kernel))
 
     # tokens that come ------------------------------------------------------------------------------------------------
 
@@ -276,44 +230,6 @@ class Stack:
         for row in self.rows if self._shown else ():
             _hold(row, [Run(run.most) for run in row.runs])
         self._shown = False
-
-    @property
-    def held(self) -> tuple[Arrays, Arrays, Arrays]:
-        """As `Runs.runs`."""
-        return self._sinks, self._packed, self._recent
-
-    def _spans(self, part: Part) -> tuple[tuple[slice, slice], ...]:
-        """Entry and tokens of a row in each of `held`."""
-        entry = slice(part.place, part.place + 1)
-        packed = slice(0, 1), slice(part.base, part.base + part.packed)
-        return (entry, slice(0, self.form.sinks)), packed, (entry, slice(part.start, self.column))
-
-    def _regrow(self, packed: Sequence[int] = (), recent: Sequence[int] = ()) -> None:
-        """Move all into larger buffers, in the rows' order, with room for more rows, of so many tokens."""
-        old = self.form.parts
-        exact = [*(self.column - part.start for part in old), *recent]
-        self._slide(max(exact))
-        form = places.apart(self.form.sinks, [*(part.packed for part in old), *packed], exact, self.column)
-        entries = mx.array([*(part.place for part in old), *[0] * len(recent)])
-        self._sinks = {name: places.taken(array, entries, 0) for name, array in self._sinks.items()}
-        self._recent = {name: places.taken(array, entries, 0) for name, array in self._recent.items()}
-        index = places.sources(self.form, form)
-        self._packed = {name: places.taken(array, index, 2) for name, array in self._packed.items()}
-        self.form, self.calls, self._numbers = form, {}, None
-
-    def _slide(self, column: int) -> None:
-        """Move the windows, so that the newest tokens are before this column."""
-        by = column - self.column
-        if by and self.form.parts:
-            for held in self._recent.values():  # what attention prepared reads these arrays
-                held[:] = mx.roll(held, by, 2)
-            parts = tuple(part._replace(start=part.start + by) for part in self.form.parts)
-            self.form = places.form_of(self.form.sinks, parts)
-            if self._numbers is not None:
-                starts = self._numbers[1][:, 1:2]
-                self._numbers[1][:, 1:2] = starts + mx.array(by).astype(mx.uint32)
-            ahead(*self._recent.values(), *(() if self._numbers is None else self._numbers[1:]))
-        self.column = column
 
 
 def _hold(row: CompressedKVCache, runs: Sequence[Run]) -> None:

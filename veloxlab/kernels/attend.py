@@ -17,9 +17,10 @@ from threading import get_ident
 
 import mlx.core as mx
 
-from veloxlab.kernels.backend import SIMD, Answer, Backend, Source, built, source_file, suited
+from veloxlab.kernels.backend import Backend, built, suited
 from veloxlab.kernels.call import (
     STEP,
+    Answer,
     Exact,
     PreparedCall,
     Queries,
@@ -40,6 +41,7 @@ from veloxlab.kernels.splits import (
     most_splits,
     sizes_of,
 )
+from veloxlab.kernels.text import SIMD, Source, source_file
 from veloxlab.kernels.vectors import hartley_row
 
 MANY_SIMDGROUPS = 16  # of a threadgroup that has a processor alone

@@ -1,63 +1,20 @@
-"""What differs between the machines that run kernels, and how a kernel is built and launched.
-
-A kernel's body is written once, in the subset that Metal and CUDA share, under Metal's names; ``source/cuda.h`` and
-``source/metal.h`` supply what differs. What is known when a kernel is built (widths, dimensions) comes as ``#define``,
-so that the compiler unrolls by it; a kernel is built once for each set of them.
-"""
+"""What differs between the machines that run kernels, and how a kernel is launched."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
-from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from string import Template
+from typing import Any
 
 import mlx.core as mx
 
-from veloxlab.errors import InputError
-from veloxlab.store import kept_in, make_folder, write_together
-
-if TYPE_CHECKING:
-    from veloxlab.kernels.call import AttentionKernel, Queries, Tokens
-    from veloxlab.kernels.readers import Reader
-    from veloxlab.kernels.vectors import VectorKernel
-
-SIMD = 32  # threads of a simdgroup (Metal) or warp (CUDA)
-
-Answer = tuple[mx.array, mx.array | None]  # of attention; see `veloxlab.kernels.call.PreparedCall`
-Built = Callable[..., list[mx.array]]  # called as the kernels that ``mx.fast.metal_kernel`` makes
-
-
-@dataclass(frozen=True)
-class Source:
-    """A kernel in a form that all back ends take, but for the prelude."""
-
-    name: str  # of the kernel, for people and profilers
-    inputs: tuple[str, ...]  # names of the arrays, as the body uses them
-    outputs: tuple[str, ...]
-    defines: tuple[tuple[str, int | str], ...]  # what is known when it is built
-    headers: tuple[str, ...]  # files of ``source/`` with the functions that the body calls, in order
-    body: str
-    large_bytes: int = 0  # of threadgroup memory that is given at the launch
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.name, self.defines, self.body))
-
-    @cached_property
-    def built(self) -> dict[Backend, Built]:
-        """What has been made of it, by back end: a launch looks here first."""
-        return {}
-
-    def header(self, prelude: str) -> str:
-        """What comes before the body: definitions, the prelude, the functions."""
-        defines = "".join(f"#define {name} {value}\n" for name, value in self.defines)
-        return "\n".join([defines, source_file(prelude), *map(source_file, self.headers)])
+from veloxlab.kernels.call import Answer, AttentionKernel, Queries, Tokens
+from veloxlab.kernels.readers import Reader
+from veloxlab.kernels.text import Built, Source, source_file
+from veloxlab.kernels.vectors import VectorKernel
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,12 +48,6 @@ class Backend:
     expanded_tokens: int = 2048  # of a layer that are decoded together, where all are
     tried: bool = True  # whether a kernel is compared with its reference before it is used
     lazy: bool = True  # whether outputs are computed when they are asked for; else inputs are evaluated at a launch
-
-
-@cache
-def source_file(name: str) -> str:
-    """The text of a file of ``source/``."""
-    return (files("veloxlab.kernels") / "source" / name).read_text(encoding="utf-8")
 
 
 def suited(inputs: list[mx.array], backend: Backend) -> list[mx.array]:
@@ -157,51 +108,54 @@ def built_kernels() -> int:
     return _built.cache_info().misses
 
 
-def build_with_mlx(language: str, source: Source) -> Built:
-    """A kernel of ``mx.fast``, in ``"metal"`` or ``"cuda"``.
+def vectors_source(kernel: VectorKernel, backend: Backend, *given: mx.array) -> Source:
+    """What is built of a kernel of vectors, for arrays of these types."""
+    assert kernel.file is not None
+    which = backend, *kernel.types_of(given)
+    if which not in kernel.sources:
+        defines: dict[str, int | str | mx.Dtype] = {**kernel.defines}
+        defines |= {name: given[i].dtype for name, i in kernel.types.items()}
+        defines |= {"THREADS": kernel.threads, "VECTORS": kernel.at_once}
+        kernel.sources[which] = Source(
+            name=kernel.name,
+            inputs=(*kernel.given, *kernel.tables),
+            outputs=kernel.outputs or tuple(kernel.rows),
+            defines=tuple((n, backend.types[v] if isinstance(v, mx.Dtype) else v) for n, v in defines.items()),
+            headers=kernel.headers,
+            body=Template(source_file(kernel.file)).substitute(kernel.texts),
+        )
+    return kernel.sources[which]
 
-    MLX keeps compiled kernels by name, on disk too, so that the name has a checksum of the text.
+
+def vectors_key(kernel: VectorKernel, backend: Backend, *given: mx.array) -> Hashable | None:
+    """Identify the kernel that such arrays run: each of these is compared with its reference on its own.
+
+    None if the back end does not have the kernel for arrays of these types.
     """
-    body, header = _bare(source.body), _bare(source.header(f"{language}.h"))
-    checksum = hashlib.sha256((header + body).encode()).hexdigest()[:16]
-    if language == "cuda":
-        body, header = _included(source, body, header, checksum)
-    large = {"shared_memory": source.large_bytes} if source.large_bytes else {}
-    kernel: Built = getattr(mx.fast, f"{language}_kernel")(
-        name=f"veloxlab_{source.name}_{checksum}",
-        input_names=list(source.inputs),
-        output_names=list(source.outputs),
-        source=body,
-        header=header,
-        **large,
-        ensure_row_contiguous=False,  # a cache's arrays are views of growing buffers: bodies go by their strides
+    types = kernel.types_of(given)
+    which = backend, *types
+    if which in kernel.sources:
+        return kernel.sources[which], backend
+    if (kernel.file is None and backend.run is None) or not all(dtype in backend.types for dtype in types):
+        return None
+    if backend.run is None:
+        return vectors_source(kernel, backend, *given), backend
+    shapes = tuple((array.dtype, array.shape[-1]) for array in given)
+    return kernel.name, tuple(kernel.variant.items()), tuple(kernel.rows.items()), shapes, backend
+
+
+def run_vectors(kernel: VectorKernel, backend: Backend, *given: mx.array) -> dict[str, mx.array]:
+    """Each of the kernel's `rows`, ``[B, H, S, numbers]``. Given arrays are views with any strides, and not empty."""
+    if backend.run is not None:
+        return dict(zip(kernel.rows, backend.run(kernel, given), strict=True))
+    lead, rows = given[0].shape[:-1], kernel.rows.values()
+    written = launch(
+        vectors_source(kernel, backend, *given),
+        suited([*given, *kernel.tables.values()], backend),
+        backend=backend,
+        groups=(-(-math.prod(lead) // kernel.at_once), kernel.spans, 1),
+        threads=kernel.threads,
+        shapes=[(*lead, count) for count, _ in rows],
+        types=[dtype for _, dtype in rows],
     )
-    return kernel
-
-
-def _included(source: Source, body: str, header: str, checksum: str) -> tuple[str, str]:
-    """Body and header that include the text from files of the user's cache, where these can be written.
-
-    At every launch MLX copies a kernel's text and makes a checksum of it: of 30 KB that takes longer than the rest. It
-    looks in the body for the names of shapes and strides.
-    """
-    facts = (f"{name}_{fact}" for name in source.inputs for fact in ("shape", "strides", "ndim"))
-    files = {kept_in("kernels") / f"{checksum}_{part}.h": text for part, text in (("body", body), ("header", header))}
-    try:
-        missing = {path: text.encode() for path, text in files.items() if not path.exists() or path.read_text() != text}
-        if missing:
-            make_folder(kept_in("kernels"))
-            write_together(missing)
-    except (InputError, OSError, ValueError):
-        return body, header
-    body_file, header_file = map(str, files)
-    if not header_file.isascii() or any(mark in header_file for mark in '"\\\n'):
-        return body, header
-    named = " ".join(fact for fact in facts if fact in body)
-    return f'// {named}\n#include "{body_file}"\n', f'#include "{header_file}"\n'
-
-
-def _bare(text: str) -> str:
-    """The text without comments and indents."""
-    lines = (line.partition("//")[0].strip() for line in text.splitlines())
-    return "\n".join(filter(None, lines)) + "\n"
+    return dict(zip(kernel.rows, written, strict=True))

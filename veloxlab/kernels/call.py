@@ -8,10 +8,11 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from veloxlab.kernels.backend import Answer
 from veloxlab.kernels.readers import Reader
 
 STEP = 16  # coordinates that dimensions are multiples of
+
+Answer = tuple[mx.array, mx.array | None]  # of attention; see `PreparedCall`
 
 
 class Exact:

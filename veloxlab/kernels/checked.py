@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.kernels.backend import Backend
+from veloxlab.kernels.backend import Backend, run_vectors, vectors_key
 from veloxlab.kernels.devices import CPU, current_backend, device_backend, has_loops
 from veloxlab.kernels.vectors import VectorKernel
 
@@ -47,13 +47,13 @@ def computed(
     if backend is None or not given[0].size:
         return reference(*given)
     made = kernel(backend)
-    key = None if made is None else made.key(backend, *given)
+    key = None if made is None else vectors_key(made, backend, *given)
     if made is None or key is None:
         return reference(*given)
 
     def trial() -> str:
         some = [made_up(array, _TOKENS, seed, whole=made.whole_numbers) for seed, array in enumerate(given)]
-        found, wanted = made(backend, *some), reference(*some)
+        found, wanted = run_vectors(made, backend, *some), reference(*some)
         if made.loss is None:
             return difference(found, wanted)
         lost, least = (_number(made.loss(arrays, *some).sum()) for arrays in (found, wanted))
@@ -61,7 +61,7 @@ def computed(
 
     if not (backend.lazy or evaluated(*given)) or not agrees(key, made.name, backend, trial):
         return reference(*given)
-    found = made(backend, *given)
+    found = run_vectors(made, backend, *given)
     return found if backend.lazy else with_derivatives(found, reference, *given)
 
 

@@ -13,7 +13,8 @@ import mlx.core as mx
 
 from veloxlab import runtime
 from veloxlab.kernels.attend import attend_kernel
-from veloxlab.kernels.backend import Backend, build_with_mlx
+from veloxlab.kernels.backend import Backend
+from veloxlab.kernels.text import build_with_mlx
 
 _EXPANDED_BYTES, _EXPANDED_TOKENS = 256 << 20, 1 << 24  # on a GPU launches of small tiles take longer
 EXPANDED = "VELOXLAB_EXPANDED_MB"  # in the environment: MB of decoded keys and values that a layer holds while it reads

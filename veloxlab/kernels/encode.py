@@ -13,8 +13,9 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxlab.kernels.backend import SIMD, Backend
+from veloxlab.kernels.backend import Backend
 from veloxlab.kernels.rotated import FACTORS
+from veloxlab.kernels.text import SIMD
 from veloxlab.kernels.vectors import IN_LANES, THREADS, Loss, VectorKernel, fits_lanes, lanes, words_per_row
 
 _SIMDGROUPS = THREADS // SIMD  # of a threadgroup: a vector for each

@@ -12,9 +12,10 @@ from string import Template
 
 import mlx.core as mx
 
-from veloxlab.kernels.backend import Backend, Source, few_numbers, launch, source_file, suited
+from veloxlab.kernels.backend import Backend, few_numbers, launch, suited
 from veloxlab.kernels.call import nothing_of
 from veloxlab.kernels.readers import Reader, Room
+from veloxlab.kernels.text import Source, source_file
 
 THREADS = 128
 PER_GROUP = 512  # tokens of a threadgroup, which fills the reader's table

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from veloxlab.kernels.backend import SIMD, few_numbers
+from veloxlab.kernels.backend import few_numbers
+from veloxlab.kernels.text import SIMD
 
 SIMDGROUPS = 4  # of a threadgroup
 NUMBERS = 7  # that the kernels get of a sequence

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from string import Template
 from typing import Any
 
 import mlx.core as mx
 
-from veloxlab.kernels.backend import SIMD, Backend, Source, launch, source_file, suited
+from veloxlab.kernels.text import SIMD, Source
 
 THREADS = 128  # of a threadgroup
 IN_LANES = ("simd.h", "lanes.h")  # headers of kernels that keep a vector in the registers of a simdgroup's lanes
@@ -46,55 +45,11 @@ class VectorKernel:
     threads: int = THREADS  # of a threadgroup
     whole_numbers: bool = False
     loss: Loss | None = None
-    _sources: dict[tuple[object, ...], Source] = field(default_factory=dict, init=False, repr=False)
+    sources: dict[tuple[object, ...], Source] = field(default_factory=dict, init=False, repr=False)  # what was built
 
-    def source(self, backend: Backend, *given: mx.array) -> Source:
-        """What is built for arrays of these types."""
-        assert self.file is not None
-        which = backend, *[given[i].dtype for i in self.types.values()]
-        if which not in self._sources:
-            types = {name: given[i].dtype for name, i in self.types.items()}
-            defines = {**self.defines, **types, "THREADS": self.threads, "VECTORS": self.at_once}
-            self._sources[which] = Source(
-                name=self.name,
-                inputs=(*self.given, *self.tables),
-                outputs=self.outputs or tuple(self.rows),
-                defines=tuple((n, backend.types[v] if isinstance(v, mx.Dtype) else v) for n, v in defines.items()),
-                headers=self.headers,
-                body=Template(source_file(self.file)).substitute(self.texts),
-            )
-        return self._sources[which]
-
-    def key(self, backend: Backend, *given: mx.array) -> Hashable | None:
-        """What tells kernels apart that have to show, each for itself, that they are right.
-
-        None where the back end does not have the kernel, for arrays of these types.
-        """
-        which = backend, *[given[i].dtype for i in self.types.values()]
-        if which in self._sources:
-            return self._sources[which], backend
-        if (self.file is None and backend.run is None) or not all(dtype in backend.types for dtype in which[1:]):
-            return None
-        if backend.run is None:
-            return self.source(backend, *given), backend
-        shapes = tuple((array.dtype, array.shape[-1]) for array in given)
-        return self.name, tuple(self.variant.items()), tuple(self.rows.items()), shapes, backend
-
-    def __call__(self, backend: Backend, *given: mx.array) -> dict[str, mx.array]:
-        """Each of `rows`, ``[B, H, S, numbers]``. Given arrays are views with any strides, and not empty."""
-        if backend.run is not None:
-            return dict(zip(self.rows, backend.run(self, given), strict=True))
-        lead, rows = given[0].shape[:-1], self.rows.values()
-        written = launch(
-            self.source(backend, *given),
-            suited([*given, *self.tables.values()], backend),
-            backend=backend,
-            groups=(-(-math.prod(lead) // self.at_once), self.spans, 1),
-            threads=self.threads,
-            shapes=[(*lead, count) for count, _ in rows],
-            types=[dtype for _, dtype in rows],
-        )
-        return dict(zip(self.rows, written, strict=True))
+    def types_of(self, given: Sequence[mx.array]) -> tuple[mx.Dtype, ...]:
+        """The types of these arrays that `types` names."""
+        return tuple(given[i].dtype for i in self.types.values())
 
 
 def words_per_row(count: int, bits: int) -> int:

@@ -12,8 +12,7 @@ from typing import Final
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.kernels.backend import Answer
-from veloxlab.kernels.call import Exact, Queries, Tokens
+from veloxlab.kernels.call import Answer, Exact, Queries, Tokens
 from veloxlab.kernels.cpu import attend as loops
 from veloxlab.kernels.cpu.describe import (
     KINDS,

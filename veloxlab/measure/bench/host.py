@@ -21,7 +21,7 @@ from veloxlab import runtime
 from veloxlab.cache.counts import BLOCK
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.kernels import devices
-from veloxlab.kernels.backend import Built, Source
+from veloxlab.kernels.text import Built, Source
 from veloxlab.measure.bench import cpu
 from veloxlab.measure.bench.cpu import EXACT, codecs, titled
 from veloxlab.measure.bench.timing import Row, Tell, spread

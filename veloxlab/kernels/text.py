@@ -1,0 +1,109 @@
+"""The text of a kernel, and how MLX builds it.
+
+A kernel's body is written once, in the subset that Metal and CUDA share, under Metal's names; ``source/cuda.h`` and
+``source/metal.h`` supply what differs. What is known when a kernel is built (widths, dimensions) comes as ``#define``,
+so that the compiler unrolls by it; a kernel is built once for each set of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.resources import files
+
+import mlx.core as mx
+
+from veloxlab.errors import InputError
+from veloxlab.store import kept_in, make_folder, write_together
+
+SIMD = 32  # threads of a simdgroup (Metal) or warp (CUDA)
+
+Built = Callable[..., list[mx.array]]  # called as the kernels that ``mx.fast.metal_kernel`` makes
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kernel in a form that all back ends take, but for the prelude."""
+
+    name: str  # of the kernel, for people and profilers
+    inputs: tuple[str, ...]  # names of the arrays, as the body uses them
+    outputs: tuple[str, ...]
+    defines: tuple[tuple[str, int | str], ...]  # what is known when it is built
+    headers: tuple[str, ...]  # files of ``source/`` with the functions that the body calls, in order
+    body: str
+    large_bytes: int = 0  # of threadgroup memory that is given at the launch
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.name, self.defines, self.body))
+
+    @cached_property
+    def built(self) -> dict[Hashable, Built]:
+        """The functions that run it, by back end: a launch looks here first."""
+        return {}
+
+    def header(self, prelude: str) -> str:
+        """What comes before the body: definitions, the prelude, the functions."""
+        defines = "".join(f"#define {name} {value}\n" for name, value in self.defines)
+        return "\n".join([defines, source_file(prelude), *map(source_file, self.headers)])
+
+
+@cache
+def source_file(name: str) -> str:
+    """The text of a file of ``source/``."""
+    return (files("veloxlab.kernels") / "source" / name).read_text(encoding="utf-8")
+
+
+def build_with_mlx(language: str, source: Source) -> Built:
+    """A kernel of ``mx.fast``, in ``"metal"`` or ``"cuda"``.
+
+    MLX keeps compiled kernels by name, on disk too, so that the name has a checksum of the text.
+    """
+    body, header = _bare(source.body), _bare(source.header(f"{language}.h"))
+    checksum = hashlib.sha256((header + body).encode()).hexdigest()[:16]
+    if language == "cuda":
+        body, header = _included(source, body, header, checksum)
+    large = {"shared_memory": source.large_bytes} if source.large_bytes else {}
+    kernel: Built = getattr(mx.fast, f"{language}_kernel")(
+        name=f"veloxlab_{source.name}_{checksum}",
+        input_names=list(source.inputs),
+        output_names=list(source.outputs),
+        source=body,
+        header=header,
+        **large,
+        ensure_row_contiguous=False,  # a cache's arrays are views of growing buffers: bodies go by their strides
+    )
+    return kernel
+
+
+def _included(source: Source, body: str, header: str, checksum: str) -> tuple[str, str]:
+    """Body and header that include the text from files of the user's cache, where these can be written.
+
+    At every launch MLX copies a kernel's text and makes a checksum of it: of 30 KB that takes longer than the rest. It
+    looks in the body for the names of shapes and strides.
+    """
+    facts = (f"{name}_{fact}" for name in source.inputs for fact in ("shape", "strides", "ndim"))
+    files = {kept_in("kernels") / f"{checksum}_{part}.h": text for part, text in (("body", body), ("header", header))}
+    try:
+        missing = {path: text.encode() for path, text in files.items() if not path.exists() or path.read_text() != text}
+        if missing:
+            make_folder(kept_in("kernels"))
+            write_together(missing)
+    except (InputError, OSError, ValueError):
+        return body, header
+    body_file, header_file = map(str, files)
+    if not header_file.isascii() or any(mark in header_file for mark in '"\\\n'):
+        return body, header
+    named = " ".join(fact for fact in facts if fact in body)
+    return f'// {named}\n#include "{body_file}"\n', f'#include "{header_file}"\n'
+
+
+def _bare(text: str) -> str:
+    """The text without comments and indents."""
+    lines = (line.partition("//")[0].strip() for line in text.splitlines())
+    return "\n".join(filter(None, lines)) + "\n"
