@@ -12,7 +12,8 @@ from tests.tiny_models import tiny
 from veloxlab.cache.counts import BLOCK
 from veloxlab.checkup import SESSION_KERNELS
 from veloxlab.codecs import METHODS
-from veloxlab.kernels import backend, checked, devices
+from veloxlab.kernels import checked, devices, text
+from veloxlab.kernels.backend import run_vectors
 from veloxlab.kernels.devices import CUDA
 from veloxlab.kernels.encode import sign_kernel
 from veloxlab.kernels.text import Source
@@ -22,7 +23,7 @@ def test_a_launch_on_cuda_copies_no_text(monkeypatch, tmp_path):
     """MLX copies the text of a kernel at each launch, and looks in its body for the facts of arrays that it wants."""
     made = []
     monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **given: made.append(given))
-    monkeypatch.setattr(backend, "kept_in", lambda kind: tmp_path / kind)
+    monkeypatch.setattr(text, "kept_in", lambda kind: tmp_path / kind)
     body = "y[0] = x[x_strides[0]] + z[0]; // " + "a comment " * 99
     source = Source("sum", ("x", "z"), ("y",), (("SIZE", 3),), ("simd.h",), body)
     CUDA.build(source)
@@ -36,7 +37,7 @@ def test_a_launch_on_cuda_copies_no_text(monkeypatch, tmp_path):
     assert not any(fact in made[0]["source"] for fact in ("x_shape", "z_strides"))
     CUDA.build(source)
     assert all("crash" not in path.read_text() for path in (tmp_path / "kernels").iterdir())
-    monkeypatch.setattr(backend, "kept_in", lambda kind: Path("/dev/null") / kind)  # where nothing can be written
+    monkeypatch.setattr(text, "kept_in", lambda kind: Path("/dev/null") / kind)  # where nothing can be written
     CUDA.build(source)
     assert "SIZE" in made[2]["header"]
     assert "x_strides" in made[2]["source"]
@@ -83,7 +84,7 @@ def test_what_a_launch_of_an_eager_back_end_is_given_is_computed(monkeypatch):
     monkeypatch.setattr(mx, "eval", lambda arrays: evaluated.extend(arrays))
     for lazy, count in ((True, 0), (False, 2)):
         backend = replace(devices.METAL, build=lambda _: lambda **_: [mx.zeros((1,))] * 2, lazy=lazy)
-        sign_kernel(32, 32)(backend, mx.zeros((1, 1, 1, 32)), mx.zeros((1, 1, 1, 32)))
+        run_vectors(sign_kernel(32, 32), backend, mx.zeros((1, 1, 1, 32)), mx.zeros((1, 1, 1, 32)))
         assert len(evaluated) == count
 
 
