@@ -7,6 +7,7 @@ import veloxlab as vl
 from tests.letters import Letters
 from tests.test_runs import run
 from tests.tiny_models import tiny
+from veloxlab.errors import InputError
 from veloxlab.measure.equal import EQUAL, POINTS, at_equal_bits
 from veloxlab.widgets.pages.equal_bits import around, comparable
 from veloxlab.widgets.selection import Choice
@@ -86,4 +87,50 @@ def test_the_page_measures_what_a_ranking_lacks_and_once():
     assert len(lab.measured) == len(measured)
     page.equal_bits = 0.5
     assert "Measure at equal bits" in page._equal.value
+    lab.close()
+
+
+def test_methods_that_need_a_calibration_are_named_and_measured_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    lab = vl.Lab(tiny("llama", num_hidden_layers=1), Letters(), tokens=64, sinks=0, window=0)
+    page = lab.turn_to("compare")
+    assert "Left out unless calibrated: vecinfer, spectralquant, commvq, fisherquant." in page._left_out.value
+    assert "20 seconds to 3 minutes at each width for SmolLM2-135M" in page._left_out.value
+    lab.selection.methods = ["rvq", "spectralquant"]
+    page.context, page.equal_bits = 1000, 3
+    for act in (page.compare, page.compare_equal):
+        act()
+        assert lab.wait(300)
+        assert {run.choice.method for run in lab.points.every} == {"rvq"}
+    page.calibrate = True
+    assert "Calibrated first, where that is missing: spectralquant;" in page._left_out.value
+    page.compare_equal()
+    assert lab.wait(300)
+    assert "spectralquant is not ranked at 3 bits: it holds 3.86 to 10.9 at 1,000 tokens." in page._message.value
+    page.context = 100_000  # which its tables are small beside
+    page.compare_equal()
+    assert lab.wait(300)
+    assert {*page.ranked["method"]} == {"rvq", "spectralquant"}
+    assert "Calibrated first, where that is missing: spectralquant;" in page._left_out.value  # of other widths
+    monkeypatch.setattr(lab.selection.fitting, "is_ready", lambda *_: True)
+    page.compare()
+    assert lab.wait(300)
+    assert page._left_out.value == ""
+    lab.close()
+
+
+def test_a_method_that_cannot_be_measured_is_said_and_the_others_are(monkeypatch):
+    lab = vl.Lab(tiny("llama", num_hidden_layers=1), Letters(), tokens=64)
+    page, fit = lab.turn_to("compare"), lab.selection.fitting.calibration
+
+    def refuses(method, *given):
+        if method == "rvq":
+            raise InputError("It cannot be.")
+        return fit(method, *given)
+
+    monkeypatch.setattr(lab.selection.fitting, "calibration", refuses)
+    page.compare()
+    assert lab.wait(300)
+    assert {run.choice.method for run in lab.points.every} >= {"turboquant", "polarquant"}
+    assert page._message.value == "<em>rvq K4 V4 was left out: It cannot be.</em>"
     lab.close()

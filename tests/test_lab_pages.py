@@ -230,6 +230,10 @@ def test_a_method_that_learns_is_fitted_when_it_is_chosen(lab):
     turn(lab, page="keys")
     keys = lab.turn_to("keys")
     assert (keys.method, keys.bits, keys.problem) == ("spectralquant", 4, "")
+    errors = lab.turn_to("errors")
+    assert "is drawn where spectralquant is calibrated: choose other bits" in errors._banner.value
+    turn(lab, method="turboquant")
+    assert "calibrated" not in errors._banner.value
 
 
 def test_methods_are_measured_side_by_side_and_a_point_is_taken_up_again(lab):

@@ -9,11 +9,12 @@ from veloxlab.errors import InputError
 from veloxlab.widgets.layout import button
 
 FIRST = " (calibrates first)"
+FIT_TAKES = "20 seconds to 3 minutes"  # of SmolLM2-135M, a width
 
 
 def fit_said(method: str) -> str:
     """What fitting a method takes, by the times of SmolLM2-135M (`veloxlab.measure.calibrate.calibrate`)."""
-    seconds = "about 3 minutes" if find_method(method).planned else "20 seconds to 3 minutes at each width"
+    seconds = "about 3 minutes" if find_method(method).planned else f"{FIT_TAKES} at each width"
     return f"First {method} is calibrated, once: {seconds} for SmolLM2-135M, longer for a larger model."
 
 

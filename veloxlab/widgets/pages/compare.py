@@ -8,14 +8,28 @@ from typing import Any, ClassVar
 
 import ipywidgets
 import polars as pl
+import traitlets as t
 
 from veloxlab.checks import real, whole
+from veloxlab.errors import InputError
 from veloxlab.measure.equal import EQUAL, at_equal_bits
 from veloxlab.views import frontier
 from veloxlab.views.picture import Section
 from veloxlab.widgets.chosen import Checked
 from veloxlab.widgets.layout import button, columns, controls
-from veloxlab.widgets.pages.equal_bits import Layouts, around, comparable, equal_said, held_bits, layouts, points
+from veloxlab.widgets.pages.equal_bits import (
+    CALIBRATE,
+    Layouts,
+    around,
+    beyond_said,
+    calibrating_said,
+    comparable,
+    equal_said,
+    held_bits,
+    layouts,
+    points,
+    to_calibrate,
+)
 from veloxlab.widgets.pages.experiment import Experiment, OfExperiment
 from veloxlab.widgets.selection import Choice
 from veloxlab.widgets.worker import Progress, Worker
@@ -24,6 +38,7 @@ from veloxlab.widgets.worker import Progress, Worker
 class Comparison(OfExperiment):
     """Measure the fidelity of caches, see them in one chart, rank methods at equal bits, and choose a cache again.
 
+    ``calibrate``, a trait: whether methods are measured that have to be calibrated first; else they are left out.
     ``ranked`` are the methods where each holds ``equal_bits`` for a value: `veloxlab.measure.equal.EQUAL`.
     """
 
@@ -36,27 +51,32 @@ class Comparison(OfExperiment):
     equal_bits = Checked(
         real(above=0), 3.0, help="bits held for a value, at which methods are ranked; scales are included"
     )
+    calibrate = t.Bool(False, help="calibrate what needs it first; what was calibrated once is found on disk")
     frontier = property(lambda page: page.charts.get("frontier"), doc="The chart, once something was measured.")
 
     def __init__(self, experiment: Experiment, worker: Worker) -> None:
         super().__init__(experiment.selection, worker)
         self.experiment, self.points = experiment, experiment.points
         self._slot, self._layouts = columns(), list[Layouts]()  # of each point
+        self._left_out = ipywidgets.HTML()
         self.ranked, self._equal = pl.DataFrame(schema=EQUAL), ipywidgets.HTML()
         self._list = ipywidgets.Dropdown(description="measured", tooltip="A point of the chart")
         self._take = button("Use it", "Choose the settings of this point", self._use)
         one = button("Measure this cache", "Compare its predictions with those of the exact cache", self.measure)
-        tip = "At these bits, each method that needs no fitting"
+        tip = "At these bits, each method that is calibrated or needs no calibration"
         every = button("Measure all methods", tip, self.compare, width="auto")
-        tip = "Each method that needs no fitting, with just more and just fewer bits than are chosen beside"
+        tip = "Each of these methods, with just more and just fewer bits than are chosen beside"
         equal = button("Measure at equal bits", tip, self.compare_equal, width="auto")
         self._list.observe(self._pick, "value")
         context = self._control(ipywidgets.BoundedIntText, "context", min=1, max=2**24)
         bits = self._control(ipywidgets.BoundedFloatText, "equal_bits", "equal bits", min=0.5, max=16, step=0.5)
         self.observe(lambda _: self._draw_points(), ["context", "equal_bits"])
-        head = controls(one, every, context, bits, equal, self._list, self._take)
-        self._laid_out([head], self._slot, self._equal)
+        fit = self._control(ipywidgets.Checkbox, "calibrate", CALIBRATE, indent=False)
+        self.observe(lambda _: self._redraw(), "calibrate")
+        head = controls(one, every, context, bits, equal, fit, self._list, self._take)
+        self._laid_out([head, self._left_out], self._slot, self._equal)
         self._watch(self.points, "every", self._show_points)
+        self.follow()
         self._show_points()
 
     @property
@@ -71,40 +91,63 @@ class Comparison(OfExperiment):
         return [*super().sections, Section("Fidelity", table=self.measured), *[ranked] * (self.ranked.height > 0)]
 
     def compare(self) -> None:
-        """Ask for the fidelity of every method that needs no fitting, at the present bits or those next to them."""
+        """Ask for the fidelity of every method at the present bits or those next to them; see ``calibrate``."""
         chosen = self.selection
         every = [chosen.changed(method=method, own_bits={}) for method in chosen.methods]
-        ready = [c for c in every if all(chosen.fitting.is_ready(c.method, width) for width in c.widths)]
+        ready = [choice for choice in every if all(self._may_run(choice.method, width) for width in choice.widths)]
+        chosen.fitting.held.clear()
         self._submit("comparison", lambda progress: self._measure_each(ready, progress), first=True)
 
     def compare_equal(self) -> None:
-        """Ask for what the ranking lacks: of every method that needs no fitting, the caches around the equal bits."""
+        """Ask for what the ranking lacks: of every method the caches around the equal bits; see ``calibrate``."""
         chosen, bits, tokens = self.selection, self.equal_bits, self.context
+        chosen.fitting.held.clear()
         runs, windows = self.points.every, self.points.windows
         known = [run.choice.cache for run in runs if comparable(run, runs[-1]) and run.kl.windows == windows]
-        of_method = [
-            [
+        of_method = {
+            method: [
                 chosen.changed(method=method, key_bits=width, value_bits=width, own_bits={})
                 for width in chosen.fitting.widths(method)
-                if chosen.fitting.is_ready(method, width)
+                if self._may_run(method, width)
             ]
             for method in chosen.methods
-        ]
+        }
 
-        def job(progress: Progress) -> None:
-            wanted = []
-            for choices in of_method:
+        def job(progress: Progress) -> str:
+            wanted, beyond = list[Choice](), []
+            for method, choices in of_method.items():
+                progress.check()
                 held = [held_bits(layouts(self.experiment.model, choice), tokens) for choice in choices]
-                wanted += around(bits, choices, held)
+                found = around(bits, choices, held)
+                wanted += found
+                beyond += [] if found else [beyond_said(method, held, bits, tokens)]
             self._measure_each([choice for choice in wanted if choice.cache not in known], progress)
+            return " ".join(filter(None, beyond))
 
-        self._submit("equal bits", job, first=True)
+        self._submit("equal bits", job, on_done=lambda said: self.say(said) if said else None, first=True)
+
+    def _may_run(self, method: str, width: float) -> bool:
+        return self.calibrate or self.selection.fitting.is_ready(method, width)
 
     def _measure_each(self, choices: Sequence[Choice], progress: Progress) -> None:
+        """Measure what can be; raises `InputError` with what could not."""
         exact = self.experiment.reference(progress) if choices else None
+        refused = []
         for done, choice in enumerate(choices):
-            progress(done, len(choices), f"measuring {choice.name}")
-            self.points.add(self.experiment.fidelity(choice, lambda *_: progress.check(), exact))
+
+            def tell(_: int, __: int, doing: str, done: int = done, name: str = choice.name) -> None:
+                progress(done, len(choices), f"{name}: {doing}")
+
+            try:
+                self.points.add(self.experiment.fidelity(choice, tell, exact))
+            except InputError as error:
+                refused.append(f"{choice.name} was left out: {error}")
+        if refused:
+            raise InputError(" ".join(refused))
+
+    def _redraw(self) -> None:
+        missing = to_calibrate(self.selection.fitting, self.selection.methods)
+        self._left_out.value = calibrating_said(missing, self.calibrate)
 
     def _show_points(self, _: object = None) -> None:
         runs = self.points.every
@@ -119,6 +162,7 @@ class Comparison(OfExperiment):
         ]
         self._list.value = len(runs) - 1
         self.say(self.points.newest)
+        self._redraw()
 
     def _draw_points(self) -> None:
         """Draw what was measured at the bytes of the chosen context, the exact cache beside it, and rank methods."""

@@ -13,10 +13,12 @@ from veloxlab.measure.equal import POINTS
 from veloxlab.measure.planned_memory import CacheLayout, cache_layouts
 from veloxlab.views.memory import amount
 from veloxlab.views.picture import html_table
+from veloxlab.widgets.pages.advice_acts import FIT_TAKES
 from veloxlab.widgets.runs import Run
-from veloxlab.widgets.selection import CACHE, Choice
+from veloxlab.widgets.selection import CACHE, Choice, Fitting
 
 Layouts = tuple[CacheLayout, CacheLayout]  # of a cache, and of the exact one in 16 bits
+CALIBRATE = "calibrate too"
 TITLES = ["", "method", "KL (nats)", "more than the first", "95 % interval", "read between (bits held)"]
 
 
@@ -31,6 +33,23 @@ def held_bits(pair: Layouts, tokens: int) -> float:
     """Bits that a cache holds for a value of ``tokens`` tokens; those of the exact one are 16."""
     ours, exact = (layout.held(tokens) for layout in pair)
     return 16 * ours / exact
+
+
+def to_calibrate(fitting: Fitting, methods: Sequence[str]) -> list[str]:
+    """Methods of which some width, or all, would have to be calibrated first."""
+    return [name for name in methods if not all(fitting.is_ready(name, width) for width in fitting.widths(name))]
+
+
+def calibrating_said(methods: Sequence[str], wanted: bool) -> str:
+    """Whether these methods are measured too, which they are if that is ``wanted``, and what calibrating them takes."""
+    if not methods:
+        return ""
+    takes = f"it takes {FIT_TAKES} at each width for SmolLM2-135M, longer for a larger model, and is kept on disk"
+    if wanted:
+        return f"Calibrated first, where that is missing: {', '.join(methods)}; {takes}."
+    return (
+        f"Left out unless calibrated: {', '.join(methods)}. Tick \u201c{CALIBRATE}\u201d to measure them too; {takes}."
+    )
 
 
 def _is_uniform(choice: Choice) -> bool:
@@ -64,6 +83,13 @@ def around(bits: float, choices: Sequence[Choice], held: Sequence[float]) -> lis
     order = sorted(zip(held, range(len(choices)), strict=True))
     below, above = [i for has, i in order if has <= bits][-1:], [i for has, i in order if has >= bits][:1]
     return [choices[i] for i in dict.fromkeys(below + above)] if below and above else []
+
+
+def beyond_said(method: str, held: Sequence[float], bits: float, tokens: int) -> str:
+    """Why a method has no caches on both sides of ``bits``, by what each of its caches holds."""
+    if not held:
+        return ""
+    return f"{method} is not ranked at {bits:g} bits: it holds {min(held):.3g} to {max(held):.3g} at {tokens:,} tokens."
 
 
 def equal_said(ranked: pl.DataFrame, known: pl.DataFrame, newest: Run, bits: float, tokens: int, nbytes: float) -> str:

@@ -117,7 +117,9 @@ class ErrorExplorer(HeadPage):
     def notes(self) -> list[str]:
         key_bits, value_bits = self.selection.choice.bits_of(self.layer)
         both = f"Values are seen at {bits_said(key_bits)} too; in the cache they have {value_bits}."
-        return [*super().notes, both if key_bits != value_bits else ""]
+        some = f"What a bit is worth is drawn where {self.method} is calibrated: choose other bits to calibrate them."
+        shown = len(self._look().widths) >= sum(isinstance(width, int) for width in self.selection.widths)
+        return [*super().notes, both if key_bits != value_bits else "", "" if shown else some]
 
     def _look(self, **changed: Any) -> Look:
         look, fitting = super()._look(**changed), self.selection.fitting
