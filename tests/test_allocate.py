@@ -372,7 +372,7 @@ def test_measurements_come_back_from_their_file(rates, tmp_path):
     assert loaded.identity == rates.identity
     assert loaded.plan(3.0) == rates.plan(3.0)
     path.write_text(path.read_text().replace('"window": 8', '"window": 9'))
-    with pytest.raises(InputError, match="cannot be read .it is not what was written.: make them again"):
+    with pytest.raises(InputError, match="cannot be read .its checksum does not match.: make them again"):
         vl.allocate.RateBudget.load(path)
     with pytest.raises(InputError, match="there is no such file"):
         vl.allocate.RateBudget.load(tmp_path / "none.json")

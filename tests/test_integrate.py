@@ -387,7 +387,7 @@ def test_a_saved_cache_whose_parts_changed_places_is_refused(tmp_path):
     vl.save_cache(file, cache)
     assert [slot.offset for slot in vl.load_cache(file, model)[0].caches] == [30, 30]
     vl.save_cache(file, [CacheList(*reversed(cache[0].caches))])
-    with pytest.raises(InputError, match="layer 1 stands in the place of layer 0"):
+    with pytest.raises(InputError, match="layer 1 is in the place of layer 0"):
         vl.load_cache(file, model)
 
 

@@ -59,7 +59,7 @@ def test_fidelity_measures_a_plan_as_it_measures_the_method(smollm2):
 def test_bits_beside_a_plan_are_refused_and_exact_tokens_may_be_changed(model):
     plan = vl.Plan.uniform(model)
     for name, value in (("bits", 3), ("key_bits", 3), ("rotation", "haar")):
-        with pytest.raises(InputError, match=f"{name} was given beside a plan"):
+        with pytest.raises(InputError, match=f"{name} was given together with a plan"):
             vl.make_cache(model, plan, **{name: value})
     assert vl.make_cache(model, plan, sinks=0, window=9)[0].window == 9
 

@@ -120,7 +120,7 @@ def test_batches_are_read(model, file):
 @pytest.mark.parametrize(
     ("other", "misfit"),
     [
-        (lambda: tiny("llama", num_hidden_layers=3), "it has 3 layers and the model 2"),
+        (lambda: tiny("llama", num_hidden_layers=3), "it has 3 layers and the model has 2"),
         (
             lambda: tiny("llama", num_key_value_heads=4),
             "keys of 4 heads, 64 wide, in float32, and the model's keys of 2",
@@ -172,15 +172,15 @@ def of_two_lengths_by_mlx_lm(model):
 @pytest.mark.parametrize(
     ("layers", "misfit"),
     [
-        (swapped, "layer 1 stands in the place of layer 0"),
-        (without_the_last, "it has 1 layers and the model 2"),
+        (swapped, "layer 1 is in the place of layer 0"),
+        (without_the_last, "it has 1 layers and the model has 2"),
         (of_two_lengths, "layer 1 has read 50 tokens, and those before it 40"),
         (of_two_lengths_by_mlx_lm, "layer 1 has read 50 tokens, and those before it 40"),
     ],
 )
 def test_layers_that_do_not_belong_together_are_refused(layers, misfit, model, file):
     save_prompt_cache(str(file), layers(model))
-    with pytest.raises(InputError, match=f"as {misfit}: load the model that it was made for, or make it again"):
+    with pytest.raises(InputError, match=f"because {misfit}: load the model that it was made for, or make it again"):
         vl.load_cache(file, model)
 
 

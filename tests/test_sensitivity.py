@@ -173,7 +173,7 @@ def test_what_was_measured_is_found_again_and_a_damaged_file_is_named(model, tmp
     file, _ = tmp_path.iterdir()
     file.write_text(file.read_text().replace('"head": [\n   0', '"head": [\n   1', 1))
     with pytest.warns(
-        UserWarning, match="cannot be read .it is not what was written.: measure them again. The file is"
+        UserWarning, match="cannot be read .its checksum does not match.: measure them again. The file is"
     ):
         assert measured(model, tmp_path).equals(first)
 
@@ -200,7 +200,7 @@ def test_what_is_cancelled_goes_on_behind_the_sequences_that_are_done(model, tmp
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"tokens": 10}, "tokens=10 with sinks=4 say too little"),
+        ({"tokens": 10}, "tokens=10 with sinks=4 are too few"),
         ({"sequences": 99}, r"The text has \d+ tokens, too few for 99 sequences of 48"),
     ],
 )

@@ -207,7 +207,7 @@ def test_one_flipped_bit_of_a_search_is_found_wherever_it_is(found, tmp_path):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << rng.integers(8)
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match=r"cannot be read \(.*not what was written\): make it again"):
+        with pytest.raises(InputError, match=r"cannot be read \(.*checksum does not match\): make it again"):
             SearchResult.load(path)
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="cannot be read"):

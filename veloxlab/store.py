@@ -216,12 +216,12 @@ def to_json(kind: str, content: Mapping[str, Any], files: Iterable[bytes] = (), 
 
 
 def from_json(text: str | bytes, kind: str, files: Iterable[bytes] = ()) -> dict[str, Any]:
-    """Undo `to_json`; ValueError if ``text`` is of no such format, or it or a file is not what was written."""
+    """Undo `to_json`; ValueError if ``text`` is of another format, or the checksum does not match."""
     content = json.loads(text)
     if not isinstance(content, dict) or content.pop("format", None) != kind:
         raise ValueError(f"it is not of the format {kind!r}")
     if content.pop("sha256", None) != digest({"format": kind, **content}, files):
-        raise ValueError("it is not what was written")
+        raise ValueError("its checksum does not match")
     return content
 
 
@@ -231,7 +231,7 @@ def write_json(path: str | Path, kind: str, content: Mapping[str, Any], indent: 
 
 
 def read_json(path: Path, kind: str) -> dict[str, Any]:
-    """Read the content that `write_json` wrote; OSError or ValueError if it is missing or not what was written."""
+    """Read the content that `write_json` wrote; OSError or ValueError if it is missing or damaged."""
     return from_json(path.read_bytes(), kind)
 
 
@@ -282,7 +282,7 @@ def read_parquet(path: Path, kind: str) -> tuple[pl.DataFrame, Any]:
 
     content = path.read_bytes()
     if _with_sum(content) != content:
-        raise ValueError("it has no checksum, or is not what was written")
+        raise ValueError("it has no checksum, or its checksum does not match")
     metadata = pl.read_parquet_metadata(io.BytesIO(content))
     if kind not in metadata:
         raise ValueError(f"it is not of the format {kind!r}")

@@ -1,4 +1,4 @@
-"""What an allocation is asked for, a budget of bits, bytes, memory or loss and bounds to keep; and what it is then."""
+"""Allocation requests (a budget of bits, bytes, memory or loss, and bounds) and their results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from veloxlab.mlxlm.identity import name_of
 from veloxlab.mlxlm.probe import LayerFacts, exact_width, probe
 
 MEGABYTE = 1_000_000
-LEAST = 2  # bits of a head where nothing else is asked for
+LEAST = 2  # bits of a head by default
 Protection = Literal["widest", "exact"]
 
 
@@ -31,7 +31,7 @@ def layer_sizes(model: Module) -> tuple[LayerFacts, ...]:
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """What a plan has to know of a model: its name, hash of shapes, length of prompt cache, bits of exact values."""
+    """What a plan needs from a model: its name, hash of shapes, length of prompt cache, bits of exact values."""
 
     model: str
     model_hash: str
@@ -130,9 +130,9 @@ class Bounds:
     """Limits of an allocation.
 
     A head gets from ``least_bits`` to ``most_bits`` code bits, of the widths that were measured. By default the least
-    is 2, as losses at 1 bit are predicted too low. It is 1 for a budget that 2 bits for every head would all but spend.
-    Where a method gives each coordinate bits of its own, the limits are of the mean over a layer's keys or values, and
-    by default there is no least. The ``protected_first`` and ``protected_last`` layers are no part of the allocation:
+    is 2, because losses at 1 bit are predicted too low. It is 1 if 2 bits for every head take almost the whole budget.
+    If a method gives each coordinate its own width, the limits apply to the mean over a layer's keys or values, and by
+    default there is no least. The ``protected_first`` and ``protected_last`` layers are not part of the allocation:
     they get ``most_bits`` (protection ``"widest"``) or stay exact (``"exact"``). With ``keys_over_values`` a layer's
     keys get at least as many bits as its values, on average over its heads. ``methods``: the only ones that are used;
     by default all that were measured.
@@ -161,7 +161,7 @@ BOUNDS = instance(Bounds, "vl.allocate.Bounds, such as vl.allocate.Bounds(least_
 
 @dataclass(frozen=True)
 class Setting:
-    """An allocation request: a budget, bounds, and how many times as much keys' predicted losses count as values'."""
+    """An allocation request: a budget, bounds, and the weight of keys' predicted losses relative to values'."""
 
     budget: Budget
     bounds: Bounds = field(default_factory=Bounds)
@@ -181,11 +181,11 @@ class Allocation:
     key_bits: float  # code bits, mean over the heads
     value_bits: float
     predicted_loss: float  # a token; by gradients or divergences, in nats
-    predicted_least: float | None  # that any plan of this budget can; None with a `QualityFloor` or a weight of keys
+    predicted_least: float | None  # a lower bound for plans of this budget; None with a `QualityFloor` or a weight
     uniform: Plan | None  # in the same bytes; None where even the least measured width takes more
     predicted_uniform_loss: float | None
-    least_bits: int  # that a head could get, of a method with a width for each
-    only_least: bool  # whether the budget pays for the least widths only
+    least_bits: int  # the least width that a head could get, for methods with a width for each head
+    only_least: bool  # whether the budget is enough for the least widths only
 
 
 class Spans(NamedTuple):

@@ -1,8 +1,8 @@
 """What an allocation chooses from: methods and widths of each layer's keys and values, with their bytes and losses.
 
 A layer's keys have one codec, and so one method; its values too. Where each head has a width of its own,
-of all combinations those on the convex hull are offered, which are enough for every budget but for what one head's bit
-costs. See `veloxlab.allocate.tables`.
+only the combinations on the convex hull are offered. They are enough for every budget, up to the cost of one bit of
+one head. See `veloxlab.allocate.tables`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Choices(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Offer:
-    """Tables by method of each layer's keys and values, in the order of `sizes`; ``known`` are choices made of them."""
+    """Tables by method of each layer's keys and values, in the order of `sizes`; ``known`` keeps their choices."""
 
     sizes: Sequence[LayerFacts]
     tables: Mapping[Place, Sequence[HeadTable]]
@@ -87,9 +87,9 @@ class Offer:
     def choices(
         self, bounds: Bounds, tokens: tuple[float, ...] = (), key_weight: float = 1.0, usual: int = LEAST
     ) -> Choices:
-        """All that a plan may give within ``bounds``, at so many packed ``tokens`` of each layer, alike by default.
+        """All choices within ``bounds``, for these numbers of packed ``tokens`` in each layer (equal by default).
 
-        The least width is the ``usual`` one if they have none.
+        If the bounds have no least width, it is ``usual``.
         """
         tokens = tokens or (1.0,) * len(self.sizes)
         if (bounds, tokens, key_weight, usual) in self.known:
@@ -116,7 +116,7 @@ class Offer:
         return made
 
     def _within(self, bounds: Bounds, usual: int) -> dict[Place, list[Choice]]:
-        """What may be given to each layer's keys and values; `InputError` if no measured width is within the bounds."""
+        """The choices for each layer's keys and values; `InputError` if no measured width is within the bounds."""
         count = len(self.sizes)
         found: dict[Place, list[Choice]] = {}
         for i, size in enumerate(self.sizes):
@@ -190,7 +190,7 @@ class Offer:
 
 
 def even_widths(costs: Floats, room: float) -> Ints | None:
-    """Columns ``[N]`` of ``costs`` ``[N, W]``: the last that fits all, evenly one more where it fits; None if none."""
+    """Columns ``[N]`` of ``costs`` ``[N, W]``: the last that all can have, then one more for some, evenly; or None."""
     count, every = len(costs), np.arange(len(costs))
     fitting = np.flatnonzero(costs.sum(axis=0) <= room * (1 + ROUNDING))
     if not fitting.size:

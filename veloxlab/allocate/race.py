@@ -1,5 +1,5 @@
-"""A race for the Pareto front of bytes and divergence: all run on one window of text after another, and each that is
-surely beaten stops.
+"""A race for the Pareto front of bytes and divergence. All entrants run on one window of text after another, and an
+entrant that is significantly worse than another stops.
 
 Racing by intervals of paired differences is as in O. Maron and A. Moore, *Hoeffding Races*, NIPS 1993; the intervals
 here are Student's t. Nothing is loaded or measured here: numbers come from a callback.
@@ -24,11 +24,11 @@ GROUP = 8  # entrants that run together under a floor: cheaper groups first
 
 @dataclass
 class Entrant:
-    """One that races: its cost, and its KL in nats on each window that it ran on.
+    """An entrant of the race: its cost, and its KL in nats on each window that it ran on.
 
     Its state is ``"front"``: nothing else is as cheap and as close to the exact model; ``"close"``: beaten on average,
-    but not surely; ``"dominated"``: surely beaten by one that costs no more; ``"above floor"``: its divergence is more
-    than was allowed; ``"not needed"``: cheaper ones meet the floor; ``"not finite"``: its predictions are not; or
+    but not significantly; ``"dominated"``: significantly beaten by one that costs no more; ``"above floor"``: its
+    divergence is above the limit; ``"not needed"``: cheaper ones meet the limit; ``"not finite"``: its predictions; or
     ``"over budget"``: it did not run.
     """
 
@@ -45,14 +45,14 @@ class Entrant:
 def race(
     nbytes: Sequence[float], measure: Measure, windows: int, most_kl: float | None = None, confidence: float = 0.95
 ) -> tuple[Entrant, ...]:
-    """Run entrants of such costs on windows 0, 1, … together, and drop after each those that are surely beaten.
+    """Run entrants of these costs on windows 0, 1, … and drop after each window those that are significantly beaten.
 
-    ``measure`` gives the KL of some, by their numbers, on a window. Surely beaten: another costs no more, and the
-    interval of the windows' differences of KL lies above zero. Every look at the numbers gets an equal share of
-    1 − ``confidence``, so the chance to drop one wrongly against another that is no better is below it, over all looks.
+    ``measure`` returns the KL of the entrants with these numbers on a window. An entrant is significantly beaten if
+    another costs no more, and the confidence interval of the windows' differences of KL lies above zero. Each
+    comparison gets an equal share of 1 − ``confidence``, so this is the most that all wrong drops together can reach.
 
-    With ``most_kl``, a quality floor, the cheapest run first, `GROUP` together, and the race ends with the first group
-    in which the mean divergence of one is at most this.
+    With ``most_kl`` the cheapest run first, `GROUP` at a time, and the race ends with the first group in which an
+    entrant has a mean divergence of at most ``most_kl``.
     """
     entrants = tuple(Entrant(n) for n in nbytes)
     look = 1 - (1 - confidence) / max(1, windows - LEAST_WINDOWS + 1)
@@ -77,7 +77,7 @@ def race(
 
 
 def on_front(nbytes: Sequence[float], kls: Sequence[float]) -> list[bool]:
-    """Whether nothing else has no more of both, and less of one."""
+    """Whether each point is on the Pareto front: no other point is as small in both, and smaller in one."""
     cost, loss = np.asarray(nbytes), np.asarray(kls)
     no_more = (cost[:, None] <= cost) & (loss[:, None] <= loss)
     less = (cost[:, None] < cost) | (loss[:, None] < loss)

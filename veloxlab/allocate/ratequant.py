@@ -54,10 +54,10 @@ def distortion_curves(
     Parameters
     ----------
     methods : ids; ``"ratequant"`` is TurboQuant, whose widths may differ from head to head.
-    text, tokens : what the model reads, in one piece, and how much of it; by default the validation excerpt.
-    bits : code widths to measure, those of them that a method has.
+    text, tokens : the text that the model reads in one call, and its length; by default the validation excerpt.
+    bits : code widths to measure; a method is measured at those that it has.
     sinks : first tokens that are not counted, as the cache keeps them exact.
-    calibrations : what `veloxlab.calibrate` gave at these widths, by method, for methods that have to be fitted.
+    calibrations : results of `veloxlab.calibrate` at these widths, for methods that must be fitted.
     """
     widths = {method: sorted({*bits} & {*find_method(method).bits}) for method in methods}
     if none := [method for method, own in widths.items() if not own]:
@@ -104,14 +104,14 @@ def rate_budget(
 ) -> RateBudget:
     """Measure a model's sensitivities and distortion curves, for any number of budgets.
 
-    Arguments and errors are those of `vl.allocate.sensitivities` and `vl.allocate.distortion_curves`, but for these.
+    Other arguments, and errors, are those of `vl.allocate.sensitivities` and `vl.allocate.distortion_curves`.
 
     Parameters
     ----------
     methods : ids of the methods that a budget may choose from. ``"ratequant"`` has a width for each head,
         ``"fisherquant"`` for each coordinate: its losses are predicted from its calibration, and not measured.
     sinks, window : of the plans to be made; sinks are left out of the measurements.
-    calibrations : what `veloxlab.calibrate` gave at the widths ``bits``, for methods that have to be fitted.
+    calibrations : results of `veloxlab.calibrate` at the widths ``bits``, for methods that must be fitted.
     """
     sizes, fitted = layer_sizes(model), {calibration.method: calibration for calibration in calibrations}
     for calibration in calibrations:
@@ -138,14 +138,14 @@ def rate_budget(
 def allocate_bits(
     model: Module, tokenizer: object, budget: Budget | float, bounds: Bounds | None = None, **measured: Any
 ) -> Plan:
-    """Measure by `rate_budget`, with the arguments ``measured``, and allocate one budget; for more, keep its result."""
+    """Call `rate_budget` with the arguments ``measured``, and allocate one budget. For several, call `rate_budget`."""
     return rate_budget(model, tokenizer, **measured).plan(budget, bounds)
 
 
 def kept_rate_budget(
     model: Module, tokenizer: object, *, folder: str | Path | None = None, progress: Progress = silent, **measured: Any
 ) -> RateBudget:
-    """`rate_budget` with the arguments ``measured``, kept in ``folder`` (by default the user's cache) and found again.
+    """`rate_budget` with the arguments ``measured``, cached in ``folder`` (by default the user's cache folder).
 
     With a method that was registered (`veloxlab.register`) it is measured each time: its code may have changed.
     """
@@ -175,14 +175,14 @@ def _of_model(name: str, path: Path) -> RateBudget:
 
 EVALUATED = schema("kind true_bits bytes_per_token predicted_loss") | FIDELITY
 """Columns of `evaluated`: "allocated", "uniform", or the `predicted_method` for a plan of that alone; bits of each
-packed value; loss as predicted if all tokens behind the sinks were codes. It is measured with the plan's window, which
-is exact: less is lost than without."""
+packed value; predicted loss if all tokens behind the sinks are codes. The measured loss is with the plan's exact
+window, so it is smaller than without one."""
 
 
 def evaluated(
     rates: RateBudget, plan: Plan, model: Module, tokenizer: object, *, kind: str = "allocated", **options: Any
 ) -> pl.DataFrame:
-    """Measure a plan by `veloxlab.fidelity`, with its ``options``, beside what ``rates`` predict: `EVALUATED`."""
+    """Measure a plan by `veloxlab.fidelity`, with its ``options``, and add the prediction of ``rates``: `EVALUATED`."""
     predicted = {name: getattr(rates, name)(plan) for name in ("true_bits", "bytes_per_token", "predicted_loss")}
     said = {name: pl.lit(value) for name, value in ({"kind": kind} | predicted).items()}
     return in_schema(fidelity(model, tokenizer, plan, name=plan.name, **options).with_columns(**said), EVALUATED)

@@ -1,8 +1,8 @@
-"""RateQuant's allocation: sensitivities times distortion curves, solved at once for any budget, into a `Plan`.
+"""RateQuant's allocation: sensitivities times distortion curves, solved for any budget, as a `Plan`.
 
 Paper: *RateQuant: Optimal Mixed-Precision KV Cache Quantization via Rate-Distortion Theory*, F. Zuo et al., 2026, arXiv
-2605.06675. Where we differ: curves are measured for every head, and not α·β^−b with one α for all; the budget is of
-bytes that are held, scales and padding included, and may choose among methods too; sinks count nowhere.
+2605.06675. Where we differ: curves are measured for every head, where the paper has α·β^−b with one α; the budget is
+in held bytes, scales and padding included; it may choose among methods; sinks are not counted.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ FORMAT = "veloxlab rate budget 1"
 SIZES = ("layer", "kv_heads", "key_dim", "value_dim", "max_size", "keep", "exact_bits")  # facts of a layer in a file
 _TOO_LITTLE = "This budget leaves {:,.1f} bytes a token for all layers' codes, and {}: give more, or allow fewer bits."
 SHORT = 19 / 18  # 2 1/8 code bits at a head dimension of 64
-"""A budget of fewer times the bytes that 2 bits for every head take may give some heads 1 bit, if bounds have no least
-width. Measured on SmolLM2-135M, KL in nats of 4 windows of 512 tokens, from 2 bits up / from 1 bit up: 0.99 / 0.73 at 2
-code bits, 0.65 / 0.64 at 2 1/8, 0.48 / 0.58 at 2 1/4, 0.28 / 0.38 at 2 1/2."""
+"""Up to this multiple of the bytes that 2 bits for every head take, an allocation may give some heads 1 bit, if bounds
+have no least width. Measured on SmolLM2-135M, KL in nats of 4 windows of 512 tokens, from 2 bits up / from 1 bit up:
+0.99 / 0.73 at 2 code bits, 0.65 / 0.64 at 2 1/8, 0.48 / 0.58 at 2 1/4, 0.28 / 0.38 at 2 1/2."""
 
 FRONTIER = schema("kind bytes_per_token true_bits predicted_loss")
 """Columns of `RateBudget.frontier`: ``kind`` is "allocated", or "uniform", one width for all heads; bytes are of one
@@ -65,10 +65,10 @@ COORDINATES = schema(PLACE + "coordinate method bits")
 
 @dataclass(frozen=True, eq=False)
 class RateBudget:
-    """Measurements of a model from which any number of budgets is allocated, without a further run.
+    """Measurements of a model, from which any number of budgets can be allocated without running it again.
 
     It has `SENSITIVITIES` and `CURVES`. A method with a `prediction` has no curves: its calibration gives ``spectra``,
-    `SPECTRA`. ``calibrations`` are the identities, by method, of the calibrations that were used. ``entries`` is the
+    `SPECTRA`. ``calibrations`` has the identities, by method, of the calibrations that were used. ``entries`` is the
     length of the prompt cache, and ``sizes`` are those of layers with keys and values.
     """
 
@@ -85,9 +85,9 @@ class RateBudget:
 
     @checked()
     def with_calibration(self, calibration: Calibration) -> Self:
-        """The same with the method of a calibration too, for the same model: no further run is needed.
+        """Add the method of a calibration of the same model, without running the model again.
 
-        Raises `InputError` for a method that predicts no losses, a second one, or losses that are not in nats.
+        Raises `InputError` for a method that predicts no losses, a second such method, or losses that are not in nats.
         """
         method, by = calibration.method, set(self.sensitivities["by"])
         if not by <= {*NATS}:
@@ -115,7 +115,7 @@ class RateBudget:
     ) -> Allocation:
         """Allocate a budget, of true bits if it is a number; raises `InputError` if the bounds do not allow it.
 
-        Keys' losses count ``key_weight`` times in the choice, but not in what is predicted.
+        Keys' losses are multiplied by ``key_weight`` in the choice, but not in the prediction.
         """
         limit, bounds = self._limit(budget), bounds or Bounds()
         usual = self._usual(bounds, limit)
@@ -146,10 +146,10 @@ class RateBudget:
 
     @checked()
     def uniform(self, budget: Budget | float, *, name: str = "") -> Plan:
-        """One width for all heads, and one bit more for as many heads as the rest pays for, evenly spaced.
+        """One width for all heads, and one more bit for as many evenly spaced heads as the budget allows.
 
-        Keys and values get the same bits, whatever the sensitivities, by the method that was measured first. Raises
-        `InputError` for a budget that is too small, or of quality.
+        Keys and values get the same bits by the method that was measured first. Sensitivities are not used. Raises
+        `InputError` for a budget that is too small, or for a `QualityFloor`.
         """
         limit = self._limit(budget)
         if limit.nbytes is None:
@@ -162,7 +162,7 @@ class RateBudget:
 
     @checked(bounds=BOUNDS)
     def frontier(self, bounds: Bounds | None = None) -> pl.DataFrame:
-        """The least predicted loss at every number of bytes where it is certain, and uniform widths: `FRONTIER`."""
+        """The least predicted loss, at each number of bytes where it is exact, and uniform widths: `FRONTIER`."""
         bounds = bounds or Bounds()
         few, best = (self._offer.choices(bounds, usual=usual).problem.frontier for usual in (1, LEAST))
         short = SHORT * best.costs[0] if bounds.least_bits is None else 0.0  # below which heads may get 1 bit
@@ -182,14 +182,14 @@ class RateBudget:
         choices = self._offer.choices(bounds, usual=1)
         best = choices.problem.frontier
         ends = [choices.chosen(best.choice(step)) for step in (0, len(best.slopes))]
-        # a little more than a plan holds, so that no end is refused for its rounding
+        # a little more than a plan holds, so that rounding refuses neither end
         least, most = (self._held(end, tokens, self.sinks, self.window) / MEGABYTE * (1 + ROUNDING) for end in ends)
         nbytes = float(best.costs[0]), float(best.costs[-1])
         bits = 8 * nbytes[0] / self._values, 8 * nbytes[1] / self._values
         return Spans(bits, nbytes, (least, most), (float(best.losses[-1]), float(best.losses[0])))
 
     def heads(self, plan: Plan) -> pl.DataFrame:
-        """What each KV head gets and is predicted to lose: `HEADS`; `InputError` for a plan that was not measured."""
+        """Bits and predicted loss of each KV head: `HEADS`; `InputError` for a plan that was not measured."""
         rows = [
             (layer, head, tensor, choice.method, width, float(loss))
             for (layer, tensor), choice in self._chosen(plan).items()
@@ -209,7 +209,7 @@ class RateBudget:
         return in_schema(named, COORDINATES)
 
     def predicted_loss(self, plan: Plan) -> float:
-        """Predicted loss a token of a plan; what is exact loses nothing. Raises as `heads`."""
+        """Predicted loss of a plan for each token; exact layers lose nothing. Raises as `heads`."""
         return loss_of(self._chosen(plan))
 
     def bytes_per_token(self, plan: Plan) -> float:
@@ -226,18 +226,18 @@ class RateBudget:
 
     @cached_property
     def identity(self) -> str:
-        """Sixteen hex digits over all that was measured."""
+        """Sixteen hex digits of a checksum over all measurements."""
         return digest(self._content())[:16]
 
     @checked()
     def save(self, path: str | Path) -> Path:
-        """Write JSON with a checksum, whole or not at all, and return the path; `InputError` where it cannot be."""
+        """Write JSON with a checksum, atomically, and return the path; `InputError` if it cannot be written."""
         return write_json(path, FORMAT, self._content())
 
     @classmethod
     @checked(path=FILE)
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote; raises `InputError` for a file that is missing or was altered."""
+        """Read a file that `save` wrote; raises `InputError` if it is missing or was changed."""
         with reading("measurements", Path(path), "make them again with vl.rate_budget"):
             content = read_json(Path(path), FORMAT)
             content["sensitivities"] = frame_of(content["sensitivities"], SENSITIVITIES)
@@ -248,7 +248,7 @@ class RateBudget:
 
     def _content(self) -> dict[str, Any]:
         own = {f.name: getattr(self, f.name) for f in fields(self)}
-        if self.spectra.is_empty():  # as it was before there were any
+        if self.spectra.is_empty():  # the form of files without spectra
             del own["spectra"]
         frames = {n: table.to_dict(as_series=False) for n, table in own.items() if isinstance(table, pl.DataFrame)}
         return own | frames | {"sizes": [{name: getattr(size, name) for name in SIZES} for size in self.sizes]}
@@ -263,7 +263,7 @@ class RateBudget:
         return sum(size.values_per_token for size in self.sizes)
 
     def _usual(self, bounds: Bounds, limit: Limit) -> int:
-        """The least width of a head where the bounds have none."""
+        """The least width of a head if the bounds have none."""
         usual = self._offer.choices(bounds, limit.tokens).problem.frontier.costs[0]
         return LEAST if limit.nbytes is None or limit.nbytes >= SHORT * usual else 1
 

@@ -1,4 +1,4 @@
-"""The search for a cache: which methods, widths, exact tokens and layers give the least divergence for their bytes."""
+"""The search for a cache: the methods, widths, exact tokens and exact layers of least divergence for their bytes."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ SEARCHED = schema(
 SEARCHED |= dict.fromkeys(("row", "sinks", "windows"), pl.Int32)
 SEARCHED["protected"] = pl.List(pl.Int32)
 """Columns of `SearchResult.frame`: number of the candidate; code bits; exact tokens and layers; bytes held at the
-context's length, tables included; windows of text that it was measured on, mean KL over them in nats, and the ends of
-its interval, Student's t over the windows, null below two; share of predictions whose most likely token changed; time
-that its measurements took; state, as `veloxlab.allocate.race.Entrant` has it."""
+context's length, tables included; windows of text that it was measured on, their mean KL in nats, and the ends of its
+confidence interval (Student's t over the windows; null for one window); share of predictions whose most likely token
+changed; time of its measurements; state, see `veloxlab.allocate.race.Entrant`."""
 
 _Experiment = Experiment[Job, Any]
 
@@ -84,30 +84,30 @@ def search(
     executor: Executor | None = None,
     progress: Progress = silent,
 ) -> SearchResult:
-    """Find the caches that nothing else beats in both bytes and divergence, by measuring them.
+    """Find the Pareto front of bytes and divergence among many caches, by measuring them.
 
-    Those that are surely beaten stop early (`veloxlab.allocate.race`). The same arguments give the same result, with
-    any executor, and a search that was stopped continues.
-    Raises `InputError`: nothing within the budget or the floor; processes that die; as `load` and `calibrate`.
+    Caches that are significantly beaten stop early (`veloxlab.allocate.race`). The same arguments give the same
+    result, with any executor. A search that was stopped continues.
+    Raises `InputError`: no candidate within the limits; a worker process that dies; as `load` and `calibrate`.
 
     Parameters
     ----------
-    model, tokenizer : as `veloxlab.load` gives them; or a name or path for it, which an ``executor`` needs.
-    methods : ids, also of methods that are calibrated; by default those that need no calibration.
+    model, tokenizer : as `veloxlab.load` returns them; or its argument, a name or path. An ``executor`` needs that.
+    methods : ids; by default those of methods that need no calibration.
     bits, key_bits, value_bits : code widths to try; the last two override the first. Fractions are for
         methods that take them, such as FisherQuant.
     sinks, window : numbers of exact tokens to try.
-    protected : sets of layers to leave exact to try, such as ``[(), (0, -1)]``.
-    most_bytes_per_token : candidates that hold more are not run.
-    most_kl : in nats. The cheapest candidates run first, and the search ends once some have no more than this.
-    context : tokens of the text at which bytes are counted.
-    text, tokens, windows : the text, by default the WikiText-2 test excerpt, and length and number of its stretches.
+    protected : sets of exact layers to try, such as ``[(), (0, -1)]``.
+    most_bytes_per_token : candidates that hold more do not run.
+    most_kl : in nats. The cheapest candidates run first, and the search ends when some have no more than this.
+    context : number of tokens for which bytes are counted.
+    text, tokens, windows : by default the WikiText-2 test excerpt; the length and number of its windows.
     mode, prompt : as for `vl.measure.fidelity_to`; by default ``"decode"`` if a candidate has a window, else
-        ``"oneshot"``, where most tokens would see their neighbours through codes.
-    confidence : of the intervals, and of what is dropped.
-    folder : keeps calibrations, and measurements until the end; by default the user's cache. Workers share it.
+        ``"oneshot"``.
+    confidence : of the intervals, and of the decision to drop a candidate.
+    folder : for calibrations and unfinished measurements; by default the user's cache folder. Workers share it.
     executor : a `concurrent.futures.Executor` (processes spawned, not forked) or Dask's ``client.get_executor()``.
-    progress : told of each measurement; what it raises ends the search.
+    progress : called for each measurement; an exception that it raises ends the search.
     """
     asked = candidates(methods, key_bits or bits, value_bits or bits, sinks, window, protected)
     name, mode = _model_name(model, tokenizer, executor), mode or ("decode" if any(window) else "oneshot")
@@ -119,9 +119,9 @@ def search(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SearchResult:
-    """What `search` found: ``frame`` has all candidates, `SEARCHED`, by their bytes.
+    """The result of `search`: ``frame`` has all candidates, `SEARCHED`, by their bytes.
 
-    ``calibrations`` are identities by method; ``settings`` what the numbers depend on, of a text sixteen hex digits.
+    ``calibrations`` are identities by method. ``settings`` is all that the numbers depend on, with a hash of the text.
     """
 
     frame: pl.DataFrame
@@ -138,14 +138,14 @@ class SearchResult:
         return self.frame.filter(state="front")
 
     def chart(self) -> alt.VConcatChart:
-        """The front, and behind it all else that was measured; a point's tooltip says its settings."""
+        """The front, and all other candidates in the background; a point's tooltip shows its settings."""
         return views.pareto_front(self.frame)
 
     @checked(row=whole(0))
     def plan(self, row: int) -> Plan:
         """The plan of a candidate, by its number in the column ``row``; raises `InputError` if there is none.
 
-        If its method is calibrated, `veloxlab.make_cache` wants the `calibration` beside it.
+        If its method is calibrated, pass the `calibration` to `veloxlab.make_cache` too.
         """
         found = self.frame.filter(row=row)
         if found.is_empty():
@@ -157,7 +157,7 @@ class SearchResult:
     def calibration(
         self, model: Module, tokenizer: object, method: str, *, folder: str | Path | None = None
     ) -> Calibration:
-        """The calibration that the plans of a ``method`` want: kept since the search, or made again."""
+        """The calibration for the plans of a ``method``: read from disk, or made again."""
         if method not in self.calibrations:
             raise InputError(f"{method} was not calibrated in this search: its plans need none.")
         rows = self.frame.filter(method=method)
@@ -166,14 +166,14 @@ class SearchResult:
 
     @checked()
     def save(self, path: str | Path) -> Path:
-        """Write it as Parquet with a checksum, and return the path; raises `InputError` where it cannot be written."""
+        """Write Parquet with a checksum, and return the path; raises `InputError` if it cannot be written."""
         said = {"shape": asdict(self.shape), "calibrations": dict(self.calibrations), "settings": dict(self.settings)}
         return write_parquet(path, self.frame, FORMAT, said)
 
     @classmethod
     @checked(path=FILE)
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote; raises `InputError` for a file that is missing, damaged or no search."""
+        """Read a file that `save` wrote; raises `InputError` if it is missing, damaged or not a search."""
         with reading("search", Path(path), "make it again with vl.search"):
             frame, said = read_parquet(Path(path), FORMAT)
             shape = PlannedModel(**said["shape"])
@@ -248,7 +248,7 @@ def _means(trials: Sequence[Trial], confidence: float) -> dict[str, float]:
 
 
 def _model_name(model: Module | str | Path, tokenizer: object, executor: Executor | None) -> str:
-    """What workers load; or, of a model that is loaded, its name for people."""
+    """The name that workers load; for a loaded model, its name in messages."""
     if isinstance(model, str | Path):
         path = Path(model).expanduser()
         return str(path.resolve()) if path.exists() else str(model)

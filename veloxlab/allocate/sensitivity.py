@@ -1,4 +1,4 @@
-"""How much each KV head's keys and values matter: what the loss of a model does when they change."""
+"""The sensitivity of a model's loss to errors in each KV head's keys and values."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from veloxlab.texts import Tokenizer, excerpt
 By = Literal["gradient", "key_norm", "attention_output", "forward_kl"]
 NATS: tuple[By, By] = ("gradient", "forward_kl")  # those whose predicted losses are divergences
 FORMAT = "veloxlab sensitivities 1"
-OTHERS = "choose by='attention_output' or by='forward_kl'."  # where there are no gradients
+OTHERS = "choose by='attention_output' or by='forward_kl'."  # for models without gradients
 LEAST_TOKENS = 16  # of a sequence behind the sinks
 TRIAL = ("turboquant", 3)  # method and bits of trials
 
 SENSITIVITIES = schema(PLACE + "sensitivity sequences tokens by") | {"sequences": pl.Int32, "by": pl.String}
-"""Columns of `sensitivities`: what a token loses for ½·E‖x − x̂‖²/D, in nats by `NATS`, of "key_norm" E‖x‖²; sequences
-that it is the mean of; tokens of each behind the sinks. With ``per_sequence``, ``sequence`` (from 0) is in the place of
+"""Columns of `sensitivities`: the loss of a token divided by ½·E‖x − x̂‖²/D, in nats for `NATS` (E‖x‖² for "key_norm");
+number of sequences in the mean; tokens of each behind the sinks. With ``per_sequence``, ``sequence`` (from 0) replaces
 ``sequences``."""
 
 EACH = {"sequence" if name == "sequences" else name: dtype for name, dtype in SENSITIVITIES.items()}
@@ -65,24 +65,24 @@ def sensitivities(
 ) -> pl.DataFrame:
     """Measure the sensitivity of every KV head's keys and values: `SENSITIVITIES`, sorted by layer, tensor and head.
 
-    Each sequence is kept on disk and found again by the model's weights, its tokens and these settings: what was
-    stopped goes on behind the sequences that are done.
+    The result of each sequence is saved on disk, with a hash of the weights, tokens and settings. A call that was
+    stopped continues after the last finished sequence.
     Raises `InputError`: a text that is too short, or does not fit into memory; a model without plain keys and values,
     queries or gradients; numbers that are not finite.
 
     Parameters
     ----------
-    text, sequences, tokens : by default the WikiText-2 validation excerpt; its stretches, and their length.
-    by : ``"gradient"``, E‖∂L/∂x‖² over the tokens; ``"key_norm"``, E‖x‖², which says nothing of the loss; by trials of
-        a layer's keys or values at 3 bits, over their distortion, ``"attention_output"``, the relative error of its
-        output, or ``"forward_kl"``, the divergence of predictions, which reads the text twice for each layer and is one
-        for all heads of a layer.
+    text, sequences, tokens : by default the WikiText-2 validation excerpt; the number of sequences, and their length.
+    by : ``"gradient"``, E‖∂L/∂x‖² over the tokens; ``"key_norm"``, E‖x‖², which does not use the loss. Two others
+        compress the keys or values of one layer to 3 bits, and divide by their distortion: ``"attention_output"``, the
+        relative error of the layer's output; ``"forward_kl"``, the divergence of predictions, which runs the model
+        twice for each layer and gives one number for all heads of a layer.
     sinks : first tokens of a sequence that are not counted.
-    per_sequence : give a row for each sequence; `settled` makes means of them.
-    folder : where the result is kept; the user's cache folder by default.
+    per_sequence : return a row for each sequence; `settled` takes their means.
+    folder : for the results of sequences; the user's cache folder by default.
     """
     if tokens - sinks < LEAST_TOKENS:
-        raise InputError(f"tokens={tokens} with sinks={sinks} say too little: take {LEAST_TOKENS} more than sinks.")
+        raise InputError(f"tokens={tokens} with sinks={sinks} are too few: give sinks + {LEAST_TOKENS} or more.")
     texts = stretches(tokenizer, excerpt("validation") if text is None else text, tokens, sequences, name="sequences")
     of_all = {"model": fingerprint(model), "sinks": sinks, "by": by}
     frames = []
@@ -119,12 +119,12 @@ def frame_of(columns: Mapping[str, Any], types: Mapping[str, Any]) -> pl.DataFra
 
 
 def write(facts: Mapping[str, Any], frame: pl.DataFrame, path: Path) -> Path:
-    """Keep rows of `EACH` at ``path``, with all that they depend on."""
+    """Write rows of `EACH` to ``path``, with all that they depend on."""
     return write_json(path, FORMAT, {"facts": facts, "columns": frame.to_dict(as_series=False)})
 
 
 def read(facts: Mapping[str, Any], path: Path) -> pl.DataFrame:
-    """Undo `write`; raises `InputError` for a file that is damaged, or depends on something else."""
+    """Read a file of `write`; raises `InputError` if it is damaged, or has other ``facts``."""
     with reading("sensitivities", path, "measure them again"):
         content = read_json(path, FORMAT)
         if content["facts"] != facts:
@@ -134,21 +134,21 @@ def read(facts: Mapping[str, Any], path: Path) -> pl.DataFrame:
 
 @dataclass
 class _Steps:
-    """Tells of the steps of one sequence of several."""
+    """Reports the progress of one sequence of several."""
 
     progress: Progress
     sequence: int
     sequences: int
 
     def of(self, steps: int) -> _Step:
-        """What tells of the next of so many steps of this sequence."""
+        """A function that reports the next of this many steps of the sequence."""
         done, total = iter(range(self.sequence * steps, self.sequences * steps)), self.sequences * steps
         said = f"sequence {self.sequence + 1} of {self.sequences}"
         return lambda label: self.progress(next(done), total, f"{said}: {label}")
 
 
 def _measured(model: Module, ids: Sequence[int], by: By, sinks: int, progress: _Steps) -> pl.DataFrame:
-    """Rows of `EACH` of one sequence, which is called 0."""
+    """Rows of `EACH` of one sequence, with number 0."""
     if by in NATS:
         check_room(model, [len(ids)])
     layers = len(layer_sizes(model))
@@ -187,7 +187,7 @@ def _by_key_norm(model: Module, ids: Sequence[int], sinks: int, step: _Step) -> 
 
 
 def _by_attention_output(model: Module, ids: Sequence[int], sinks: int, step: _Step) -> _Found:
-    """The relative error of each KV head's attention output in a trial of keys or values, over how far they moved."""
+    """The relative error of each KV head's attention output with compressed keys or values, over their distortion."""
     method, bits = TRIAL
     for seen in capture_layers(model, ids):
         step(f"attention of layer {seen.layer}")
@@ -201,7 +201,7 @@ def _by_attention_output(model: Module, ids: Sequence[int], sinks: int, step: _S
 
 
 def _by_forward_kl(model: Module, ids: Sequence[int], sinks: int, step: _Step) -> _Found:
-    """The divergence of predictions in a trial of one layer's keys or values, over how far its heads moved."""
+    """The divergence of predictions with one layer's keys or values compressed, over their distortion."""
     x = mx.array([list(ids[:-1])])
     step("exact")
     exact = log_probabilities(model(x)[0])
@@ -222,7 +222,7 @@ _MEASURES = {
 
 
 class _Trial(Recorder):
-    """Compresses one layer's keys or values behind the sinks, and keeps how far they moved."""
+    """Compresses one layer's keys or values behind the sinks, and records their distortion."""
 
     def __init__(self, layer: int, tensor: Tensor, sinks: int, facts: probe.LayerFacts) -> None:
         super().__init__(facts)
@@ -236,7 +236,7 @@ class _Trial(Recorder):
 
 
 def _tried(x: mx.array, tensor: Tensor, sinks: int) -> tuple[mx.array, NDArray[np.float64]]:
-    """``x`` with codes behind the sinks, and ½·E‖x − x̂‖²/D of each head: what a sensitivity is multiplied with."""
+    """``x`` decoded from codes behind the sinks, and ½·E‖x − x̂‖²/D of each head."""
     method, bits = TRIAL
     codec = find_method(method).codec(x.shape[-1], bits, tensor)
     behind = x[:, :, sinks:].astype(mx.float32)

@@ -1,13 +1,13 @@
-"""Choosing one of several costs and losses for each of many components, within a budget: exactly, and at once.
+"""Choose one of several costs and losses for each of many components, within a budget.
 
 A component may be one KV head's keys at one of several widths, or a layer's values by one of several methods. The best
-choices lie on the lower convex hulls of the components' points: their steps are sorted once by the loss that a byte
-saves there, and a budget is a place in that order. It is the Lagrangian solution (H. Everett, 1963; Y. Shoham and A.
-Gersho, 1988, for bit allocation), with λ the slope at that place.
+choices lie on the lower convex hulls of the components' points. The steps of all hulls are sorted once by the loss
+that a byte saves, and a budget is a position in that order. It is the Lagrangian solution (H. Everett, 1963; Y. Shoham
+and A. Gersho, 1988, for bit allocation), with λ the slope at that position.
 
-Where the steps end exactly at the budget, no other choice within it loses less. Elsewhere what is left over is filled
-with the best moves that fit, and `Solution.bound` says what no choice within the budget can fall below. For convex
-curves with steps of one cost it is RateQuant's greedy rule (arXiv 2605.06675, .4), and optimal always.
+If a step ends exactly at the budget, no other choice within it loses less. Otherwise the rest of the budget is filled
+with the best moves that fit, and `Solution.bound` is a lower bound for all choices within the budget. For convex
+curves with steps of one cost this is RateQuant's greedy rule (arXiv 2605.06675, .4), which is then optimal.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ ROUNDING = 1e-9  # of sums of costs, relative to the budget
 
 
 class Solution(NamedTuple):
-    """The column ``[N]`` that each component takes, and the sums of their costs and losses.
+    """The chosen column of each component ``[N]``, and the sums of costs and losses.
 
-    No choice of at most the budget's cost loses less than ``bound``, which is 0 where a loss was asked for.
+    No choice within the budget loses less than ``bound``. It is 0 if the request was a loss.
     """
 
     choice: Ints
@@ -41,7 +41,7 @@ class Solution(NamedTuple):
 
 
 class Frontier(NamedTuple):
-    """The steps of all hulls in the order of their slopes: the best that a cost can do wherever a step ends."""
+    """The steps of all hulls in the order of their slopes: the optimum at each cost where a step ends."""
 
     costs: Floats  # [K + 1], the sums before the first step and after each, ascending
     losses: Floats  # [K + 1], likewise
@@ -57,7 +57,7 @@ class Frontier(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """``costs`` and ``losses`` ``[N, M]`` of N components, infinite for no choice; `InputError` if one has none."""
+    """``costs`` and ``losses`` ``[N, M]`` of N components, infinite if missing; `InputError` if one has no choice."""
 
     costs: Floats
     losses: Floats
@@ -69,7 +69,7 @@ class Problem:
 
     @cached_property
     def frontier(self) -> Frontier:
-        """Walk all hulls at once, from the cheapest choice to the steepest one beyond it, and so on."""
+        """Walk all hulls in parallel, from the cheapest choice to the next vertex, and so on."""
         costs, losses, everyone = self.costs, self.losses, np.arange(len(self.costs))
         at = np.where(costs == costs.min(axis=1, keepdims=True), losses, np.inf).argmin(axis=1)
         walked, walked_slopes, before = [at], [], np.full(len(costs), np.inf)
@@ -79,7 +79,7 @@ class Problem:
             extra = np.where(further, costs - cost, np.inf)
             slope = np.where(further, (loss - np.where(further, losses, 0)) / extra, -np.inf)
             steepest = slope.max(axis=1)
-            before = np.minimum(before, steepest)  # slopes of a hull fall; rounding may have it otherwise
+            before = np.minimum(before, steepest)  # slopes of a hull fall, but for rounding
             if not (before > 0).any():
                 break
             following = np.where(slope == steepest[:, None], extra, np.inf).argmin(axis=1)
@@ -98,7 +98,7 @@ class Problem:
         return Frontier(spent, lost, slopes[depth, rows], rows, vertices)
 
     def within(self, budget: float) -> Solution:
-        """The least loss for at most ``budget``, no less than the cheapest choices cost, as the module says."""
+        """The least loss for at most ``budget``, which is enough for the cheapest choices; see the module."""
         frontier, room = self.frontier, budget * (1 + ROUNDING)
         taken = int(np.searchsorted(frontier.costs, room, side="right")) - 1
         left = max(0.0, budget - float(frontier.costs[taken]))
@@ -106,7 +106,7 @@ class Problem:
         return self._solution(self._filled(frontier.choice(taken), room), float(frontier.losses[taken]) - slope * left)
 
     def reaching(self, loss: float, losses: Floats) -> Solution:
-        """The first place in the order with a loss of at most ``loss``; it costs at most one step more than the best.
+        """The first position in the order with a loss of at most ``loss``, at most one step above the least cost.
 
         ``losses`` are those without weights. Raises `InputError` if even the best choices lose more.
         """
@@ -122,7 +122,7 @@ class Problem:
         return self._solution(self.frontier.choice(taken), 0.0)
 
     def _filled(self, choice: Ints, room: float) -> Ints:
-        """Spend what is left on the moves that save most for their cost, among all that fit."""
+        """Spend the rest of the budget on the moves that save most for their cost, among those that fit."""
         choice, everyone = choice.copy(), np.arange(len(choice))
         while True:
             cost, loss = self.costs[everyone, choice], self.losses[everyone, choice]

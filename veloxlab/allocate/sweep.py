@@ -1,7 +1,7 @@
-"""Uniform bits against allocated ones, in the same bytes: what each loses on a text that nothing was fitted to.
+"""Uniform bits against allocated bits in the same bytes, on a text that nothing was fitted to.
 
-They are compared window by window of the text: the interval is that of the paired differences, since windows differ
-much more from one another than caches do.
+They are compared window by window. The confidence interval is that of the paired differences, because windows differ
+much more than caches do.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ UNIFORM = "uniform"
 Job = tuple[float, str]  # mean code bits, and what the allocation is by
 BITS = (2.0, 2.5, 3.0, 3.5, 4.0)
 MEASURED_BITS = range(1, 8)
-SINKS, WINDOW = 4, 0  # tokens: nothing recent is exact, so that codes are compared and not windows
+SINKS, WINDOW = 4, 0  # tokens; no window, so that the codes are compared
 
 SWEEP = schema(
     "bits allocation window positions kl_mean top1_flips nll nll_exact held_bytes key_bits value_bits predicted_loss"
 )
 SWEEP |= {"bits": pl.Float64, "allocation": pl.String}
-"""Columns of `sweep`: mean code bits of the uniform plan; "uniform", or what the sensitivities are by; predictions;
+"""Columns of `sweep`: mean code bits of the uniform plan; "uniform", or the kind of sensitivity; predictions;
 KL(exact ‖ compressed) of the next token in nats; share of predictions whose most likely token changed; mean −log p of
 the text in nats a token; bytes of all layers at the end of the window; code bits, means over layers and heads; the loss
 of a token in the unit of the row's sensitivities, uniform's by the first of them."""
@@ -78,9 +78,9 @@ def sweep(
     ----------
     bits : code bits on average, 1 to 7; between whole widths uniform bits are those of `RateBudget.uniform`.
     by : kinds of sensitivity to allocate by; the first predicts the loss of uniform bits.
-    text, tokens, windows : what plans are evaluated on, by default the WikiText-2 test excerpt; its stretches.
+    text, tokens, windows : for the evaluation, by default the WikiText-2 test excerpt; length and number of windows.
     calibration_text, sequences : of sensitivities and curves, by default the validation excerpt; 512 tokens each.
-    unfinished, folder : a file from which a run that was stopped continues; where sensitivities are kept.
+    unfinished, folder : the file for a run that was stopped, which then continues; the folder of sensitivities.
     """
     least, most = MEASURED_BITS[0], MEASURED_BITS[-1]
     if wrong := [b for b in bits if not least <= b <= most]:
@@ -113,7 +113,7 @@ def usual_bounds(mean_bits: float) -> Bounds:
 
 
 def swept(frame: pl.DataFrame) -> pl.DataFrame:
-    """Means over the windows of `sweep`, and what each allocation changes against uniform bits: `SWEPT`."""
+    """Means over the windows of `sweep`, and the change of each allocation against uniform bits: `SWEPT`."""
     uniform = frame.filter(allocation=UNIFORM).select("bits", "window", uniform="kl_mean")
     weight = pl.col("positions") / pl.col("positions").sum()
     means = frame.sort("window", maintain_order=True).join(uniform, on=["bits", "window"], maintain_order="left")

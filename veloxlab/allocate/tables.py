@@ -1,7 +1,7 @@
-"""What one layer's keys or values may be given: by one method, at each width, bytes and predicted losses of its heads.
+"""Tables of one layer's keys or values by one method: bytes and predicted losses of its heads at each width.
 
-Where a method is `per_head` each head has a width of its own. Where it has a `prediction` a choice is a number of
-32-bit words of a token's row, whose best bits are known: what a budget gives each row is then the method's own
+If a method is `per_head`, each head has its own width. If it has a `prediction`, a choice is the number of 32-bit
+words in a token's row, and the best bits of such a row are known. The allocation then equals the method's own
 water-filling over the whole model. See `veloxlab.codecs.method`.
 """
 
@@ -49,7 +49,7 @@ class Choice(NamedTuple):
 
     @classmethod
     def exact(cls, size: LayerFacts, tensor: Tensor) -> Self:
-        """A layer's keys or values left as they are."""
+        """The exact keys or values of a layer."""
         widths = (size.exact_bits,) * size.kv_heads
         return cls(EXACT, widths, size.dims[tensor] * sum(widths) / 8, np.zeros(size.kv_heads))
 
@@ -100,7 +100,7 @@ class HeadTable(NamedTuple):
         return Choice(self.method, widths, nbytes, losses)
 
     def choices(self, bounds: Bounds, usual: int) -> Iterator[Choice]:
-        """All that a plan can hold within the bounds, whose least width is the ``usual`` one if they have none."""
+        """All choices within the bounds. If these have no least width, it is ``usual``."""
         least = bounds.least_bits or (0 if self.words else usual)
         kept = np.flatnonzero([least <= width <= bounds.most_bits for width in self.widths])
         if find_method(self.method).per_head and kept.size:
@@ -140,7 +140,7 @@ class Spectra(NamedTuple):
         return cls(method, prediction.rows(), found)
 
     def words(self, bits: float, tensor: Tensor | None) -> dict[Place, int]:
-        """Words of all rows, or of those of a tensor, which share ``bits`` a value."""
+        """Words of all rows, or of the rows of one tensor, at a mean of ``bits`` for each value."""
         own = {place: variances for place, variances in self.variances.items() if tensor in (None, place[1])}
         budget = round(sum(each.size for each in own.values()) * bits / 32)
         widths = self.rows.widths(list(own.values()), budget)

@@ -1,4 +1,4 @@
-"""Whole caches that a search tries, and its measurements as jobs for any process, which loads the model by name."""
+"""The candidates of a search, and its measurements as jobs for any process, which loads the model by name."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Candidate:
         return replace(self, protected=tuple(sorted({layer % n for layer in self.protected})))
 
     def plan(self, shape: PlannedModel, calibration: str | None = None) -> Plan:
-        """The plan for a model; ``calibration`` is the identity of the one that its codecs come from."""
+        """The plan for a model; ``calibration`` is the identity of the calibration of its codecs."""
         coded = LayerSettings(self.method, self.key_bits, self.method, self.value_bits)
         layers = dict.fromkeys({*range(shape.entries)} - {*self.within(shape).protected}, coded)
         fitted = {} if calibration is None else {self.method: calibration}
@@ -87,7 +87,7 @@ def candidates(
     window: Sequence[int] = (0,),
     protected: Sequence[Sequence[int]] = ((),),
 ) -> tuple[Candidate, ...]:
-    """All combinations, by method, at those of the widths that a method has.
+    """All combinations, sorted by method. Each method is tried at those of the widths that it has.
 
     By default the methods are those that need no calibration, but for RateQuant, which at one width is TurboQuant.
     Raises `InputError` for an unknown method, or one that has none of the widths.
@@ -99,17 +99,17 @@ def candidates(
         keys, values = ([b for b in widths if takes(b)] for widths in (key_bits, value_bits))
         if not (keys and values):
             which, widths = ("value_bits", value_bits) if keys else ("key_bits", key_bits)
-            raise InputError(f"{name} has none of the widths {sorted(widths)} of {which}: vl.methods() tells its own.")
+            raise InputError(f"{name} has none of the widths {sorted(widths)} of {which}: vl.methods() lists its own.")
         combined = product(protected, sinks, window, keys, values)
         found += [Candidate(name, k, v, s, w, tuple(p)) for p, s, w, k, v in combined]
     return tuple(dict.fromkeys(found))
 
 
 def bytes_per_token(model: Module, plan: Plan, context: int, calibration: Calibration | None = None) -> float:
-    """Bytes that a cache of ``plan`` holds after a text of ``context`` tokens, read in one call, for each of them.
+    """Held bytes of a cache of ``plan`` after a text of ``context`` tokens, read in one call, for each token.
 
-    Exact tokens, scales and the tables that layers share are counted; what layers without plain keys and values hold
-    is not. It is what `veloxlab.report` measures, or a little more for layers that slide.
+    Exact tokens, scales and shared tables are counted. Layers without plain keys and values are not. The result is
+    that of `veloxlab.report`, or a little more for sliding layers.
     """
     cache = make_cache(model, plan, calibration=calibration)
     layers = [slot for slot in slots_of(cache) if hasattr(slot, "key_codec")]
@@ -123,7 +123,7 @@ def bytes_per_token(model: Module, plan: Plan, context: int, calibration: Calibr
 
 @dataclass(frozen=True)
 class Trials:
-    """What a `search` was ``asked`` to try, and its other arguments: words and numbers, to travel to any process."""
+    """The candidates ``asked`` of a `search`, and its other arguments, in a form that any process can receive."""
 
     model: str
     text: str | None
@@ -140,7 +140,7 @@ class Trials:
 
 
 class Trial(NamedTuple):
-    """What one candidate did on one window."""
+    """The result of one candidate on one window."""
 
     kl: float  # mean KL(exact ‖ compressed) of the next token, nats
     top1_flips: float  # share of predictions whose most likely token changed
@@ -148,7 +148,7 @@ class Trial(NamedTuple):
 
 
 class Weighed(NamedTuple):
-    """Bytes per token of candidates, with layers counted from 0, and what a search has to know of the model.
+    """Bytes per token of candidates, with layers counted from 0, and the facts of the model that a search needs.
 
     ``calibrations`` are identities, by method; ``identity`` is the checksum of all that trials depend on: weights,
     text, and versions of the methods.
@@ -198,7 +198,7 @@ class Bench:
         return Weighed(nbytes, calibrations, self._shape, digest([versions, fingerprint(self.model), self._windows]))
 
     def measure(self, candidate: Candidate, window: int) -> Trial:
-        """Evaluate a candidate on a window, every token seen as the cache holds it."""
+        """Evaluate a candidate on a window, where every token is read as the cache holds it."""
         if window not in self._exact:  # one at a time: a window's log-probabilities are tens of megabytes
             self._exact = {window: Reference.of(self.model, [self._windows[window]])}
         given: Any = {"mode": self.trials.mode, "prompt": self.trials.prompt}
@@ -218,7 +218,7 @@ class Bench:
 def doer(
     trials: Trials, model: Module | str | Path, tokenizer: object, executor: Executor | None
 ) -> Callable[[Job], Weighed | Trial]:
-    """What does jobs: a `Bench` of this process, or one in each process of an executor."""
+    """A function that runs jobs: on a `Bench` of this process, or on one in each process of an executor."""
     if executor is not None:
         return partial(_do_in_worker, trials)
     return Bench(trials, *(load(model) if isinstance(model, str | Path) else (model, tokenizer))).do

@@ -1,4 +1,4 @@
-"""Arithmetic of attention over arrays: masks, caps of logits, and what kernels of MLX do not know."""
+"""Arithmetic of attention over arrays: masks, caps of logits, and other operations that MLX's kernels lack."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def capped(scores: mx.array, cap: float | None) -> mx.array:
 
 
 def weights_of(scores: mx.array, added: mx.array | None, sinks: mx.array | None) -> mx.array:
-    """Softmax of scores ``[B, Hq, L, S]`` and, behind the tokens so that their places stay, of logits beside them."""
+    """Softmax of scores ``[B, Hq, L, S]`` and of the sinks' logits, which come after the tokens."""
     if added is not None:
         scores = scores + added
     if sinks is not None:
@@ -49,14 +49,14 @@ def weights_of(scores: mx.array, added: mx.array | None, sinks: mx.array | None)
 
 
 def narrowed(x: mx.array, dtype: mx.Dtype) -> mx.array:
-    """An answer in ``dtype``; numbers that are finite stay so."""
+    """The result in ``dtype``; finite numbers stay finite."""
     if x.dtype == mx.float32 and dtype == mx.float16:
         x = mx.where(mx.isinf(x), x, mx.clip(x, -LARGEST_HALF, LARGEST_HALF))
     return x.astype(dtype)
 
 
 def as_added(mask: Mask, q: mx.array, tokens: int) -> mx.array | None:
-    """The mask as something to be added to scores ``[B, Hq, L, S]`` float32, or None."""
+    """The mask as float32 numbers to add to scores ``[B, Hq, L, S]``, or None."""
     if mask is None or (isinstance(mask, str) and q.shape[2] == 1):
         return None
     some: mx.array = create_causal_mask(q.shape[2], tokens - q.shape[2]) if isinstance(mask, str) else mask

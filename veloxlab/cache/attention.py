@@ -1,8 +1,8 @@
 """Attention over a history that is partly exact and partly compressed.
 
-A history is a row of segments in token order. A few query tokens (decoding) read every segment in its own form: codes
-are expanded a tile at a time and never kept. Many query tokens (prefill) expand one layer's past transiently for MLX's
-fused attention, whose memory does not grow with queries times keys.
+A history is a list of segments in token order. A few query tokens (decoding) read every segment in its own form: codes
+are expanded tile by tile, and the tiles are dropped. For many query tokens (prefill) one layer's past is expanded for
+MLX's fused attention, whose memory does not grow with queries times keys, and is then dropped.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from veloxlab.kernels.checked import agrees, difference, differentiable, evaluat
 from veloxlab.kernels.devices import current_backend, expanded_bytes
 from veloxlab.mlxlm.hooks import Handle, Mask, shape_in_common
 
-_TRIAL = 3, 333, 70  # tokens before, in and after codes, on which a kernel is tried: no multiples of anything
-_LARGEST_SCORE = 4  # of these; a code of random bits may have a scale far above the others
-_HIDDEN = 0.2  # share of them that its mask hides
+_TRIAL = 3, 333, 70  # tokens before, in and after codes in a trial of a kernel: multiples of nothing
+_LARGEST_SCORE = 4  # in a trial; a code of random bits may have a scale far above the others
+_HIDDEN = 0.2  # share of tokens that the trial's mask hides
 FEW_QUERIES = 16  # up to here scores [L, S] are smaller than an expanded history
 
 
 class History(Handle):
     """All tokens that a layer's queries may attend to, oldest first.
 
-    The answer to many queries waits for what is ``stored`` of them: else MLX would leave the encoding of all layers,
-    and their keys and values, for the end of a prefill. A layer gives its ``past``, which stays, and the ``newest``
-    exact tokens behind it, in place of ``segments``.
+    The result for many queries depends on the ``stored`` buffers. Otherwise MLX would postpone the encoding of all
+    layers to the end of a prefill, and keep their keys and values until then. In place of ``segments`` a layer can
+    give its unchanged ``past`` and the ``newest`` exact tokens after it.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class History(Handle):
     ) -> tuple[mx.array, mx.array]:
         """Keys ``[B, H, S, Dk]`` and values ``[B, H, S, Dv]`` of all tokens and some KV heads, decoded.
 
-        They are read only once ``after`` is computed: MLX evaluates many branches of a graph at the same time, and
-        would expand the past of many layers at once.
+        They are computed only after ``after``: MLX evaluates many branches of a graph at the same time, and would
+        otherwise expand the past of many layers together.
         """
         keys = expanded([(s.key_codec, s.keys) for s in self.segments], dtype, heads, after)
         return keys, self.expand_values(dtype, heads, keys)
@@ -118,7 +118,7 @@ class History(Handle):
     def _attend_expanded(
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None, cap: float | None
     ) -> mx.array:
-        """Over decoded tokens, of some KV heads after others if they are large and alike."""
+        """Attend to decoded tokens, some KV heads at a time if the arrays are large and of one shape."""
         codecs = [codec for s in self.segments for codec in (s.key_codec, s.value_codec)]
         kv_heads = together = self.segments[-1].key_codec.heads_of(self.segments[-1].keys)
         head_bytes = q.shape[0] * self.tokens * sum(codec.head_dim for codec in codecs[-2:]) * q.dtype.size
@@ -140,7 +140,7 @@ class History(Handle):
     def _attend_in_kernel(
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None
     ) -> mx.array | None:
-        """By a kernel, or None where there is none for this device, these segments and codecs."""
+        """Attend by a kernel; None if there is none for this device, these segments and these codecs."""
         newest, like, last = self.newest, _like(q, scale, cap), self.past.last
         if last is not None and last[0] == like and mask is None and sinks is None:
             queries, (backend, call) = Queries(q, scale, cap=cap), last[1:]
@@ -151,7 +151,7 @@ class History(Handle):
             if current is None:
                 return None
             backend = current
-            if not backend.lazy and self.past.filled is not None:  # the device is another than when it was made
+            if not backend.lazy and self.past.filled is not None:  # the device has changed since it was made
                 self.past = Past(self.past.segments)
             if self.past.readers is None:
                 return None
@@ -168,11 +168,11 @@ class History(Handle):
         found = call(queries, newest, self.past.filled)
         out = self._brought_out(found, q.dtype)
         if not beside and found[1] is None and (out is found[0] or not backend.lazy):
-            self.past.last = like, backend, call  # the next token needs no more than this
+            self.past.last = like, backend, call  # the next token uses this directly
         return out if backend.lazy else self._with_derivatives(out, q, queries)
 
     def _call(self, backend: Backend, queries: Queries) -> PreparedCall | None:
-        """Such a call of a kernel that agrees with the reference, if there is one: each thread has calls of its own."""
+        """A prepared call of a kernel that agrees with the reference, or None. Each thread has its own."""
         q, calls = queries.q, self.past.calls
         like = get_ident(), backend, q.shape, q.dtype, *queries.kind
         if like not in calls:
@@ -185,7 +185,7 @@ class History(Handle):
         return calls[like]
 
     def _with_derivatives(self, out: mx.array, q: mx.array, queries: Queries) -> mx.array:
-        """The answer of a kernel that is no part of MLX's graph, whose derivatives follow the reference."""
+        """The result of a kernel outside MLX's graph, with the derivatives of the reference."""
         past, newest, beside = self.past, self.newest, [x for x in (queries.mask, queries.logits) if x is not None]
         like = queries.kind
         if like not in past.derivatives:
@@ -195,7 +195,7 @@ class History(Handle):
 
     @property
     def _spaces(self) -> tuple[object, ...] | None:
-        """What a batch's histories must share: dimensions of the codes, and the codecs that kernels do not replace."""
+        """What the histories of a batch must share: dimensions of codes, and codecs that kernels do not replace."""
         packed, readers = self.past.packed, self.past.readers
         if packed is None or readers is None:
             return None
@@ -203,7 +203,7 @@ class History(Handle):
         return readers[0].dim, readers[1].dim, brings_in and packed.key_codec, brings_out and packed.value_codec
 
     def _tokens(self) -> Tokens | None:
-        """What a kernel reads, or None if no kernel reads these segments and codecs."""
+        """The tokens in the form that a kernel reads; None if no kernel reads these segments and codecs."""
         past, readers, packed = self.past, self.past.readers, self.past.packed
         if readers is None or packed is None:
             return None
@@ -218,7 +218,7 @@ class History(Handle):
         return Queries(q, scale, None if brings_in is None else brings_in(q), added, logits, cap)
 
     def _brought_out(self, found: tuple[mx.array, mx.array | None], dtype: mx.Dtype) -> mx.array:
-        """The answer of a kernel, to which is added what it leaves in the space of the values' codes."""
+        """The result of a kernel, plus the part that it left in the space of the values' codes."""
         out, mixed = found
         if mixed is not None:
             assert self.past.packed is not None
@@ -226,13 +226,13 @@ class History(Handle):
         return out if out.dtype == dtype else narrowed(out, dtype)
 
     def _disagreement(self, kernel: AttentionKernel, queries: Queries, tokens: Tokens) -> str:
-        """What is wrong with a kernel for such a call, in words, or nothing: a made-up history is read both ways."""
+        """Compare a kernel with its reference on a random history; a description of the difference, empty if none."""
         lengths, like = _TRIAL[0 if tokens.sinks else 1 :], (tokens.keys.kv_heads, tokens.exact_type)
         history = History(tuple(_made_up(s, count, *like) for s, count in zip(self.segments, lengths, strict=False)))
         q = made_up(queries.q, queries.q.shape[2], seed=1)
         scores = history._scores(q, queries.scale)
         size = mx.maximum(mx.sqrt(mx.square(scores).mean()), mx.abs(scores).max() / _LARGEST_SCORE)
-        q = (q / mx.maximum(size, 1.0)).astype(q.dtype)  # of large scores half precision has no fractions
+        q = (q / mx.maximum(size, 1.0)).astype(q.dtype)  # large scores have no fraction in half precision
         hidden = mx.random.bernoulli(_HIDDEN, (*q.shape[:3], history.tokens), key=mx.random.key(2))
         mask = None if queries.mask is None else mx.where(hidden, -1e9, 0.0)
         sinks = None if queries.logits is None else made_up(queries.logits, 1, seed=3)
@@ -258,7 +258,7 @@ class History(Handle):
 
 
 def _like(q: mx.array, scale: float, cap: float | None) -> tuple[object, ...]:
-    """What one prepared call serves: queries of the same form, on the same device, in the same thread."""
+    """The key of a prepared call, which serves queries of the same form, on the same device, in the same thread."""
     return q.shape, q.dtype, scale, cap, get_ident(), mx.default_device()
 
 
@@ -267,7 +267,7 @@ def _reference(
 ) -> Callable[..., list[mx.array]]:
     """Attention of queries by MLX operations, over such segments and what is new.
 
-    It takes the queries, what is beside them, `exact_arrays`, and of new tokens how many, and buffers with room.
+    Its arguments: the queries, mask and logits, `exact_arrays`, and the number of new tokens with their buffers.
     """
 
     def by_graph(q: mx.array, *given: mx.array) -> list[mx.array]:
@@ -286,6 +286,6 @@ _number = lru_cache(mx.array)
 
 
 def _made_up(s: Segment, tokens: int, kv_heads: int, dtype: mx.Dtype) -> Segment:
-    """Such a segment as a kernel is tried on."""
+    """A segment of random codes like ``s``, for the trial of a kernel."""
     keys = made_up_code(s.key_codec, s.keys.start, tokens, kv_heads, dtype, seed=4)
     return replace(s, keys=keys, values=made_up_code(s.value_codec, s.values.start, tokens, kv_heads, dtype, seed=5))

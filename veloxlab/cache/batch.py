@@ -1,8 +1,8 @@
-"""Several sequences of different lengths in one layer: what mlx-lm's batch generator and server work with.
+"""Several sequences of different lengths in one layer, for mlx-lm's batch generator and server.
 
-Each keeps a `CompressedKVCache` of its own: it gets the same tokens in a batch as it does alone, and leaving or joining
-moves none. While a GPU decodes them, their tokens are in buffers that they share (`veloxlab.cache.stack`). What
-attention is given is padded as mlx-lm pads: on the left, so that the newest tokens are in one column.
+Each sequence has its own `CompressedKVCache`, so it generates the same tokens in a batch as alone, and no tokens move
+when a sequence joins or leaves. While a GPU decodes, their tokens are in shared buffers (`veloxlab.cache.stack`). The
+input of attention is padded on the left, as mlx-lm does it, so that the newest tokens are in one column.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ class BatchCompressedKVCache(saved.Saved):
 
     def __init__(self, rows: Iterable[CompressedKVCache]) -> None:
         self._rows = list(rows)
-        self._stack: Stack | None = None  # what the first rows are in, while they are decoded
+        self._stack: Stack | None = None  # the buffers of the rows, while they are decoded together
         for row in self._rows:
             count = next((buffer.shape[0] for buffer in row.buffers), 1)
             if count > 1:
                 raise InputError(f"A cache of {count} sequences cannot join a batch: make one cache for each sequence.")
-        self._skip = [0] * len(self._rows)  # places of padding to come before the first token of a row
-        self._left: list[int | None] = [None] * len(self._rows)  # places before padding behind its last; None: all
-        self._padded = True  # perhaps: some tokens to come are padding
+        self._skip = [0] * len(self._rows)  # columns of padding still to come before the first token of a row
+        self._left: list[int | None] = [None] * len(self._rows)  # tokens to come before padding on the right
+        self._padded = True  # whether some tokens to come may be padding
         self._padding = 0  # columns of the past that hold no token of any row
-        self._lent: tuple[Any, Any] | None = None  # what was fetched last
+        self._lent: tuple[Any, Any] | None = None  # the last result of `update_and_fetch`
         if self._rows and self._rows[0].path == "codes":
             self.bits, self.group_size = 0, 0
 
     @property
     def rows(self) -> list[CompressedKVCache]:
-        """The sequences. What they hold may be views, until the next token comes."""
+        """The sequences. Their buffers may be views until the next token comes."""
         if self._stack is not None:
             self._stack.show()
         return self._rows
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        """`CompressedKVCache.update_and_fetch` of each row with its own tokens; where one raises, none stores any."""
+        """`CompressedKVCache.update_and_fetch` of each row with its own tokens; if one raises, no row stores any."""
         stack = self._stacked(keys, values)
         if stack is not None:
             stack.padding = self._padding
@@ -81,7 +81,7 @@ class BatchCompressedKVCache(saved.Saved):
         return fetched
 
     def _stacked(self, keys: mx.array, values: mx.array) -> Stack | None:
-        """All rows in shared buffers, if what comes is one token of each, and the device reads them so."""
+        """The shared buffers of all rows, if one token of each row comes, and the device can read them."""
         if self._padded:
             self._padded = any(self._skip) or any(left is not None for left in self._left)
         if self._stack is None and keys.shape[2] == 1 and not self._padded and can_share(self._rows):
@@ -91,13 +91,13 @@ class BatchCompressedKVCache(saved.Saved):
         return self._stack
 
     def _unstack(self) -> None:
-        """Let all rows have buffers of their own."""
+        """Give each row its own buffers again."""
         if self._stack is not None:
             self._stack.release()
             self._stack = None
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """Boolean ``[B, 1, N, S]``: each row sees its own past, and of its new tokens itself and those before."""
+        """Boolean mask ``[B, 1, N, S]``: a token sees the past of its own row, and the new tokens up to itself."""
         reach = window_size or self._rows[0].max_size
         if N == 1 and reach is None:
             return places.mask_of_all(self._before, self._width)
@@ -105,7 +105,7 @@ class BatchCompressedKVCache(saved.Saved):
         return mask
 
     def keys_and_values(self) -> tuple[Any, Any]:
-        """What attention read last, for a layer that shares keys and values with this one; else all, as arrays."""
+        """The last input of attention, for a layer that shares keys and values with this one; else all, as arrays."""
         if self._lent:
             return self._lent
         shown = [None if row.empty() else row.arrays() for row in self.rows]
@@ -123,7 +123,7 @@ class BatchCompressedKVCache(saved.Saved):
 
     @property
     def left_padding(self) -> mx.array:
-        """Places before the oldest token of each row ``[B]``."""
+        """Columns before the oldest token of each row ``[B]``."""
         return mx.array(self._before)
 
     @property
@@ -135,7 +135,7 @@ class BatchCompressedKVCache(saved.Saved):
         return tuple(width - row.visible + skip for row, skip in zip(self.rows, self._skip, strict=True))
 
     def prepare(self, *, left_padding: Pads = None, lengths: Pads = None, right_padding: Pads = None) -> None:
-        """Say where padding is among the tokens to come; raises `InputError` if it is left of what a row holds."""
+        """Announce padding among the tokens to come; raises `InputError` for left padding of a row that has tokens."""
         if left_padding is not None:
             if any(pad and not row.empty() for pad, row in zip(left_padding, self.rows, strict=True)):
                 raise InputError("Padding on the left can only come before the first token: use an empty cache.")
@@ -147,7 +147,7 @@ class BatchCompressedKVCache(saved.Saved):
         self._padded = True
 
     def finalize(self) -> None:
-        """The padding announced by `prepare` is over."""
+        """End the padding that `prepare` announced."""
         self._left = [None] * len(self._rows)
 
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
@@ -162,7 +162,7 @@ class BatchCompressedKVCache(saved.Saved):
         self._padding, self._lent = 0, None
 
     def extend(self, other: BatchCompressedKVCache) -> None:
-        """Take over the rows of ``other``, behind these."""
+        """Append the rows of ``other``."""
         width = max(self._width, other._width)
         other._unstack()
         if self._stack is not None and other._rows and not self._stack.add(other._rows):
@@ -178,7 +178,7 @@ class BatchCompressedKVCache(saved.Saved):
         return copy.deepcopy(self._rows[idx]) if self._stack is None else self._stack.taken(idx)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy of its own tokens."""
+        """A copy with its own tokens."""
         other = copy.copy(self)
         other._rows, other._stack, other._lent = [self.extract(i) for i in range(len(self._rows))], None, None
         other._skip, other._left = list(self._skip), list(self._left)
@@ -213,7 +213,7 @@ class BatchCompressedKVCache(saved.Saved):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held for all rows; in shared buffers, room for others too."""
+        """Bytes held for all rows. Shared buffers may include room for more rows."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def size(self) -> int:
@@ -231,7 +231,7 @@ class BatchCompressedKVCache(saved.Saved):
         return all(row.is_trimmable() for row in self._rows)
 
     def trim(self, n: int) -> int:
-        """`CompressedKVCache.trim` of each row, or of none if one raises; gives how many the longest lost."""
+        """`CompressedKVCache.trim` of each row, or of none if one raises; returns the most tokens that a row lost."""
         for row in self._rows:
             row.check_trim(n)
         self._lent = None
@@ -243,7 +243,7 @@ class BatchCompressedKVCache(saved.Saved):
 
     @property
     def _width(self) -> int:
-        """Columns that the past of all rows takes."""
+        """Columns of the past of all rows."""
         stack, most = self._stack, self._rows[0].max_size if self._rows else None
         visible = [row.visible for row in self._rows] if stack is None else stack.lengths
         width = max(visible, default=0) + self._padding
@@ -253,7 +253,7 @@ class BatchCompressedKVCache(saved.Saved):
 def _together(
     pairs: Sequence[tuple[Any, Any] | None], spans: Sequence[slice], columns: Sequence[int], width: int
 ) -> tuple[Any, Any]:
-    """What attention is given of each row, or None, as one: histories, arrays, or one of each."""
+    """Join the inputs of attention of all rows (None for a row without one): histories, arrays, or one of each."""
 
     def joined(some: Sequence[Any]) -> Any:  # noqa: ANN401
         if any(isinstance(one, History) for one in some):
@@ -266,7 +266,7 @@ def _together(
 
 
 def _stacked(rows: Sequence[mx.array | None], columns: Sequence[int], width: int) -> mx.array:
-    """Keys or values ``[1, H, S, D]`` of each row, or None, as ``[B, H, width, D]``: from their column on."""
+    """Keys or values ``[1, H, S, D]`` of each row, or None, as ``[B, H, width, D]``, each beginning at its column."""
     none = next(x for x in rows if x is not None)[:, :, :0]
     padded = []
     for x, column in zip((none if x is None else x for x in rows), columns, strict=True):

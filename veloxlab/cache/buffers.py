@@ -25,7 +25,7 @@ from veloxlab.kernels.splits import Sizes
 
 
 class Call(NamedTuple):
-    """What answers queries of one form, without a reference to the stack."""
+    """Attention for queries of one form, without a reference to the stack."""
 
     attend: Callable[[mx.array, mx.array | None, mx.array | None, Sizes, int], mx.array]
     kernel: AttendKernel
@@ -64,15 +64,15 @@ class Buffers:
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """Columns of a mask before the oldest token of each row."""
+        """Columns of the mask before the oldest token of each row."""
         return places.columns(self.form, self.room, self.padding)  # which are the same for any column
 
     def mask_of_all(self, past: int) -> mx.array:
-        """The mask of the token behind ``past`` columns, where each row sees all its own."""
+        """The mask of one token after ``past`` columns, which sees all tokens of its row."""
         return places.mask_of_all(self.columns, past)
 
     def sizes(self, kernel: AttendKernel) -> Sizes:
-        """What a kernel has to know of all sequences."""
+        """The description of all sequences for a kernel."""
         if self._numbers is None or self._numbers[0] != self.padding:
             self._numbers = self.padding, places.numbers(self.form, self.padding, self.room)
         return Sizes(self._numbers[1], places.splits(self.form, self.room, kernel))
@@ -89,7 +89,7 @@ class Buffers:
         return (entry, slice(0, self.form.sinks)), packed, (entry, slice(part.start, self.column))
 
     def _regrow(self, packed: Sequence[int] = (), recent: Sequence[int] = ()) -> None:
-        """Move all into larger buffers, in the rows' order, with room for more rows, of so many tokens."""
+        """Move all rows into larger buffers, in their order, with room for more rows of these numbers of tokens."""
         old = self.form.parts
         exact = [*(self.column - part.start for part in old), *recent]
         self._slide(max(exact))
@@ -102,7 +102,7 @@ class Buffers:
         self.form, self.calls, self._numbers = form, {}, None
 
     def _slide(self, column: int) -> None:
-        """Move the windows, so that the newest tokens are before this column."""
+        """Move the windows so that they end before this column."""
         by = column - self.column
         if by and self.form.parts:
             for held in self._recent.values():  # what attention prepared reads these arrays

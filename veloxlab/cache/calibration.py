@@ -1,4 +1,4 @@
-"""A calibration: codecs that were fitted to one model, as data and as files."""
+"""A calibration: codecs that are fitted to one model, as data and as files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     import polars as pl
 
 FORMAT = "veloxlab calibration 4"
-Place = tuple[int, Tensor, int]  # layer, tensor, bits; 0 where one codec is for all bits, which are planned later
+Place = tuple[int, Tensor, int]  # layer, tensor, bits; 0 for a codec of all bits, which are planned later
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Codecs of a ``method`` that were fitted to one model, by layer, tensor and bits, for `veloxlab.make_cache`.
+    """Codecs of a ``method`` that are fitted to one model, by layer, tensor and bits, for `veloxlab.make_cache`.
 
-    ``facts`` are all that they depend on: the method's version, hashes of model and text, tokens, seed, bits, options.
+    ``facts`` has all that they depend on: the method's version, hashes of model and text, tokens, seed, bits, options.
     """
 
     method: str
@@ -46,10 +46,10 @@ class Calibration:
         *,
         alone: bool = False,
     ) -> Codec:
-        """Give the codec fitted to a layer's keys or values at ``bits``; raises `InputError` if there is none.
+        """Return the codec fitted to a layer's keys or values at ``bits``; raises `InputError` if there is none.
 
-        Of a method that plans the bits of a whole model it is planned with all others, or with those of all keys or all
-        values ``alone``, and may have other ``options``.
+        If the method plans the bits of a whole model, the codec is planned with all others, or only with those of all
+        keys or all values (``alone``), and may have other ``options``.
         """
         if method != self.method:
             raise InputError(
@@ -86,17 +86,17 @@ class Calibration:
 
     @property
     def identity(self) -> str:
-        """Sixteen hex digits over the method and all that a codec depends on: widths are fitted each alone."""
+        """Sixteen hex digits of a checksum over the method and all that a codec depends on, but for other widths."""
         return digest([self.method, {name: fact for name, fact in self.facts.items() if name != "bits"}])[:16]
 
     @property
     def widths(self) -> list[int]:
-        """The bits that were fitted; all whole ones, where they are planned later."""
+        """The fitted bits; all whole numbers if bits are planned later."""
         method = find_method(self.method)
         return list(method.bits) if method.planned else sorted({at[2] for at in self.codecs})
 
     def joined(self, other: Calibration) -> Calibration:
-        """Give one of the widths of both; raises `InputError` if they differ in another fact."""
+        """A calibration with the widths of both; raises `InputError` if they differ in another fact."""
         both = [{**c.facts, "method": c.method, "bits": None} for c in (self, other)]
         if both[0] != both[1]:
             differs = [name for name in both[0] if both[0][name] != both[1].get(name)]
@@ -116,7 +116,7 @@ class Calibration:
 
     @checked()
     def save(self, path: str | Path) -> Path:
-        """Write ``.safetensors``, whose path is given; raises `InputError` if it cannot."""
+        """Write a ``.safetensors`` file and return its path; raises `InputError` if it cannot be written."""
         arrays: dict[str, mx.array] = {}
         entries = []
         for (layer, tensor, bits), codec in self.codecs.items():
@@ -129,7 +129,7 @@ class Calibration:
     @classmethod
     @checked(path=FILE)
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote; raises `InputError` for a file that is missing, damaged or of another version."""
+        """Read a file that `save` wrote; raises `InputError` if it is missing, damaged or of another version."""
         with reading("calibration", Path(path), "make it again with vl.calibrate"):
             content, arrays = read_arrays(Path(path).with_suffix(".safetensors"), FORMAT)
             method, facts = find_method(content["method"]), content["facts"]
@@ -155,9 +155,9 @@ def layer_codec(
     *,
     alone: bool = False,
 ) -> Codec:
-    """The codec of a layer's keys or values, fitted or made; `InputError` as `Method.check`, or if it is missing.
+    """The codec of a layer's keys or values, from a calibration or new; `InputError` as `Method.check`, or if missing.
 
-    ``alone`` is of `Calibration.codec`.
+    For ``alone`` see `Calibration.codec`.
     """
     method.check(bits, tensor, options)
     if calibration is not None:

@@ -1,4 +1,4 @@
-"""The compressed cache of a layer that sees its text in chunks, as three of four layers of Llama 4 do."""
+"""The compressed cache of a layer with chunked attention, as three of four layers of Llama 4 have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veloxlab.mlxlm.hooks import loadable
 
 @loadable
 class ChunkedCompressedKVCache(CompressedKVCache):
-    """A drop-in for mlx-lm's ``ChunkedKVCache``: the mask of the chunks is the model's, made of what is said here."""
+    """A drop-in for mlx-lm's ``ChunkedKVCache``. The model makes the mask of the chunks from `start_position`."""
 
     @property
     def start_position(self) -> int:
@@ -21,16 +21,16 @@ class ChunkedCompressedKVCache(CompressedKVCache):
         return self.offset - self.visible
 
     def maybe_trim_front(self) -> None:
-        """Nothing, where mlx-lm's own forgets: what no token will see is let go as others come."""
+        """Do nothing: this cache drops tokens that no query can see when others come."""
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | Literal["causal"] | None:
-        """For ``N`` tokens in layers that see all, as of a cache that makes none: mlx-vlm's Llama 4 asks the first."""
+        """The mask of a layer that sees all tokens: mlx-vlm's Llama 4 asks the first layer's cache for it."""
         mask: mx.array | Literal["causal"] | None = create_attention_mask(N, self.offset, return_array, window_size)
         return mask
 
     @property
     def merge(self) -> NoReturn:
-        """Raises AttributeError, by which mlx-lm's server knows that it runs no batches."""
+        """Raise AttributeError, which tells mlx-lm's server not to use batches."""
         raise AttributeError("Llama 4 computes with one position for all sequences: its caches have no batches.")

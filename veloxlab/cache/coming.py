@@ -1,4 +1,4 @@
-"""Tokens of one call: where they go, and whether they can be stored."""
+"""The tokens of one call: where they are stored, and the check that they can be."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ LARGEST = 1e9
 
 
 class Largest(NamedTuple):
-    """The largest magnitudes of keys or of values; NaN where one is."""
+    """The largest magnitudes of keys or of values; NaN if one is NaN."""
 
     of_each: mx.array  # sequence [B]
     of_all: mx.array
 
     @classmethod
     def of(cls, of_each: mx.array) -> Self:
-        """A GPU's numbers of more than 8 bytes are moved to where Python reads them, for which all work waits."""
+        """Reading a GPU array of more than 8 bytes makes all work wait, so the largest of all is a scalar."""
         return cls(of_each, of_each if of_each.size == 1 else of_each.max())
 
 
 class Joining(NamedTuple):
-    """A token that joins the window: nothing is encoded, and what comes before stays."""
+    """A token that joins the window: nothing is encoded, and the tokens before it do not change."""
 
     keys: mx.array
     values: mx.array
@@ -42,25 +42,25 @@ class Coming(NamedTuple):
 
     keys: mx.array
     values: mx.array
-    all_seen: bool  # attention reads them as they came, else as they are stored
+    all_seen: bool  # attention reads them as they came; otherwise as they are stored
     arrival: Arrival
     codecs: tuple[Codec, Codec]
     sinks: Codes | None
     packed: Codes | None
-    largest: Sequence[Largest]  # of what is stored, where it is not known yet whether that can be
+    largest: Sequence[Largest]  # of stored tokens that are not checked yet
 
 
 class Checks:
-    """Whether keys and values that were stored are numbers that a codec can store; a GPU is not waited for to know."""
+    """Checks that stored keys and values are numbers that a codec can store, without waiting for a GPU."""
 
     def __init__(self) -> None:
         self._of_last: Sequence[Largest] = ()  # call, of keys and of values in turn
         self._before: Sequence[Largest] = ()
 
     def of(self, layer: int, arrays: list[mx.array]) -> tuple[list[mx.array], list[Largest]]:
-        """Keys and values, which alternate, and what is to be `kept` of them; raises `InputError` where that is known.
+        """Keys and values, which alternate, and their magnitudes, to be `kept`; raises `InputError` if these are known.
 
-        They are computed after their check.
+        MLX computes the arrays after their check.
         """
         largest = [Largest.of(mx.max(mx.abs(x), (1, 2, 3))) for x in arrays]
         if not device_backend().lazy:
@@ -70,30 +70,30 @@ class Checks:
         return checked, largest
 
     def kept(self, largest: Sequence[Largest]) -> None:
-        """The check of what a call has stored."""
+        """Record the check of the tokens that a call has stored."""
         self._before, self._of_last = self._of_last, largest
 
     def only(self, rows: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]) -> Checks:
-        """Those of some entries of the last call but one, and of the last: which, of each keys and values in turn."""
+        """The checks of some entries: indices in the last call but one and in the last, for keys and values in turn."""
         own = Checks()
         for largest, kept in zip((self._before, self._of_last), rows, strict=True):
             own.kept([Largest.of(x.of_each[mx.array([*kept[i // 2]])]) for i, x in enumerate(largest) if kept[i // 2]])
         return own
 
     def look(self, layer: int) -> None:
-        """Raise `InputError` for what the call before the last stored, which has been computed by now."""
+        """Raise `InputError` for bad tokens of the last call but one, whose check is computed by now."""
         if self._before:
             _check(layer, self._before)
 
     def settle(self, layer: int) -> None:
-        """Wait for all of it, and raise `InputError` as `look` does."""
+        """Wait for all checks, and raise `InputError` as `look` does."""
         _check(layer, [*self._before, *self._of_last])
 
 
 def _check(layer: int, largest: Sequence[Largest]) -> None:
     mx.eval([each.of_all for each in largest])
     for i, each in enumerate(largest):
-        if not abs(each.of_all.item()) <= LARGEST:  # which is false for NaN too
+        if not abs(each.of_all.item()) <= LARGEST:  # NaN too
             raise InputError(
                 f"Layer {layer}: the {TENSORS[i % 2]} of a token are NaN, infinite or beyond ±{LARGEST:.0e} and cannot "
                 "be stored. The model overflowed, most likely in float16: load it in bfloat16 or float32 and start "

@@ -1,7 +1,7 @@
-"""How many tokens are exact and how many are codes, as they come and go: counts alone, of one layer.
+"""Counts of exact and encoded tokens of one layer.
 
-`veloxlab.cache.runs` moves tokens by these counts. Buffers grow in steps, so what is held depends on how tokens come:
-`calls` says how mlx-lm's generator brings them.
+`veloxlab.cache.runs` moves tokens by these counts. Buffers grow in steps, so the held bytes depend on the sizes of
+the calls that bring the tokens: `calls` has those of mlx-lm's generator.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from veloxlab.kernels.devices import device_backend
 from veloxlab.mlxlm.probe import LayerFacts
 
 BLOCK = 32  # tokens that leave the window together: encoding one at a time would cost a launch per token
-_APART = 5  # tokens between the blocks of one layer and of the next: of 32 layers no two encode one at the same step
+_APART = 5  # tokens between the blocks of one layer and the next, so that no two of 32 layers encode at the same step
 CHUNK = 2048  # tokens of a prompt that mlx-lm reads together
-STEP = 8  # tokens for which a buffer takes room where they come one at a time,
-SLACK_SHARE = 64  # or 1/64 more than it needs, if that is more: then growth costs O(1) a token
+STEP = 8  # tokens by which a buffer grows if they come one at a time,
+SLACK_SHARE = 64  # or 1/64 of its size, if that is more: then growth costs O(1) for each token
 OWN_STEP = 256  # tokens by which mlx-lm's own buffers grow
 TOKENS = whole(0)  # how many tokens
 
 
 class Arrival(NamedTuple):
-    """Where the tokens of one call go, and which ones leave the window for the codes."""
+    """How many tokens of one call go where, and how many leave the window to be encoded."""
 
     to_sinks: int  # the first of them, kept exact
-    gone: int  # those behind, which nothing will see again; with them all tokens before but the sinks
+    gone: int  # the next, which nothing will see again; then all earlier tokens but the sinks go too
     from_recent: int  # the oldest of the window, to be encoded
     from_new: int  # the next of this call, to be encoded
     to_packed: int  # both: whole blocks, but for the first
@@ -45,7 +45,7 @@ class Room(NamedTuple):
 
     @property
     def exact(self) -> int:
-        """Those that are not packed."""
+        """Exact tokens."""
         return self.sinks + self.recent
 
 
@@ -56,16 +56,16 @@ class Windows:
     sinks: int  # first tokens, kept exact
     window: int  # newest tokens, kept exact
     block: int  # tokens that leave the window together
-    most_recent: int  # the most that ever are in the window and wait to leave it
+    most_recent: int  # the most tokens that are in the window or wait to leave it
     reach: int | None  # tokens behind the sinks that a sliding layer can see; None sees all
-    less: int = 0  # by how much fewer those are that leave it first
+    less: int = 0  # by how much the first block is smaller
 
     @classmethod
     def of(cls, sinks: int, window: int, max_size: int | None, layer: int = 0) -> Self:
-        """Those of a cache that sees ``max_size`` tokens, or all; raises `InputError` if that leaves only sinks.
+        """The windows of a cache that sees ``max_size`` tokens, or all; raises `InputError` if only sinks fit.
 
-        In a sliding layer exact tokens are at most half of what the layer's own cache would hold. From other layers
-        than the first fewer tokens leave first, so that no step has to encode a block of every layer.
+        In a sliding layer exact tokens are at most half of what the layer's own cache would hold. Layers differ in the
+        size of their first block, so that no step has to encode a block of every layer.
         """
         sinks, window = TOKENS("sinks", sinks), TOKENS("window", window)
         if max_size is not None and max_size <= sinks:
@@ -79,13 +79,13 @@ class Windows:
 
     @classmethod
     def of_layer(cls, facts: LayerFacts, sinks: int, window: int) -> Self:
-        """Those of a cache in the place of a model's own, whose first tokens a sliding layer keeps."""
+        """The windows of a cache that replaces a model's own, whose first tokens a sliding layer keeps."""
         return cls.of(sinks if facts.max_size is None else facts.keep, window, facts.max_size, facts.layer)
 
     def arrival(self, count: int, offset: int, recent: int, *, all_seen: bool) -> Arrival:
-        """Where ``count`` tokens go that come after ``offset`` others, of which ``recent`` are in the window.
+        """Where ``count`` tokens go after ``offset`` others, of which ``recent`` are in the window.
 
-        With ``all_seen`` those that a sliding layer will not see again are not stored: attention has them already.
+        With ``all_seen`` tokens that a sliding layer will not see again are not stored: attention has them already.
         """
         to_sinks = min(count, max(0, self.sinks - offset))
         gone = 0 if self.reach is None or not all_seen else max(0, count - to_sinks - self.reach)
@@ -98,14 +98,15 @@ class Windows:
         return Arrival(to_sinks, gone, from_recent, from_new, to_packed, new - from_new)
 
     def leaving(self, packed: int, recent: int) -> int:
-        """How many of the oldest tokens behind the sinks are forgotten."""
+        """How many of the oldest tokens behind the sinks are dropped."""
         over = 0 if self.reach is None else max(0, packed + recent - self.reach)
         return over if over > packed else over // self._grain * self._grain
 
     def most_held(self, tokens: int, *, decoded: bool = True) -> Room:
-        """The most tokens that a cache has room for after a text, however it came.
+        """The most tokens that a cache has room for after a text, for any sizes of calls.
 
-        Without ``decoded`` they came in one call, and no buffer has slack: exact for a layer that does not slide.
+        Without ``decoded`` they came in one call, and no buffer has slack. This is exact for a layer that does not
+        slide.
         """
         behind = tokens if self.reach is None else self.reach + self._grain - 1
         arrival = self.arrival(min(tokens, self.sinks + behind), 0, 0, all_seen=False)
@@ -118,17 +119,17 @@ class Windows:
 
     @property
     def _grain(self) -> int:
-        """Packed tokens of a sliding layer that are forgotten together: each time copies the rest."""
+        """Packed tokens of a sliding layer that are dropped together, because each drop copies the rest."""
         return min(BLOCK, max(1, (self.reach or 0) // 8))
 
 
 def window_step() -> int:
-    """Tokens for which a window takes room where they come one at a time: on a GPU a step is short, and growth long."""
+    """Tokens by which a window grows if they come one at a time. A GPU takes long for growth compared with a step."""
     return BLOCK if device_backend().lazy else STEP
 
 
 def calls(tokens: int, decoded: int = 0, chunk: int = CHUNK) -> Iterator[int]:
-    """Sizes of the calls that bring a text: the ``decoded`` tokens and the last one of the prompt come alone."""
+    """Sizes of the calls of a text: the ``decoded`` tokens and the last one of the prompt have calls of their own."""
     alone = min(tokens, decoded + 1)
     for start in range(0, tokens - alone, chunk):
         yield min(chunk, tokens - alone - start)
@@ -142,11 +143,11 @@ def own_room(
 ) -> int:
     """Tokens that mlx-lm's own cache has room for after `calls`.
 
-    With ``max_size`` it is a ``RotatingKVCache``, or, ``chunked``, a ``ChunkedKVCache`` of chunks of one less.
+    With ``max_size`` it is a ``RotatingKVCache``, or, if ``chunked``, a ``ChunkedKVCache`` of chunks one token shorter.
     """
     held = before = 0
     for count in calls(tokens, decoded, chunk):
-        if chunked and max_size is not None and before >= max_size:  # it forgets before tokens come
+        if chunked and max_size is not None and before >= max_size:  # it drops tokens before others come
             held = before = max_size - 1
         if max_size is None or chunked:
             if before + count > held:

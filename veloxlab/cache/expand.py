@@ -18,13 +18,13 @@ from veloxlab.kernels.readers import Reader
 
 Parts = Sequence[tuple[Codec, Code]]  # consecutive tokens
 
-_SMALL = 16 << 20  # bytes of a layer's decoded past, below which it takes no turn
-_turn = local()  # has the last query that took one
-_TRIAL = 333  # tokens of each part, on which loops are tried: no multiple of anything
+_SMALL = 16 << 20  # bytes of a layer's decoded past below which it does not wait
+_turn = local()  # the last query that waited
+_TRIAL = 333  # tokens of each part in a trial of loops: a multiple of nothing
 
 
 def expanded(parts: Parts, dtype: mx.Dtype, heads: slice, after: mx.array | None) -> mx.array:
-    """Decoded tokens of all ``parts`` and some KV heads ``[B, H, S, D]``, read only once ``after`` is computed."""
+    """Decoded tokens of all ``parts`` and some KV heads ``[B, H, S, D]``, computed only after ``after``."""
     backend = current_backend()
     if backend is not None and backend.lazy and _is_one_launch(backend, parts, dtype):
         return _launched(backend, parts, dtype, heads, after)
@@ -40,9 +40,9 @@ def expanded(parts: Parts, dtype: mx.Dtype, heads: slice, after: mx.array | None
 
 
 def take_turn(q: mx.array, size: int) -> None:
-    """Let a GPU expand the pasts of two layers at most at a time: MLX takes memory for what it has not computed yet.
+    """Let a GPU expand the pasts of two layers at most at a time, since MLX allocates memory ahead.
 
-    ``q`` is what a layer asks its past of ``size`` decoded bytes. What is small needs no turn.
+    ``q`` are the queries of a layer, whose past has ``size`` decoded bytes. A small past does not wait.
     """
     if size < _SMALL or not device_backend().lazy:
         return
@@ -58,9 +58,9 @@ def _arrays(parts: Parts) -> list[mx.array]:
 
 
 def _by_graph(parts: Parts, dtype: mx.Dtype, heads: slice, after: mx.array | None, *, levels: bool = True) -> mx.array:
-    """Some tokens at a time, each after the other: decoding takes room in float32 besides.
+    """Decode some tokens after others, because decoding needs float32 buffers besides.
 
-    A kernel may give ``levels`` of codes.
+    With ``levels`` a kernel may decode codes to their levels.
     """
     decode = _decoded if levels else _by_codec
     tiles, at_once = [], device_backend().expanded_tokens
@@ -72,7 +72,9 @@ def _by_graph(parts: Parts, dtype: mx.Dtype, heads: slice, after: mx.array | Non
                 before = mx.stop_gradient(after)  # an order has no derivatives
                 arrays = {name: mx.depends(array, before) for name, array in arrays.items()}
             after = decode(codec, Code(arrays, tile.start), dtype)
-            if dtype == mx.float16 and not isinstance(codec, Exact):  # what is lost may lift its largest numbers beyond
+            if dtype == mx.float16 and not isinstance(
+                codec, Exact
+            ):  # the error of a code may exceed the range of float16
                 after = mx.clip(after, -LARGEST_HALF, LARGEST_HALF)
             tiles.append(after)
     return mx.concatenate(tiles, axis=2)
@@ -83,7 +85,7 @@ def _by_codec(codec: Codec, code: Code, dtype: mx.Dtype) -> mx.array:
 
 
 def _decoded(codec: Codec, code: Code, dtype: mx.Dtype) -> mx.array:
-    """By a kernel that gives levels, and a product of its codec; or by the codec alone."""
+    """Decode by a kernel that gives levels and a matrix product of the codec, or by the codec alone."""
     backend, reader = current_backend(), None if isinstance(codec, Exact) else codec.reader(code)
     if backend is None or not backend.lazy or reader is None or not reader.levels_alone or not reader.shares(SHARES):
         return codec.decode(code, dtype)
@@ -92,7 +94,7 @@ def _decoded(codec: Codec, code: Code, dtype: mx.Dtype) -> mx.array:
 
 
 def _leveled(backend: Backend, parts: Parts, dtype: mx.Dtype, heads: slice) -> mx.array:
-    """One part by levels in half precision, unless more is asked for."""
+    """Decode one part by levels, in half precision unless ``dtype`` has more."""
     ((codec, code),) = parts
     reader = codec.reader(code)
     assert reader is not None
@@ -101,7 +103,7 @@ def _leveled(backend: Backend, parts: Parts, dtype: mx.Dtype, heads: slice) -> m
 
 
 def _can_be_written(backend: Backend, parts: Parts, dtype: mx.Dtype, after: mx.array | None) -> bool:
-    """Whether loops read these parts and agree with their codecs, and all that they need is there."""
+    """Whether loops read these parts and agree with their codecs, and all inputs are evaluated."""
     readers = [reader_of(codec, code) for codec, code in parts if not isinstance(codec, Exact)]
     kinds = [reader.key for reader in readers if reader is not None]
     if backend.write is None or not readers or len(kinds) < len(readers):
@@ -114,7 +116,7 @@ def _can_be_written(backend: Backend, parts: Parts, dtype: mx.Dtype, after: mx.a
 def _agrees(
     backend: Backend, parts: Parts, dtype: mx.Dtype, kinds: Sequence[object], way: Callable[..., mx.array]
 ) -> bool:
-    """Whether a way to decode such parts gives what their codecs do."""
+    """Whether a decoder agrees with the codecs of these parts."""
 
     def trial() -> str:
         codec, code = parts[-1]
@@ -128,7 +130,7 @@ def _agrees(
 
 
 def _is_one_launch(backend: Backend, parts: Parts, dtype: mx.Dtype) -> bool:
-    """Whether one kernel decodes the packed part of these, and copies the others."""
+    """Whether one kernel decodes the packed part and copies the exact ones."""
     packed = [place for place, (codec, _) in enumerate(parts) if not isinstance(codec, Exact)]
     if len(packed) != 1 or packed[0] > 1 or len(parts) > packed[0] + 1 + MOST_AFTER:
         return False
@@ -140,7 +142,7 @@ def _is_one_launch(backend: Backend, parts: Parts, dtype: mx.Dtype) -> bool:
 
 
 def _launched(backend: Backend, parts: Parts, dtype: mx.Dtype, heads: slice, after: mx.array | None = None) -> mx.array:
-    """All by one kernel, as `_is_one_launch` says."""
+    """Decode all parts by one kernel; see `_is_one_launch`."""
     runs = [code.arrays["values"] if isinstance(codec, Exact) else reader_of(codec, code) for codec, code in parts]
     at = next(place for place, run in enumerate(runs) if isinstance(run, Reader))
     before = runs[0] if at else None
@@ -150,7 +152,7 @@ def _launched(backend: Backend, parts: Parts, dtype: mx.Dtype, heads: slice, aft
 
 
 def _written(backend: Backend, parts: Parts, dtype: mx.Dtype, heads: slice) -> mx.array:
-    """All in one buffer, where loops write every part. What a codec itself brings out of its space is so in tiles."""
+    """Decode all parts by loops into one buffer. If the codec itself leaves its space, that is done in tiles."""
     write, (codec, code) = backend.write, next(part for part in parts if not isinstance(part[0], Exact))
     assert write is not None
     at_once = backend.expanded_tokens
@@ -173,19 +175,19 @@ def _written(backend: Backend, parts: Parts, dtype: mx.Dtype, heads: slice) -> m
 
 
 def _room(batch: int, heads: int, tokens: int, dim: int, dtype: mx.Dtype) -> mx.array:
-    """An array that is there, to be written to."""
+    """An evaluated array, to be written to."""
     out = mx.zeros((batch, heads, tokens, dim), dtype)
     mx.eval(out)
     return out
 
 
 def reader_of(codec: Codec, code: Code) -> Reader | None:
-    """How a kernel reads a code, made once; None where none does."""
+    """The reader of a code, made once; None if no kernel reads it."""
     return code.once("reader", lambda: codec.reader(code))
 
 
 def made_up_code(codec: Codec, start: int, tokens: int, kv_heads: int, dtype: mx.Dtype, seed: int) -> Code:
-    """A code of random bits, of scales as those of normal vectors; or, if it is exact, of normal vectors."""
+    """A code of random bits, with scales like those of normal vectors; an exact codec gets normal vectors."""
     x = made_up(mx.zeros((1, kv_heads, 0, codec.head_dim), dtype), tokens, seed)
     arrays = codec.encode(x, start).arrays
     packed = {n: a for n, a in arrays.items() if mx.issubdtype(a.dtype, mx.unsignedinteger)}

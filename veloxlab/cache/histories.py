@@ -1,4 +1,4 @@
-"""What attention reads of a batch: the history of each sequence, or all in the buffers that they share."""
+"""The input of attention for a batch: the history of each sequence, or the shared buffers of all."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from veloxlab.mlxlm.hooks import Handle, Mask, shape_in_common
 
 
 class BatchRow(NamedTuple):
-    """What one sequence of a batch attends to, if any of the new tokens is its own, and where that stands."""
+    """The history of one sequence of a batch (None if all its new tokens are padding), and its position."""
 
     history: History | None
-    own: slice  # its tokens among those that came; the others are padding
+    own: slice  # its tokens among the new ones; the others are padding
     column: int  # of its oldest token
 
 
@@ -56,7 +56,7 @@ class BatchHistory(Handle):
     def attend(
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None
     ) -> mx.array:
-        """See `Handle.attend`; ``q`` ``[B, Hq, L, Dk]`` is padded, and what it gives for padding is 0."""
+        """See `Handle.attend`; ``q`` ``[B, Hq, L, Dk]`` is padded, and the result for padding is 0."""
         parts: dict[int, mx.array] = {}
         if isinstance(mask, mx.array):
             mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
@@ -88,9 +88,9 @@ def attend_together(
     sinks: mx.array | None,
     cap: float | None = None,
 ) -> mx.array | None:
-    """Few queries ``[B, Hq, L, Dk]`` of a batch, each entry of which has a history of its own, by one call of a kernel.
+    """Attention of few queries ``[B, Hq, L, Dk]`` of a batch with a history for each entry, by one call of a kernel.
 
-    ``columns`` are where in a mask ``[B or 1, 1 or Hq, L, S]`` the tokens of each begin. None if no kernel does that.
+    ``columns`` are the first columns of the histories in a mask ``[B or 1, 1 or Hq, L, S]``. None without a kernel.
     """
     backend, spaces = current_backend(), {history._spaces for history in histories}
     if backend is None or backend.together is None or None in spaces or len(spaces) > 1 or isinstance(mask, str):
@@ -157,7 +157,7 @@ class StackHistory(Handle):
         return call.attend(q, mask, sinks, stack.sizes(call.kernel), stack.column)
 
     def _prepared(self, given: Queries) -> Call | None:
-        """What answers such queries by a kernel that agrees with the reference, if there is one."""
+        """A function that attends by a kernel which agrees with the reference, or None."""
         stack, backend, whole, q = self._stack, current_backend(), self._whole(), given.q
         tokens = whole._tokens()
         if backend is None or tokens is None or (q.shape[0], q.shape[2]) != (len(stack.rows), 1):
@@ -178,7 +178,7 @@ class StackHistory(Handle):
         return Call(attend, kernel)
 
     def _whole(self) -> History:
-        """All that is in the buffers, as if it were one sequence."""
+        """The content of the buffers, as if it were one sequence."""
         stack, segments = self._stack, []
         for held, codecs in zip(stack.held, (stack.exact, stack.codecs, stack.exact), strict=True):
             arrays = [

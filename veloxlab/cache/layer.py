@@ -28,7 +28,7 @@ from veloxlab.kernels.checked import begin
 from veloxlab.mlxlm.hooks import loadable
 from veloxlab.mlxlm.probe import Path
 
-_SETTINGS = ("window", "chunk", "layer", "path", "reason", "max_size", "lends", "model")  # that a file says as they are
+_SETTINGS = ("window", "chunk", "layer", "path", "reason", "max_size", "lends", "model")  # that a file has unchanged
 
 
 @loadable
@@ -40,17 +40,17 @@ class CompressedKVCache(Runs, saved.Saved):
 
     Parameters
     ----------
-    key_codec, value_codec : how packed tokens are stored. Their head dimensions may differ. A codec that says it is
-        ``online`` is fitted to the first tokens that are packed, and stays so, even if all of them are trimmed.
-    sinks, window, chunk : as for `veloxlab.make_cache`. The window of a sliding layer is at most a quarter of what it
-        sees. Up to `veloxlab.cache.counts.BLOCK` more tokens wait to be encoded together.
+    key_codec, value_codec : for packed tokens. Their head dimensions may differ. An ``online`` codec is fitted to the
+        first tokens that are packed, and does not change later, even if all of them are trimmed.
+    sinks, window, chunk : as for `veloxlab.make_cache`. The window of a sliding layer is at most a quarter of the
+        tokens that it sees. Up to `veloxlab.cache.counts.BLOCK` more tokens wait to be encoded together.
     layer : its number in the model (`veloxlab.mlxlm.probe.LayerFacts`), for messages and reports.
-    path, reason : ``"codes"`` hands attention a `History` that it reads packed; ``"arrays"`` hands out decoded arrays,
-        for layers whose own arithmetic needs them; ``"latents"`` does the first with keys that are latents, for a
-        single token, and the second for many (see `veloxlab.mlxlm.probe.Probe`); and why, for reports.
-    max_size : tokens that a sliding layer sees, sinks and the query's own included; None sees all.
-    lends : whether other layers read this one's keys and values after it (`keys_and_values`).
-    model : what the cache was made for, in words, so that a saved one is not continued by another model.
+    path, reason : ``"codes"`` gives attention a `History`, which it reads packed. ``"arrays"`` gives decoded arrays,
+        for layers whose own arithmetic needs them. ``"latents"`` (keys are latents) does the first for a single token
+        and the second for many (see `veloxlab.mlxlm.probe.Probe`). The reason is for reports.
+    max_size : tokens that a sliding layer sees, including sinks and the query itself; None for all.
+    lends : whether later layers read this layer's keys and values (`keys_and_values`).
+    model : the name of the model, so that a saved cache is not continued by another one.
     """
 
     def __init__(
@@ -86,12 +86,12 @@ class CompressedKVCache(Runs, saved.Saved):
             self.bits, self.group_size = 0, 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        """Store ``keys`` ``[B, H, S, Dk]`` and ``values`` ``[B, H, S, Dv]``, and return what attention is to read.
+        """Store ``keys`` ``[B, H, S, Dk]`` and ``values`` ``[B, H, S, Dv]``, and return the input of attention.
 
-        On the ``"codes"`` path both results are the same `History`, else they are what `handed` says. Raises
-        `InputError`, and stores nothing, if the head dimensions are not the codecs', if a key or value to be stored is
-        NaN or infinite, or if a codec cannot encode yet. A GPU is not waited for: there it stores such a key or value,
-        and the next call but one raises, as do all calls after it and whoever saves the cache.
+        On the ``"codes"`` path both results are the same `History`; for others see `handed`. Raises `InputError`, and
+        stores nothing, if the head dimensions are not the codecs', if a key or value to be stored is NaN or infinite,
+        or if a codec is not fitted. On a GPU the check does not wait: a NaN is stored, and the second call after it
+        raises, as do all later calls and `veloxlab.save_cache`.
         """
         coming = self.check(keys, values)
         history = self.store(coming)
@@ -99,12 +99,12 @@ class CompressedKVCache(Runs, saved.Saved):
         return (history, history) if isinstance(coming, Joining) else self.handed(history, keys.shape[2])
 
     def begin(self) -> None:
-        """Let MLX compute the newest keys and values, for which a kernel on a CPU will wait."""
+        """Start the computation of the newest keys and values, which a kernel on a CPU needs."""
         if self._past and self._past.filled is None:
             begin(*self.recent.buffers.values())
 
     def check(self, keys: mx.array, values: mx.array) -> Coming | Joining:
-        """The first half of `update_and_fetch`: all that can fail, and changes nothing. See there what it raises."""
+        """The first half of `update_and_fetch`: all that can fail. It changes nothing, and raises the same errors."""
         self._checks.look(self.layer)
         if self._past and (keys.shape, values.shape) == self._one and self.recent.tokens < self.windows.most_recent:
             return Joining(keys, values)
@@ -139,7 +139,7 @@ class CompressedKVCache(Runs, saved.Saved):
         return Coming(keys, values, all_seen, arrival, codecs, sinks, packed, largest)
 
     def handed(self, history: History, count: int) -> tuple[Any, Any]:
-        """What the attention of ``count`` tokens is given of a ``history``, by the path: see the class."""
+        """The input of attention for ``count`` tokens, made from a ``history`` by the path; see the class."""
         if self.path == "codes":
             return history, history
         if self.path == "latents" and count == 1:
@@ -148,7 +148,7 @@ class CompressedKVCache(Runs, saved.Saved):
         return keys, values
 
     def store(self, coming: Coming | Joining) -> History:
-        """The second half of `update_and_fetch`, which nothing in the tokens can make fail: what can be seen."""
+        """The second half of `update_and_fetch`, which cannot fail: store the tokens, and return what can be seen."""
         if isinstance(coming, Joining):
             self._checks.kept(())
             self.recent.join(*coming)
@@ -184,13 +184,13 @@ class CompressedKVCache(Runs, saved.Saved):
         return create_causal_mask(N, self.visible, reach) if return_array or self.visible + N > reach else "causal"
 
     def keys_and_values(self) -> tuple[Any, Any]:
-        """What attention read last, for a layer that shares this one's keys and values; else all that is held."""
+        """The last input of attention, for a layer that shares these keys and values; otherwise all held tokens."""
         history = self._lent or self._history()
         return (history, history) if self.path == "codes" else self.arrays()
 
     @property
     def visible(self) -> int:
-        """Tokens held that the next one will see."""
+        """Held tokens that the next token can see."""
         return self.held if self.max_size is None else min(self.held, self.max_size - 1)
 
     @property
@@ -199,11 +199,11 @@ class CompressedKVCache(Runs, saved.Saved):
         return 2 * self.size() * self._values_per_token
 
     def arrays(self) -> tuple[mx.array, mx.array]:
-        """Those as decoded arrays, in the dtype that they came in."""
+        """The keys and values of `keys_and_values` as decoded arrays, in the dtype that they came in."""
         return (self._lent or self._history()).expand(self._dtype)
 
     def decoded(self) -> tuple[mx.array, mx.array]:
-        """All keys and values held, in float32: for looking at, not for attention."""
+        """All held keys and values in float32, for inspection."""
         return self._history().expand(mx.float32)
 
     def size(self) -> int:
@@ -211,11 +211,11 @@ class CompressedKVCache(Runs, saved.Saved):
         return self.offset if self.max_size is None else min(self.offset, self.max_size)
 
     def is_trimmable(self) -> bool:
-        """Whether the newest tokens can be dropped: always, but for a sliding layer that has forgotten older ones."""
+        """Whether the newest tokens can be dropped: always, except for a sliding layer that has dropped older ones."""
         return self.max_size is None or self.offset < self.max_size
 
     def check_trim(self, n: object) -> int:
-        """Give ``n``; raises `InputError` if it is no number of tokens, or the cache is not trimmable."""
+        """Return ``n``; raises `InputError` if it is not a number of tokens, or the cache is not trimmable."""
         if not self.is_trimmable():
             raise InputError(
                 f"Layer {self.layer} sees {self.max_size} tokens and has forgotten those before, which a shorter text "
@@ -224,9 +224,9 @@ class CompressedKVCache(Runs, saved.Saved):
         return int(TOKENS("n", n))
 
     def trim(self, n: int) -> int:
-        """Drop the newest ``n`` tokens (at most all), and give how many that were; raises as `check_trim`.
+        """Drop the newest ``n`` tokens (at most all), and return their number; raises as `check_trim`.
 
-        What was encoded stays encoded: the window fills again with the tokens to come.
+        Encoded tokens stay encoded: the window fills again with later tokens.
         """
         dropped = min(self.check_trim(n), self.offset)
         self._lent = self._past = None
@@ -235,26 +235,26 @@ class CompressedKVCache(Runs, saved.Saved):
 
     @staticmethod
     def merge(caches: Sequence[CompressedKVCache]) -> Any:  # noqa: ANN401 - the class would import this module
-        """One `veloxlab.cache.batch.BatchCompressedKVCache` of copies of ``caches``, each holding one sequence."""
+        """A `veloxlab.cache.batch.BatchCompressedKVCache` of copies of ``caches``, which hold one sequence each."""
         from veloxlab.cache.batch import BatchCompressedKVCache
 
         return BatchCompressedKVCache([copy.deepcopy(cache) for cache in caches])
 
     def to_batch(self, left_padding: Sequence[int]) -> Any:  # noqa: ANN401
-        """A batch of copies of this cache, before whose tokens padding comes: mlx-vlm's batches ask for it."""
+        """A batch of copies of this cache, with padding before their tokens; mlx-vlm's batches need it."""
         batch = self.merge([self] * len(left_padding))
         batch.prepare(left_padding=left_padding)
         return batch
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy of its own tokens; codecs never change, and are shared."""
+        """A copy with its own tokens. Codecs never change, and are shared."""
         other = copy.copy(self)
         other.sinks, other.packed, other.recent = (copy.deepcopy(run, memo) for run in self.runs)
         other._lent, other._past, other._checks = None, None, copy.copy(self._checks)
         return other
 
     def settle(self) -> None:
-        """Wait until it is known that what is stored can be; raises `InputError` as `update_and_fetch` does if not."""
+        """Wait for the checks of stored tokens; raises `InputError` as `update_and_fetch` does."""
         self._checks.settle(self.layer)
 
     def describe(self) -> tuple[saved.Content, list[mx.array]]:

@@ -1,4 +1,4 @@
-"""The prompt cache of a whole model: made compressed, or read from a file and checked against the model."""
+"""The prompt cache of a whole model: make one, or read one from a file and check it against the model."""
 
 from __future__ import annotations
 
@@ -44,41 +44,41 @@ def make_cache(
     calibration: Calibration | Sequence[Calibration] | None = None,
     **options: object,
 ) -> list[Any]:
-    """Make a compressed prompt cache for ``model``: a list with one cache per layer, for ``prompt_cache=``.
+    """Make a compressed prompt cache for ``model``: a list with one cache for each layer, for ``prompt_cache=``.
 
-    Layers that hold no keys and values (state-space, convolution) keep the model's own. Sliding layers hold what they
-    can see, compressed. Of latent attention (MLA) the latent counts as keys, and the rotary part of the keys as values.
-    Raises `InputError`: unknown method or option, bits out of range or beside a plan, a plan or calibration that
-    does not fit.
+    Layers without keys and values (state-space, convolution) keep the model's own cache. Sliding layers hold the tokens
+    that they can see, compressed. For latent attention (MLA) the latent is stored as keys, and the rotary part of the
+    keys as values. Raises `InputError`: unknown method or option, bits out of range or together with a plan, a plan or
+    calibration for another model.
 
     Parameters
     ----------
-    model : any mlx-lm model, or the ``language_model`` of one of mlx-vlm. The batches of mlx-vlm make their caches by
+    model : any mlx-lm model, or the ``language_model`` of an mlx-vlm model. Batches of mlx-vlm make their caches with
         ``language_model.make_cache``: set that to a function that calls this one.
-    method_or_plan : a method's id (`veloxlab.methods`), or a `veloxlab.Plan`, which says which bits each layer gets.
+    method_or_plan : a method's id (`veloxlab.methods`), or a `veloxlab.Plan`, which has the bits of each layer.
     bits, key_bits, value_bits : code bits per coordinate, 4 by default; the last two override the first. Some methods
-        take fractions; if one plans the bits of a whole model, keys and values share them where both have the same.
-    sinks, window : tokens kept exact, at the start and at the end; 4 and 64 by default. These and the next two are
-        the plan's, where there is one.
+        take fractions. If a method plans the bits of a whole model, keys and values with equal bits share one budget.
+    sinks, window : tokens kept exact, at the start and at the end; 4 and 64 by default. A plan has its own values of
+        these two and the next two.
     chunk : whether tokens of one call attend to one another ``"exact"``, by default, or through their ``"codes"``.
     sliding : whether layers with a sliding window are ``"compressed"``, by default, or keep their ``"exact"`` cache.
-    max_kv_size : tokens that layers without a window of their own are to hold at most, as mlx-lm's option of that name:
-        the ``sinks`` and the newest ones, older ones are forgotten. None keeps all.
-    calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted; several, for a plan of several.
+    max_kv_size : the most tokens that layers without a sliding window hold, as mlx-lm's option of that name: the
+        ``sinks`` and the newest ones; older ones are dropped. None keeps all.
+    calibration : the result of `veloxlab.calibrate`, for a method that must be fitted; a list for a plan of several.
     options : the method's own, such as ``variant="prod"`` or ``rotation="haar"``.
     """
     if "method" in options:
         said = f"method={options['method']!r} is none of a method's options"
         raise InputError(f"{said}: give the method as method_or_plan, behind the model.")
     plan = plan_of(method_or_plan)
-    alone = None if isinstance(calibration, Sequence) else calibration  # it is for all methods
+    alone = None if isinstance(calibration, Sequence) else calibration  # one calibration is for all methods
     given = calibration if isinstance(calibration, Sequence) else [alone] if alone else []
     for one in given:
         one.check_model(model)
     widths = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits}
     if isinstance(plan, str):
         plan = Plan.uniform(model, plan, **widths, **options)  # type: ignore[arg-type]
-        name = plan.model  # found once: it takes a checksum of all weights
+        name = plan.model  # found once, because it takes a checksum of all weights
     else:
         _check_plan(plan, widths | options, given)
         name = name_of(model)
@@ -95,7 +95,7 @@ def make_cache(
 
 
 def _mark_own(model: Module, caches: list[Any], name: str) -> None:
-    """Let the model's own caches among others be saved with a checksum, as ours are."""
+    """Add a checksum to the model's own caches in a compressed cache, so that all are saved with one."""
     for facts in probe.probe(model):
         own = probe.slot_of(caches, facts)
         if not isinstance(own, CompressedKVCache):
@@ -106,7 +106,7 @@ def _mark_own(model: Module, caches: list[Any], name: str) -> None:
 def _compressed(
     facts: probe.LayerFacts, plan: Plan, settings: LayerSettings, max_kv_size: int | None, model: str, fitted: Fitted
 ) -> CompressedKVCache | None:
-    """A cache as planned, or None where the model's own is left."""
+    """The compressed cache of a layer, or None if it keeps the model's own."""
     if facts.max_size is not None and plan.sliding == "exact":
         return None
     alone = (settings.key_method, settings.key_bits) != (settings.value_method, settings.value_bits)
@@ -135,22 +135,22 @@ def _compressed(
 def _check_plan(plan: Plan, beside: dict[str, Any], calibrations: Sequence[Calibration]) -> None:
     for name, value in beside.items():
         if value is not None:
-            raise InputError(f"{name} was given beside a plan, which says that for each layer: change the plan.")
+            raise InputError(f"{name} was given together with a plan, which has it for each layer: change the plan.")
     for one in calibrations:
         wanted = plan.calibrations.get(one.method, one.identity)
         if one.identity != wanted:
             raise InputError(
                 f"This plan was made with the calibration {wanted} of {one.method}, and {one.identity} was given: give "
-                "that one, or make the plan again with this."
+                "the first, or make the plan again with the second."
             )
 
 
 @checked(path=FILE, cache=CACHE, metadata=TEXTS)
 def save_cache(path: str | Path, cache: Sequence[Any], metadata: Mapping[str, str] | None = None) -> Path:
-    """Write a prompt cache as mlx-lm's ``save_prompt_cache`` does, but whole or not at all, and return its path.
+    """Write a prompt cache as mlx-lm's ``save_prompt_cache`` does, but atomically, and return its path.
 
-    The file is one of safetensors. ``metadata`` is what mlx-lm's ``load_prompt_cache`` gives back. Raises `InputError`
-    where it cannot be written, or for a cache that cannot be saved.
+    The file is a ``.safetensors`` file. mlx-lm's ``load_prompt_cache`` returns ``metadata``. Raises `InputError` if the
+    file cannot be written, or the cache cannot be saved.
     """
     file = Path(path) if str(path).endswith(".safetensors") else Path(f"{path}.safetensors")  # as mlx-lm does
     save: Any = save_prompt_cache  # it hands a file on to MLX, which takes an open one too
@@ -159,20 +159,20 @@ def save_cache(path: str | Path, cache: Sequence[Any], metadata: Mapping[str, st
 
 @checked(path=FILE, calibration=CALIBRATIONS)
 def load_cache(path: str | Path, model: Module, method_or_plan: str | Plan | None = None, **settings: Any) -> list[Any]:
-    """Read a prompt cache that `save_cache` or mlx-lm's own function wrote, and check that it is one for ``model``.
+    """Read a prompt cache that `save_cache` or mlx-lm's own function wrote, and check that it is for ``model``.
 
-    All layers of a cache that `make_cache` made say which model they are for, exact ones too, and have a checksum. A
-    cache that mlx-lm made says neither: its layers have to be of the number, kinds, shapes and dtypes of this model's.
-    ``method_or_plan`` and ``settings`` are as for `make_cache`, if the cache has to be of that method, bits and
-    calibration. Raises `InputError` if the file is missing or damaged, or not for this model, or not as wanted.
+    Each layer of a cache from `make_cache`, exact ones too, has the name of its model and a checksum. A cache from
+    mlx-lm has neither, so its layers must have the number, kinds, shapes and dtypes of this model's. Give
+    ``method_or_plan`` and ``settings`` as for `make_cache` to require this method, bits and calibration. Raises
+    `InputError` if the file is missing, damaged, for another model, or not as required.
     """
     for own in probe.slots_of(probe.own_cache(model)):
-        checksummed(type(own))  # makes the class that is looked up by its name
+        checksummed(type(own))  # makes the class, which mlx-lm looks up by its name
     attach()
-    probe.probe(model)  # so that a cache made for it is known to be for a model that is here
+    probe.probe(model)  # so that its name is known when caches are checked
     try:
         caches = list(load_prompt_cache(str(path)))
-        mx.eval([cache.state for cache in caches])  # mlx-lm reads arrays when they are needed
+        mx.eval([cache.state for cache in caches])  # mlx-lm reads arrays lazily
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except Exception as error:  # truncated, of another kind, or of a class that mlx-lm does not know
@@ -184,23 +184,23 @@ def load_cache(path: str | Path, model: Module, method_or_plan: str | Plan | Non
 
 
 def check_caches(model: Module, caches: Sequence[Any], wanted: Sequence[Any] | None = None) -> None:
-    """Raise `InputError` unless all ``caches`` are for ``model``, and hold what those ``wanted`` would."""
+    """Raise `InputError` unless all ``caches`` are for ``model``, with the codecs of those ``wanted``."""
     name = name_of(model)
     for part in sequences_of(caches):
         said = getattr(part, "model", None)
         if said not in (None, name):
-            raise InputError(f"This prompt cache was made for the model {said}, and this is {name}: load that model.")
+            raise InputError(f"This prompt cache was made for the model {said}, and this is {name}: load the first.")
     misfit = _misfit(caches, probe.after_one_token(model), probe.probe(model))
     if misfit:
         raise InputError(
-            f"This prompt cache is none that this model ({name}) can continue, as {misfit}: load the model that it was "
+            f"This model ({name}) cannot continue this prompt cache, because {misfit}: load the model that it was "
             "made for, or make it again from its text."
         )
     if wanted is None:
         return
     for slot, asked in zip(probe.slots_of(caches), probe.slots_of(wanted), strict=True):
         for found in sequences_of([slot]):
-            # a class of mlx-lm's own counts as that which it was before it had a checksum
+            # a class with a checksum counts as mlx-lm's own class
             if getattr(found, "native", type(found)) is not getattr(asked, "native", type(asked)):
                 raise InputError("This prompt cache has layers of other kinds than what was asked for: make it again.")
             for name in ("key_codec", "value_codec") if isinstance(found, CompressedKVCache) else ():
@@ -208,15 +208,15 @@ def check_caches(model: Module, caches: Sequence[Any], wanted: Sequence[Any] | N
 
 
 def _misfit(caches: Sequence[Any], own: Sequence[Any], facts: Sequence[probe.LayerFacts]) -> str | None:
-    """What tells ``caches`` from such as the model's ``own`` after one token would become, in words."""
+    """Describe how ``caches`` differ from the model's ``own`` caches after one token; None if they fit."""
     if len(caches) != len(own):
-        return f"it has {len(caches)} layers and the model {len(own)}"
+        return f"it has {len(caches)} layers and the model has {len(own)}"
     lengths: list[object] = []
     for layer, (entry, like) in enumerate(zip(caches, own, strict=True)):
         for slot, number in zip(probe.slots_of([entry]), (f.layer for f in facts if f.entry == layer), strict=False):
             for part in sequences_of([slot]):
                 if getattr(part, "layer", None) not in (None, number):
-                    return f"layer {part.layer} stands in the place of layer {number}"
+                    return f"layer {part.layer} is in the place of layer {number}"
         slots, likes = probe.slots_of([entry]), probe.slots_of([like])
         kinds, usual_kinds = (" and ".join(map(_kind, some)) for some in (slots, likes))
         if kinds != usual_kinds:
@@ -225,7 +225,7 @@ def _misfit(caches: Sequence[Any], own: Sequence[Any], facts: Sequence[probe.Lay
             for found, usual in zip(_held(slot), _held(expected), strict=False):
                 if found and usual and found != usual:
                     return f"layer {layer} holds {found}, and the model's {usual}"
-            if getattr(expected, "offset", 0):  # a layer that stores nothing of its own stays where it was
+            if getattr(expected, "offset", 0):  # a layer that stores no tokens of its own keeps its offset
                 lengths.append(slot.offset.tolist() if isinstance(slot.offset, mx.array) else slot.offset)
                 if lengths[-1] != lengths[0]:
                     return f"layer {layer} has read {lengths[-1]} tokens, and those before it {lengths[0]}"
@@ -245,7 +245,7 @@ def _check_codec(theirs: Codec, ours: Codec, layer: int) -> None:
 
 
 def sequences_of(caches: Sequence[Any]) -> list[Any]:
-    """The single caches of a prompt cache; those of ours that hold a batch, sequence by sequence."""
+    """All single caches of a prompt cache; a batch of ours gives those of its sequences."""
     slots = probe.slots_of(caches)
     return [part for slot in slots for part in (slot.rows if isinstance(slot, BatchCompressedKVCache) else [slot])]
 
@@ -261,8 +261,8 @@ def _has_states(cache: Any) -> bool:  # noqa: ANN401
 
 
 def _held(cache: Any) -> list[str | None]:  # noqa: ANN401
-    """What a cache that mlx-lm made holds of keys and of values, or its states, in words; None for what is empty."""
-    if _has_states(cache):  # states of fewer axes may be past tokens, which become more
+    """Describe the keys and values, or the states, in a cache of mlx-lm's; None for empty ones."""
+    if _has_states(cache):  # states with fewer axes may be tokens, whose number grows
         return [None if x is None or x.ndim < 3 else f"a state of {x.shape[1:]}" for x in cache.cache]
     held: list[str | None] = []
     for tensor in TENSORS:

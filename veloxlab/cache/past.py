@@ -1,4 +1,4 @@
-"""What comes before a layer's newest tokens: it stays for many of them, and so does what attention prepares of it."""
+"""The tokens before a layer's newest ones: they stay for many steps, and so do the kernel calls prepared for them."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Segment:
 
 
 def exact_run(s: Segment) -> ExactTokens:
-    """Tokens that are exact, for a kernel."""
+    """Exact tokens in a kernel's form."""
     return ExactTokens(s.keys.arrays["values"], s.values.arrays["values"])
 
 
 class Past:
-    """Segments that stay for many tokens, and what attention has prepared to read them, from token to token.
+    """Segments that stay for many steps, and the calls that attention has prepared to read them.
 
-    A GPU gets the whole buffers of the packed segment, of which only the first ``filled`` tokens are there, so that
-    what is prepared serves until they are full.
+    A GPU gets the whole buffers of the packed segment, of which only the first ``filled`` tokens are used. So a
+    prepared call serves until the buffers are full.
     """
 
     def __init__(self, segments: tuple[Segment, ...], filled: int | None = None) -> None:
@@ -49,7 +49,7 @@ class Past:
         self.derivatives: dict[tuple[object, ...], Callable[..., list[mx.array]]] = {}  # of their answers
 
     def refilled(self, filled: int) -> Past:
-        """The same once other tokens are in the same buffers: the next call asks again which kernels run."""
+        """The same buffers with more tokens; the next call checks again which kernels run."""
         other = Past.__new__(Past)
         other.__dict__.update(self.__dict__, filled=filled, last=None)
         other.__dict__.pop("segments", None)
@@ -57,7 +57,7 @@ class Past:
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """Of what is there."""
+        """The segments, with the filled tokens alone."""
         if self.filled is None or self.packed is None:
             return self._whole
         keys, values = (code[: self.filled] for code in (self.packed.keys, self.packed.values))
@@ -66,7 +66,7 @@ class Past:
 
     @cached_property
     def packed_at(self) -> int | None:
-        """Which segment is packed."""
+        """Index of the packed segment, or None."""
         for i, segment in enumerate(self._whole):
             if not isinstance(segment.key_codec, Exact):
                 return i
@@ -74,18 +74,18 @@ class Past:
 
     @cached_property
     def packed(self) -> Segment | None:
-        """The segment that is packed, of whole buffers."""
+        """The packed segment, with whole buffers."""
         return None if self.packed_at is None else self._whole[self.packed_at]
 
     @cached_property
     def sinks(self) -> ExactTokens | None:
-        """What comes before that, for a kernel."""
-        first = self._whole[0]  # its own object lasts: a CPU describes that once
+        """The exact tokens before the packed segment, for a kernel."""
+        first = self._whole[0]  # the same object at each call: a CPU describes it once
         return first.keys.once("exact", lambda: exact_run(first)) if self.packed_at else None
 
     @cached_property
     def readers(self) -> tuple[Reader, Reader] | None:
-        """How a kernel reads the packed keys and values, or None where no kernel does, or not such segments."""
+        """The readers of the packed keys and values; None if no kernel reads these segments."""
         at, packed = self.packed_at, self.packed
         if packed is None or at is None or at > 1 or len(self._whole) > at + 1:
             return None
@@ -99,7 +99,7 @@ class Past:
 
     @cached_property
     def brings_in(self) -> Callable[[mx.array], mx.array] | None:
-        """What makes queries those that a kernel compares with codes, where it does not do that by itself."""
+        """A function that brings queries into the space of the codes, or None if the kernel does that itself."""
         packed, readers = self.packed, self.readers
         if packed is None or readers is None or readers[0].signs is not None:
             return None
@@ -109,7 +109,7 @@ class Past:
 
 
 def before_window(held: Runs, codecs: tuple[Codec, Codec], last: Past | None) -> Past:
-    """What comes before a layer's window. On a GPU it is the ``last`` with more tokens, while its buffers have room."""
+    """The past before a layer's window. On a GPU the ``last`` one is used again while its buffers have room."""
     packed = held.packed
     if not packed.tokens or not device_backend().lazy:
         return Past(segments_of(held, held.runs[:2], codecs))
@@ -122,7 +122,7 @@ def before_window(held: Runs, codecs: tuple[Codec, Codec], last: Past | None) ->
 
 
 def segments_of(held: Runs, runs: Sequence[Run], codecs: tuple[Codec, Codec], hidden: int = 0) -> tuple[Segment, ...]:
-    """Segments of the first ``runs`` of a layer, but for the ``hidden`` oldest tokens behind the sinks."""
+    """Segments of the first ``runs`` of a layer, without the ``hidden`` oldest tokens behind the sinks."""
     segments, start = [], 0
     for run in runs:
         skip = 0 if run is held.sinks else min(hidden, run.tokens)
@@ -136,13 +136,13 @@ def segments_of(held: Runs, runs: Sequence[Run], codecs: tuple[Codec, Codec], hi
 
 
 def exact_arrays(segments: Sequence[Segment]) -> list[mx.array]:
-    """Keys and values of those that are exact."""
+    """Keys and values of the exact segments."""
     exact = (s for s in segments if isinstance(s.key_codec, Exact))
     return [code.arrays["values"] for s in exact for code in (s.keys, s.values)]
 
 
 def with_exact_arrays(segments: Sequence[Segment], arrays: Iterator[mx.array]) -> tuple[Segment, ...]:
-    """The same segments with others in the place of `exact_arrays`."""
+    """The same segments with these arrays in place of `exact_arrays`."""
     return tuple(
         replace(s, keys=Code({"values": next(arrays)}), values=Code({"values": next(arrays)}))
         if isinstance(s.key_codec, Exact)

@@ -1,4 +1,4 @@
-"""Where the sequences of a batch are in buffers that they share: numbers, the same for all layers of a model."""
+"""The positions of a batch's sequences in their shared buffers: numbers, the same for all layers of a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from veloxlab.kernels.splits import Places, Splits, numbers_of, splits_of
 
 
 class Part(NamedTuple):
-    """Where one sequence is."""
+    """The position of one sequence."""
 
     place: int  # entry of sinks and windows
     start: int  # column of the window's oldest token
@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """Where all sequences are. It is one object for the layers that have the same: `form_of` remembers the last."""
+    """The positions of all sequences. Layers with equal positions share one object: `form_of` keeps the last ones."""
 
     sinks: int  # of every sequence
     parts: tuple[Part, ...]
@@ -43,12 +43,12 @@ class Form:
 
     @cached_property
     def end(self) -> int:
-        """Behind all packed tokens and their room."""
+        """The end of all packed tokens and their room."""
         return max(part.base + part.room for part in self.parts)
 
     @cached_property
     def order(self) -> mx.array | None:
-        """The sequence of each place, any for a free one; None where each is in its own."""
+        """The sequence of each place, an arbitrary one for a free place; None if sequence i is in place i."""
         places = tuple(part.place for part in self.parts)
         return None if places == (*range(len(places)),) else _order(places, get_ident())
 
@@ -57,7 +57,10 @@ class Form:
         return [self.sinks + part.packed + column - part.start for part in self.parts]
 
     def fitting(self, packed: Sequence[int], recent: Sequence[int], column: int, room: tuple[int, int]) -> Form | None:
-        """With more sequences, of so many tokens, in free places of so many, and of so much room for packed tokens."""
+        """The form with more sequences, of these numbers of tokens, if there are free places and room; else None.
+
+        ``room`` is the number of places, and of packed tokens that fit into the buffers.
+        """
         used = {part.place for part in self.parts}
         free = [i for i in range(room[0]) if i not in used]
         if len(free) < len(packed) or max(recent) > column:
@@ -84,7 +87,7 @@ def _order(places: tuple[int, ...], _: int) -> mx.array:
 
 
 def apart(sinks: int, packed: Sequence[int], recent: Sequence[int], column: int) -> Form:
-    """Sequences one after the other, with the same room for the tokens to come."""
+    """The form of sequences one after the other, with equal room for later tokens."""
     parts, base, more = [], 0, slack(max(packed))
     for place, (count, exact) in enumerate(zip(packed, recent, strict=True)):
         parts.append(Part(place, column - exact, count, base, count + more))
@@ -93,12 +96,12 @@ def apart(sinks: int, packed: Sequence[int], recent: Sequence[int], column: int)
 
 
 def slack(packed: int) -> int:
-    """Room for tokens to come, where the longest sequence has so many packed ones."""
+    """Room for later tokens, if the longest sequence has this many packed ones."""
     return max(2 * BLOCK, packed // SLACK_SHARE)
 
 
 def offsets(form: Form, column: int) -> mx.array:
-    """Tokens of each sequence ``[B]``: one array for layers that have them in other places."""
+    """Tokens of each sequence ``[B]``: one array for all layers, wherever their tokens lie."""
     lengths = form.lengths(column)
     shortest = min(lengths)
     return _offsets(tuple(length - shortest for length in lengths), shortest, get_ident())
@@ -106,25 +109,25 @@ def offsets(form: Form, column: int) -> mx.array:
 
 @lru_cache(maxsize=64)
 def _offsets(beyond: tuple[int, ...], shortest: int, thread: int) -> mx.array:
-    """The same for one thread: MLX computes what a thread has asked for when that thread asks for more."""
+    """One array for each thread, because MLX evaluates a thread's graph in that thread."""
     return _beyond(beyond, thread) + shortest
 
 
 @lru_cache(maxsize=64)
 def _beyond(tokens: tuple[int, ...], _: int) -> mx.array:
-    """Those that each has more than the shortest, which stay: a GPU moves what Python makes, and waits for that."""
+    """Tokens of each sequence beyond the shortest, cached because a GPU waits to copy an array from Python."""
     return mx.array(tokens) + 0
 
 
 @lru_cache(maxsize=64)
 def columns(form: Form, column: int, padding: int) -> tuple[int, ...]:
-    """Columns of a mask before the oldest token of each sequence, of which the newest are in one column."""
+    """Columns of a mask before the oldest token of each sequence; the newest tokens are in one column."""
     lengths = form.lengths(column)
     return tuple(max(lengths) + padding - length for length in lengths)
 
 
 def mask_of_all(before: tuple[int, ...], width: int) -> mx.array:
-    """The mask of one more token of each sequence, which sees all of its own; one object for layers of one step."""
+    """The mask of one more token, which sees its whole sequence; one object for all layers in a step."""
     mask: mx.array | None = _masks.get((before, width))
     if mask is None:
         mask = create_causal_mask(1, width, left_padding=_beyond(before, get_ident()))
@@ -132,12 +135,12 @@ def mask_of_all(before: tuple[int, ...], width: int) -> mx.array:
     return mask
 
 
-# while a step uses them: those of past steps would be bytes that no cache counts
+# weak: masks of past steps would be memory that no cache counts
 _masks: WeakValueDictionary[tuple[tuple[int, ...], int], mx.array] = WeakValueDictionary()
 
 
 def numbers(form: Form, padding: int, room: int) -> mx.array:
-    """What a kernel has to know of each sequence, in windows of so many columns: `veloxlab.kernels.splits.Sizes`."""
+    """The description of each sequence for a kernel, with ``room`` columns in a window: `kernels.splits.Sizes`."""
     both = zip(form.parts, columns(form, room, padding), strict=True)
     return numbers_of(
         [Places(form.sinks, part.packed, 0, part.base, part.place, part.start, own) for part, own in both]
@@ -152,7 +155,7 @@ def splits(form: Form, room: int, kernel: AttendKernel) -> Splits:
 
 @lru_cache(maxsize=16)
 def sources(old: Form, new: Form) -> mx.array:
-    """Where each packed token of ``new`` is in ``old``, whose sequences are the first of ``new``; any for room."""
+    """The index in ``old`` of each packed token in ``new``; ``old`` has the first sequences of ``new``."""
     index = np.zeros(new.end, np.uint32)
     for before, after in zip(old.parts, new.parts, strict=False):
         index[after.base : after.base + after.packed] = np.arange(before.base, before.base + after.packed)
@@ -160,23 +163,23 @@ def sources(old: Form, new: Form) -> mx.array:
 
 
 @lru_cache(maxsize=16)
-def stretches(firsts: tuple[int, ...], count: int) -> mx.array:
-    """The places ``first .. first + count`` of all."""
+def indices_of(firsts: tuple[int, ...], count: int) -> mx.array:
+    """The indices ``first .. first + count`` for each of ``firsts``, flat."""
     return (few_numbers(firsts)[:, None] + mx.arange(count, dtype=mx.uint32)).flatten()
 
 
 def taken(array: mx.array, index: mx.array, axis: int) -> mx.array:
-    """Some of an array; zeros of one that is empty."""
+    """Entries of an array at ``index``; zeros if it is empty."""
     if array.size:
         return mx.take(array, index, axis=axis)
     return mx.zeros((*array.shape[:axis], index.size, *array.shape[axis + 1 :]), array.dtype)
 
 
 def put(held: mx.array, firsts: tuple[int, ...], new: mx.array) -> None:
-    """Write tokens ``[rows, H, block, ...]`` to stretches of ``held`` ``[1, H, S, ...]``, where they begin."""
+    """Write tokens ``[rows, H, block, ...]`` to ``held`` ``[1, H, S, ...]``, each row from its first index on."""
     rows, heads, block, numbers = new.shape
     if rows == 1:
         held[:, :, firsts[0] : firsts[0] + block] = new
     else:
         by_head = new.swapaxes(0, 1).reshape(1, heads, rows * block, numbers)
-        held[:, :, stretches(firsts, block)] = by_head
+        held[:, :, indices_of(firsts, block)] = by_head

@@ -1,4 +1,4 @@
-"""A plan: which method and how many bits each layer's keys and values get, as a file that people can read."""
+"""A plan: the method and bits of each layer's keys and values, as a file that people can read."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ Chunk = Literal["exact", "codes"]
 Sliding = Literal["compressed", "exact"]
 
 DEFAULT_BITS = 4
-FEW_KINDS = 3  # that the line of a plan names
-DEFAULT_SINKS, DEFAULT_WINDOW = 4, 64  # tokens; a few first ones draw much attention, whatever the text
+FEW_KINDS = 3  # that `repr` of a plan lists
+DEFAULT_SINKS, DEFAULT_WINDOW = 4, 64  # tokens; the first few get much attention in any text
 DEFAULT_CHUNK: Chunk = "exact"
 DEFAULT_SLIDING: Sliding = "compressed"
 
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """How one layer's cache is made: a method and code bits for keys and for values, and the methods' options.
+    """Settings of one layer's cache: method and code bits of keys and of values, and the methods' options.
 
-    ``options`` are those of both, ``key_options`` and ``value_options`` those of one, such as the widths of its heads.
+    ``options`` are for both, ``key_options`` and ``value_options`` for one of them, such as the widths of its heads.
     """
 
     key_method: str
@@ -63,7 +63,7 @@ class LayerSettings:
 
 
 def usual_bits(method: str, exact_bits: int, bits: float | None = None) -> float:
-    """``bits``, or by default those of an exact value for ``"none"``, else `DEFAULT_BITS`."""
+    """``bits``; by default `DEFAULT_BITS`, or those of an exact value for ``"none"``."""
     usual = exact_bits if method == "none" else DEFAULT_BITS
     return usual if bits is None else bits
 
@@ -87,11 +87,11 @@ def cache_name(method: str, widths: Mapping[Tensor, float]) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """What `veloxlab.make_cache` is to make for one model.
+    """The settings of a cache for one model, for `veloxlab.make_cache`.
 
-    ``layers`` has settings for each entry of the prompt cache; those of a layer that keeps its own cache are not used.
-    ``allocation`` is the identity of the measurements by which bits were allocated, and ``calibrations`` has those of
-    calibrations, by method.
+    ``layers`` has settings for each entry of the prompt cache. Settings of a layer that keeps its own cache are not
+    used. ``allocation`` is the identity of the measurements that bits were allocated by, and ``calibrations`` has the
+    identities of calibrations, by method.
     """
 
     model_hash: str
@@ -106,7 +106,7 @@ class Plan:
     calibrations: dict[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """One line; `frame` tells of every layer."""
+        """One line; `frame` lists every layer."""
         kinds: Counter[str] = Counter()
         for i, layer in enumerate(self.layers):
             key, value = (sum(self.widths(i, tensor)) / len(self.widths(i, tensor)) for tensor in TENSORS)
@@ -141,7 +141,7 @@ class Plan:
         widths = tensor_bits(method, exact_width(model), bits, key_bits, value_bits)
         settings = LayerSettings(method, widths["keys"], method, widths["values"], options)
         facts = probe(model)
-        for tensor, _, width, given in settings.tensors:  # a plan that cannot be attached is never saved
+        for tensor, _, width, given in settings.tensors:  # a plan with wrong settings is never saved
             for dim in {layer.dims[tensor] for layer in facts if layer.compressible}:
                 find_method(method).codec(dim, width, tensor, **given)
         layers = (settings,) * (1 + max(layer.layer for layer in facts))
@@ -149,7 +149,7 @@ class Plan:
 
     @checked()
     def with_layer(self, layer: int, **changes: object) -> Self:
-        """A plan that differs in one layer: any fields of `LayerSettings`, such as ``key_bits=8``."""
+        """A plan with other settings of one layer: any fields of `LayerSettings`, such as ``key_bits=8``."""
         if not 0 <= layer < len(self.layers):
             raise InputError(f"This plan has layers 0 to {len(self.layers) - 1}, and no layer {layer}.")
         changed = replace(self.layers[layer], **changes)  # type: ignore[arg-type]
@@ -159,7 +159,7 @@ class Plan:
 
     @checked()
     def settings_for(self, model: Module) -> Sequence[LayerSettings]:
-        """The layers' settings, if this plan was made for a model of these shapes; else raise `InputError`."""
+        """The layers' settings; raises `InputError` if the plan was made for a model of other shapes."""
         found = model_hash(model)
         if found != self.model_hash:
             raise InputError(
@@ -170,7 +170,7 @@ class Plan:
 
     @property
     def frame(self) -> pl.DataFrame:
-        """One row per layer: ``layer, key_method, key_bits, value_method, value_bits``; code bits, means over heads."""
+        """A row for each layer: ``layer, key_method, key_bits, value_method, value_bits``; mean code bits of heads."""
         import polars as pl
 
         rows = []
@@ -198,20 +198,20 @@ class Plan:
         return {method: sorted(widths) for method, widths in found.items()}
 
     def to_json(self) -> str:
-        """What `save` writes, with a checksum."""
+        """The text that `save` writes, with a checksum."""
         return to_json(FORMAT, asdict(self), indent=2) + "\n"
 
     @checked()
     def save(self, path: str | Path) -> Path:
-        """Write the plan as JSON, whole or not at all, and return the path; raises `InputError` where it cannot be."""
+        """Write the plan as JSON, atomically, and return the path; raises `InputError` if it cannot be written."""
         return write_atomically(path, self.to_json().encode())
 
     @classmethod
     @checked(path=checks.FILE)
     def load(cls, path: str | Path) -> Self:
-        """Read a plan that `save` wrote; raises `InputError` for a file that is missing or is no plan.
+        """Read a plan that `save` wrote; raises `InputError` if the file is missing or not a plan.
 
-        A file that was changed by hand is read if its line ``"sha256"`` was deleted.
+        To edit a file by hand, delete its line ``"sha256"``.
         """
         way_out = 'save it again with plan.save, or delete its line "sha256" if you changed it'
         with reading("plan", Path(path), way_out):
@@ -220,7 +220,7 @@ class Plan:
     @classmethod
     @checked(text=WORDS)
     def from_json(cls, text: str) -> Self:
-        """Undo `to_json`; raises `InputError` as `load`."""
+        """The plan of a text from `to_json`; raises `InputError` as `load`."""
         with reading("plan", None, "give what plan.to_json gave"):
             return cls._of(text)
 
@@ -235,11 +235,11 @@ class Plan:
 
 
 def plan_of(given: Any) -> Any:  # noqa: ANN401 - what `make_cache` takes
-    """What was given, or the plan of the file whose path it is."""
+    """The plan in a file if a path is given; otherwise the argument."""
     return Plan.load(Path(given)) if isinstance(given, PathLike) else given
 
 
 def model_hash(model: Module) -> str:
-    """Twelve hex digits over the shapes of a model's caches: what a plan depends on."""
+    """Twelve hex digits of a checksum over the shapes of a model's caches, which a plan depends on."""
     facts = "layer", "slot", "native", "compressible", "max_size", "kv_heads", "key_dim", "value_dim"
     return digest([[getattr(found, fact) for fact in facts] for found in probe(model)])[:12]

@@ -1,4 +1,4 @@
-"""The tokens of one layer in buffers that grow and shrink with them; without arrays the same code predicts room."""
+"""The tokens of one layer in buffers that grow and shrink. Without arrays the same code predicts their room."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Run:
     """Consecutive tokens in growable buffers: named arrays ``[B, H, S, ...]``, such as ``"keys/codes"``."""
 
     def __init__(self, most: int | None = None, tokens: int = 0, buffers: Arrays | None = None) -> None:
-        self.most, self.tokens, self.buffers = most, tokens, buffers or {}  # it will never hold more than `most`
+        self.most, self.tokens, self.buffers = most, tokens, buffers or {}  # `most`: the limit of tokens
         self.room = next((buffer.shape[2] for buffer in self.buffers.values()), 0)  # tokens that buffers can hold
-        self._codes: dict[tuple[int, int], Codes] = {}  # views of the buffers as they are, by what was asked for
+        self._codes: dict[tuple[int, int], Codes] = {}  # views of the current buffers, by (start, skip)
 
     def __deepcopy__(self, memo: object) -> Run:
-        """A run of its own: buffers are shared until one of the two changes them."""
+        """A copy, which shares the buffers until one of the two changes them."""
         return Run(self.most, self.tokens, {name: mx.array(buffer) for name, buffer in self.buffers.items()})
 
     def tensor_buffers(self, tensor: Tensor) -> Arrays:
@@ -35,7 +35,7 @@ class Run:
         return {name.removeprefix(start): buffer for name, buffer in self.buffers.items() if name.startswith(start)}
 
     def codes(self, start: int = 0, skip: int = 0) -> Codes:
-        """Codes but the ``skip`` oldest, as views that are kept; ``start`` is where the oldest held is in the text."""
+        """Codes without the ``skip`` oldest, as cached views; ``start`` is the position of the oldest held token."""
         known = self._codes.get((start, skip))
         if known is None:
             arrays: tuple[Arrays, Arrays] = {}, {}
@@ -46,11 +46,11 @@ class Run:
         return known
 
     def whole(self, start: int) -> Codes:
-        """The buffers as codes, with all that they have room for."""
+        """The whole buffers as codes, with the unused room."""
         return Code(self.tensor_buffers("keys"), start), Code(self.tensor_buffers("values"), start)
 
     def append(self, count: int, codes: Codes | None = None, oldest: int = 0) -> None:
-        """Forget the ``oldest`` tokens, and add ``count`` at the end."""
+        """Drop the ``oldest`` tokens, and add ``count`` at the end."""
         if not count:
             self.drop(oldest=oldest)
             return
@@ -67,12 +67,12 @@ class Run:
             parts = [self.buffers[name][:, :, kept], new] if self.tokens else [new]
             if self.room > total:
                 parts.append(_slack((*new.shape[:2], self.room - total, *new.shape[3:]), new.dtype))
-            # one part is a view, as a rule, which would keep the keys or values of a whole prompt alive
+            # one part is usually a view, which would keep the keys or values of a whole prompt alive
             self.buffers[name] = mx.concatenate(parts, axis=2) if len(parts) > 1 else mx.contiguous(new)
         self.tokens = total
 
     def join(self, keys: mx.array, values: mx.array) -> None:
-        """Add an exact token to others: the short way of `append`."""
+        """Add one exact token: a faster `append`."""
         if self.tokens == self.room:
             self.append(1, (Code({"values": keys}), Code({"values": values})))
             return
@@ -83,7 +83,7 @@ class Run:
         self.buffers["values/values"][:, :, at:total] = values
 
     def make_way(self, oldest: int) -> int:
-        """Forget the ``oldest`` tokens before one comes, if its room is that of now; how many are left to forget."""
+        """Drop the ``oldest`` tokens in place before one comes, if the room stays; returns how many are left."""
         tokens = self.tokens - oldest
         if self.most is None or self.room != tokens + 1 + min(window_step(), self.most - tokens - 1):
             return oldest
@@ -95,11 +95,11 @@ class Run:
 
     @property
     def exact(self) -> Exact:
-        """Tokens that are exact, for a kernel: no views of the buffers."""
+        """The exact tokens in a kernel's form, with the buffers themselves."""
         return Exact(self.buffers["keys/values"], self.buffers["values/values"], self.tokens, self.room)
 
     def _room_for(self, new: int) -> int:
-        """Room once ``new`` tokens have joined: growth by decoding takes slack, a long append is sized as it is."""
+        """Room after ``new`` tokens have joined: growth by decoding takes slack, a long append takes what it needs."""
         tokens = self.tokens + new
         if tokens <= self.room and (new == 1 or self.most is None):
             return self.room
@@ -108,13 +108,13 @@ class Run:
         return tokens + (max(STEP * (new == 1), tokens // SLACK_SHARE) if new <= BLOCK else 0)
 
     def drop(self, *, oldest: int = 0, newest: int = 0) -> None:
-        """Forget tokens and release their memory."""
+        """Drop tokens and release their memory."""
         if not oldest and not newest:
             return
         kept = slice(oldest, self.tokens - newest)
         self._codes.clear()
         if self.most is None and not oldest and self.room - kept.stop <= kept.stop // SLACK_SHARE:
-            self.tokens = kept.stop  # to free so few is not worth a copy of a long text
+            self.tokens = kept.stop  # so few are not worth a copy of a long text
             return
         self.tokens = self.room = kept.stop - kept.start
         # a view would keep the whole buffer alive
@@ -122,13 +122,13 @@ class Run:
 
 
 def named(codes: Sequence[Code]) -> Arrays:
-    """Arrays of keys' and values' codes by their names in a run; nothing of none."""
+    """Arrays of the codes of keys and values by their names in a run; empty without codes."""
     both = zip(TENSORS, codes, strict=False)
     return {f"{tensor}/{name}": array for tensor, code in both for name, array in code.arrays.items()}
 
 
 def _slack(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """Room for tokens to come, which is made once where it is little."""
+    """Room for later tokens; small arrays are made once."""
     return _few_zeros(shape, dtype) if shape[TOKENS] <= STEP else mx.zeros(shape, dtype)
 
 
@@ -143,7 +143,7 @@ class Runs:
     """Three runs of tokens in order: ``sinks``, ``packed`` and ``recent``."""
 
     def __init__(self, windows: Windows) -> None:
-        self.windows, self.evicted = windows, 0  # tokens behind the sinks that were forgotten
+        self.windows, self.evicted = windows, 0  # `evicted`: dropped tokens behind the sinks
         self.sinks, self.packed, self.recent = Run(windows.sinks), Run(), Run(windows.most_recent)
 
     @property
@@ -175,7 +175,7 @@ class Runs:
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def empty(self) -> bool:
-        """Whether no token has come."""
+        """Whether no token was stored."""
         return self.offset == 0
 
     def tensor_nbytes(self, tensor: Tensor) -> int:
@@ -185,24 +185,24 @@ class Runs:
     def take(
         self, arrival: Arrival, sinks: Codes | None = None, packed: Codes | None = None, recent: Codes | None = None
     ) -> None:
-        """Move tokens as ``arrival`` says; without the codes that join each run they are counted alone."""
+        """Move tokens by the counts of ``arrival``; without codes the tokens are only counted."""
         self.sinks.append(arrival.to_sinks, sinks)
         if arrival.gone:
             self._drop_oldest(self.packed.tokens + self.recent.tokens)
             self.evicted += arrival.gone
         self.packed.append(arrival.to_packed, packed)
         oldest = arrival.from_recent
-        if oldest and arrival.to_recent == 1 and not arrival.from_new:  # all that moves was there before
+        if oldest and arrival.to_recent == 1 and not arrival.from_new:  # only old tokens move
             oldest = self.recent.make_way(oldest)
             ahead(*self.packed.buffers.values(), *self.recent.buffers.values())
         self.recent.append(arrival.to_recent, recent, oldest)
 
     def evict(self) -> None:
-        """Forget what a sliding layer sees no more."""
+        """Drop tokens that a sliding layer no longer sees."""
         self._drop_oldest(self.windows.leaving(self.packed.tokens, self.recent.tokens))
 
     def drop_newest(self, count: int) -> None:
-        """Forget the last ``count`` tokens."""
+        """Drop the last ``count`` tokens."""
         for run in reversed(self.runs):
             newest = min(count, run.tokens)
             run.drop(newest=newest)
@@ -216,14 +216,14 @@ class Runs:
 
 
 def compressed_room(windows: Windows, tokens: int, decoded: int = 0, chunk: int = CHUNK) -> Room:
-    """Room of a `CompressedKVCache` after the `calls` of a text, its ``chunk`` being ``"exact"``, on this device."""
+    """Room of a `CompressedKVCache` with ``chunk="exact"`` after the `calls` of a text, on this device."""
     return _room(windows, tokens, decoded, chunk, window_step())
 
 
 @lru_cache(maxsize=4096)
 def _room(windows: Windows, tokens: int, decoded: int, chunk: int, _: int) -> Room:
     runs, counts = Runs(windows), [*calls(tokens, decoded, chunk)]
-    if windows.reach is None and chunk > 2 * BLOCK:  # how the first of many chunks came shows in no buffer
+    if windows.reach is None and chunk > 2 * BLOCK:  # the first of many chunks does not change the room
         before = counts[: -3 - decoded]
         counts = [*([sum(before)] if before else []), *counts[len(before) :]]
     for count in counts:

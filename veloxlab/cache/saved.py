@@ -1,7 +1,7 @@
-"""How caches are saved: settings, codecs and runs, with a SHA-256 checksum, in the files that mlx-lm writes.
+"""Serialisation of caches: settings, codecs and runs, with a SHA-256 checksum, in the files that mlx-lm writes.
 
-mlx-lm saves the ``state`` of each cache: arrays as tensors, and words as the numbers of their characters. Ours begins
-with arrays, and ends with one word, a JSON text that says what they are.
+mlx-lm saves the ``state`` of each cache: arrays as tensors, and strings as the codes of their characters. Our state
+has arrays, and then one string: a JSON text that describes them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _SAVED = "saved cache", None, "make it again from its text"  # what is read, and
 
 
 class Description(str):
-    """A text that is written when its characters are asked for.
+    """A string that is made when its characters are read.
 
-    mlx-lm reads ``state`` after each chunk of a prefill, to evaluate its arrays, and once to save it. Only then does it
-    look at the characters: hashing all that is held would be too much to do each time.
+    mlx-lm reads ``state`` after each chunk of a prefill, to evaluate its arrays, and once to save it. It reads the
+    characters only to save. A checksum of all held bytes at each chunk would take too long.
     """
 
     _content: Content
@@ -37,7 +37,7 @@ class Description(str):
     _settle: Callable[[], None]
 
     def __new__(cls, content: Content, arrays: Sequence[mx.array], settle: Callable[[], None]) -> Self:
-        """``settle`` raises `InputError` if what is held must not be saved."""
+        """``settle`` raises `InputError` if the tokens must not be saved."""
         self = super().__new__(cls)
         self._content, self._arrays, self._settle = content, arrays, settle
         return self
@@ -48,24 +48,24 @@ class Description(str):
 
 
 class Saved(InPlace, ABC):
-    """What mlx-lm needs of a cache to evaluate it, to save it and to read it again."""
+    """The interface that mlx-lm needs to evaluate, save and read a cache."""
 
     @abstractmethod
     def describe(self) -> tuple[Content, list[mx.array]]:
-        """What `rebuild` needs: what JSON can hold, and arrays. What was only for layers that attended is let go."""
+        """JSON content and arrays, for `rebuild`. References that only other layers needed are dropped."""
 
     @abstractmethod
     def settle(self) -> None:
-        """Raise `InputError` if what is held must not be saved."""
+        """Raise `InputError` if the tokens must not be saved."""
 
     @classmethod
     @abstractmethod
     def rebuild(cls, content: Content, arrays: Iterator[mx.array]) -> Self:
-        """Undo `describe`, with the next of ``arrays``."""
+        """Make a cache from the result of `describe`; takes the next of ``arrays``."""
 
     @property
     def state(self) -> list[Any]:
-        """What is evaluated after each chunk of a prefill, and what is saved: the arrays, and a description."""
+        """The arrays and a description: evaluated after each chunk of a prefill, and saved."""
         content, arrays = self.describe()
         return [*arrays, Description(content, arrays, self.settle)]
 
@@ -75,15 +75,15 @@ class Saved(InPlace, ABC):
 
     @classmethod
     def from_state(cls, state: Sequence[Any]) -> Self:
-        """Undo `state`; raises `InputError` if it was altered, or is of another version, method or model than here."""
+        """Make a cache from a `state`; raises `InputError` if it is damaged, or of another version, method or model."""
         content, arrays = _opened(state)
         return cls.rebuild(content, iter(arrays))
 
 
 class Checksummed:
-    """What `add_checksum` adds to a model's own cache: it saves its model and layer, and a checksum.
+    """A model's own cache that also saves its model, its layer and a checksum; see `add_checksum`.
 
-    mlx-vlm's caches have a second part of their state, which mlx-lm does not save: it is in the description.
+    The state of mlx-vlm's caches has a second part, which mlx-lm does not save. The description has it.
     """
 
     native: ClassVar[Any]  # the class of the model's own cache
@@ -107,7 +107,7 @@ class Checksummed:
         content, _ = _opened([*arrays, saved[-1]])
         with reading(*_SAVED):
             if content["leaves"] != leaves:
-                raise ValueError("it is not what was written")
+                raise ValueError("its checksum does not match")
         settings = content["settings"]
         check_model(settings["model"], settings["layer"])
         self.native.state.fset(self, saved[0])
@@ -117,19 +117,24 @@ class Checksummed:
 
     @classmethod
     def from_state(cls, state: Sequence[Any]) -> Self:
-        """As mlx-lm's, where mlx-vlm's takes more."""
+        """As mlx-lm's; mlx-vlm's takes more arguments."""
         self = cls.__new__(cls)
         self.state = state
         return self
 
 
-_KINDS = KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache  # that models make; mlx-vlm has its own of these names
-_NAMES = {"mlx_lm.models.cache": "Sealed", "mlx_vlm.models.cache": "SealedVlm"}  # by module, as they stand in files
+_KINDS = (
+    KVCache,
+    RotatingKVCache,
+    ChunkedKVCache,
+    ArraysCache,
+)  # that models make; mlx-vlm has classes of the same names
+_NAMES = {"mlx_lm.models.cache": "Sealed", "mlx_vlm.models.cache": "SealedVlm"}  # in files
 _checksummed: dict[type, type] = {}
 
 
 def checksummed(kind: type) -> type | None:
-    """The class that saves caches of ``kind`` with a checksum, or None; a file of them is read once it was made."""
+    """The class that saves caches of ``kind`` with a checksum, or None. mlx-lm reads its files once it exists."""
     name = _NAMES.get(kind.__module__)
     if kind not in _checksummed and name is not None and kind.__name__ in [own.__name__ for own in _KINDS]:
         own = {"native": kind, "reason": f"the model's own {kind.__name__}"}
@@ -142,7 +147,7 @@ for _kind in _KINDS:
 
 
 def add_checksum(cache: Any, model: str, layer: int, reason: str) -> None:  # noqa: ANN401 - any model's own
-    """Let a model's own cache save what it is of, with a checksum, where it is of a kind that mlx-lm reads."""
+    """Make a model's own cache save its model, layer and checksum, if mlx-lm can read a cache of its kind."""
     kind = checksummed(type(cache))
     if kind is not None:
         cache.__class__ = kind
@@ -159,7 +164,7 @@ def describe_codec(codec: Codec) -> tuple[Content, list[mx.array]]:
 
 
 def restore_codec(said: Content, arrays: Iterator[mx.array]) -> Codec:
-    """Undo `describe_codec`, with the next of ``arrays``; raises `InputError` for a codec of another version."""
+    """Make a codec from `describe_codec` and the next of ``arrays``; raises `InputError` for another version."""
     kind, own = saving.find_class(said["class"]), {name: next(arrays) for name in said["arrays"]}
     with reading(*_SAVED):
         saving.check_version(said["class"].partition(".")[0], said["version"])
@@ -167,7 +172,7 @@ def restore_codec(said: Content, arrays: Iterator[mx.array]) -> Codec:
 
 
 def check_model(model: str, layer: int | None) -> None:
-    """Raise `InputError` if caches were made here for other models, and none for ``model``; asks at layer 0 alone."""
+    """Raise `InputError` if this process made caches for other models and none for ``model``. Only layer 0 checks."""
     if not model or layer:
         return
     others = sorted({identity.name_of(other) for other in list(identity.models_here.values())})
@@ -179,7 +184,7 @@ def check_model(model: str, layer: int | None) -> None:
 
 
 def _opened(state: Sequence[Any]) -> tuple[Content, list[mx.array]]:
-    """Content and arrays of a saved ``state``, evaluated; raises `InputError` unless they are what was written."""
+    """Content and evaluated arrays of a saved ``state``; raises `InputError` if the checksum differs."""
     with reading(*_SAVED):
         *arrays, said = state
         # a state that was not saved holds a `Description`, whose characters come from its iterator
@@ -187,6 +192,6 @@ def _opened(state: Sequence[Any]) -> tuple[Content, list[mx.array]]:
 
 
 def _leaves(state: object) -> tuple[dict[str, str], list[mx.array]]:
-    """Kinds of all that a state holds, by name, and as arrays all but None."""
+    """The kinds of all entries of a state, by name, and the entries that are not None as arrays."""
     leaves: list[tuple[str, Any]] = tree_flatten(state)  # type: ignore[assignment]
     return {name: type(leaf).__name__ for name, leaf in leaves}, [mx.array(x) for _, x in leaves if x is not None]

@@ -1,6 +1,6 @@
-"""The sequences of a batch while they are decoded: a GPU reads a layer's tokens of all by one launch.
+"""The sequences of a batch while they are decoded: a GPU reads one layer of all sequences by one launch.
 
-What the windows no longer hold is encoded into the shared buffers (`veloxlab.cache.buffers`).
+Tokens that leave the windows are encoded into the shared buffers (`veloxlab.cache.buffers`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from veloxlab.errors import InputError
 from veloxlab.kernels.checked import ahead
 from veloxlab.kernels.devices import current_backend
 
-Asked = tuple[list[list[CompressedKVCache]], list[list[CompressedKVCache]]]  # whose tokens `Checks` has; see there
+Asked = tuple[list[list[CompressedKVCache]], list[list[CompressedKVCache]]]  # rows with open `Checks`
 
 
 def can_share(rows: Sequence[CompressedKVCache]) -> bool:
-    """Whether the device can read such rows by one launch."""
+    """Whether the device can read these rows by one launch."""
     backend, first = current_backend(), rows[0]
     if backend is None or not backend.lazy or first.path != "codes" or first.max_size is not None or first.lends:
         return False
@@ -40,7 +40,7 @@ def can_share(rows: Sequence[CompressedKVCache]) -> bool:
 
 
 def _kind(row: CompressedKVCache) -> tuple[object, ...]:
-    """What rows must share."""
+    """Properties that all rows must share."""
     return row.windows, row.layer, row.path, row.max_size, row.lends, row._dtype, row.key_codec, row.value_codec
 
 
@@ -49,13 +49,13 @@ def _heads(row: CompressedKVCache) -> int:
 
 
 class Stack(Buffers):
-    """The tokens of ``rows``, which `can_share` them; until `release` they have none of their own, but for `show`."""
+    """The tokens of ``rows`` that `can_share` buffers. Until `release` the rows hold none, but for views of `show`."""
 
     def __init__(self, rows: Sequence[CompressedKVCache]) -> None:
         first = rows[0]
         super().__init__(first.windows, (first.key_codec, first.value_codec), _heads(first), first._dtype)
         self.rows: list[CompressedKVCache] = []
-        self.refused = False  # there is no kernel for the queries that came
+        self.refused = False  # whether there was no kernel for the queries
         self._kind, self._layer, self._checks = _kind(first), first.layer, Checks()
         self._turned = any(isinstance(x, Rope) for codec in self.codecs for x in vars(codec).values())
         self._asked: Asked = [], []
@@ -65,7 +65,7 @@ class Stack(Buffers):
     # tokens that come ------------------------------------------------------------------------------------------------
 
     def takes(self, keys: mx.array, values: mx.array) -> bool:
-        """Whether these are one more token of each row."""
+        """Whether these are one token of each row, in the dtype of the buffers."""
         forms = zip((keys, values), self._recent.values(), strict=True)
         return all(
             new.shape == (len(self.rows), held.shape[1], 1, held.shape[3]) and new.dtype == held.dtype
@@ -93,8 +93,8 @@ class Stack(Buffers):
                 raise
 
     def _evict(self, column: int) -> None:
-        """Encode what leaves the windows that end before ``column``."""
-        leaving = column - self._windows.most_recent  # those that begin before this one
+        """Encode the tokens that leave the windows when these end before ``column``."""
+        leaving = column - self._windows.most_recent  # windows that begin before this column
         if self.form.oldest < leaving:
             self._pack([i for i, part in enumerate(self.form.parts) if part.start < leaving])
         else:
@@ -102,7 +102,7 @@ class Stack(Buffers):
             self._asked = self._asked[1], []
 
     def _pack(self, leaving: list[int]) -> None:
-        """Encode the oldest block of the windows of some rows, the same positions of a text together."""
+        """Encode the oldest block of the windows of some rows; rows with equal positions together."""
         groups, largest = dict[tuple[int, int], list[int]](), list[Largest]()
         for i in leaving:
             packed = self.form.parts[i].packed
@@ -133,7 +133,7 @@ class Stack(Buffers):
         ahead(*self._packed.values(), *(x for each in largest for x in each), *some)
 
     def _oldest(self, held: mx.array, group: Sequence[int], block: int) -> mx.array:
-        """The block of each row's window that is to be encoded ``[rows, H, block, D]``."""
+        """The oldest block of the windows of a group ``[rows, H, block, D]``."""
         parts = [self.form.parts[i] for i in group]
         place, start = parts[0].place, parts[0].start
         if [(part.place, part.start) for part in parts] == [(place + i, start) for i in range(len(parts))]:
@@ -143,7 +143,7 @@ class Stack(Buffers):
     # rows that come and go --------------------------------------------------------------------------------------------
 
     def add(self, rows: Sequence[CompressedKVCache]) -> bool:
-        """Take in more rows, behind the others, if all can be read together."""
+        """Append more rows, if all can be read together; returns whether they can."""
         if not (_kind(rows[0]) == self._kind and can_share(rows)):
             return False
         for row in rows:
@@ -175,31 +175,31 @@ class Stack(Buffers):
             self._regrow()
 
     def trim(self, count: int) -> bool:
-        """Drop the newest tokens of each row, if it keeps its sinks."""
+        """Drop the newest tokens of each row, if all keep their sinks; returns whether they do."""
         if min(self.lengths) - count < max(1, self.form.sinks):
             return False
         self._hide()
         column, parts = max(0, self.column - count), []
         for part in self.form.parts:
-            lost = max(0, count - (self.column - part.start))  # of those that are packed
+            lost = max(0, count - (self.column - part.start))  # packed tokens
             parts.append(part._replace(start=min(part.start, column), packed=part.packed - lost))
         self.column, self.form, self._numbers = column, places.form_of(self.form.sinks, tuple(parts)), None
         return True
 
     def show(self) -> None:
-        """Let the rows hold views of their tokens, until the next one comes."""
+        """Let the rows hold views of their tokens until the next token comes."""
         if not self._shown:
             self._give(lambda array: array)
             self._shown = True
 
     def release(self) -> None:
-        """Let the rows have tokens of their own."""
+        """Give the rows their own tokens again."""
         self._give(mx.contiguous)
         for row in self.rows:
             row._checks = self._of([row])[0]
 
     def taken(self, index: int) -> CompressedKVCache:
-        """A copy of a row, with tokens of its own."""
+        """A copy of a row, with its own tokens."""
         row = copy.copy(self.rows[index])
         self._give(mx.contiguous, {index: row})
         row._checks = self._of([self.rows[index]])[0]
@@ -210,7 +210,7 @@ class Stack(Buffers):
         self._checks.settle(self._layer)
 
     def _of(self, rows: Sequence[CompressedKVCache]) -> tuple[Checks, Asked]:
-        """What is not known yet of these rows: a bad one is no matter of the others."""
+        """The open checks of these rows alone, so that a bad row does not affect the others."""
         ids = {id(row) for row in rows}
         at = [[[j for j, row in enumerate(group) if id(row) in ids] for group in call] for call in self._asked]
         left = [[[row for row in group if id(row) in ids] for group in call] for call in self._asked]
@@ -226,7 +226,7 @@ class Stack(Buffers):
             _hold(row, runs)
 
     def _hide(self) -> None:
-        """Views would let each write copy what it writes to."""
+        """Take the views from the rows: with views, each write would copy the buffer."""
         for row in self.rows if self._shown else ():
             _hold(row, [Run(run.most) for run in row.runs])
         self._shown = False
