@@ -25,6 +25,7 @@ from tests.surprises_adapters import adapters
 from tests.surprises_drafts import drafts
 from tests.surprises_results import ANSWER, PROMPT, PROMPTS, model
 from veloxlab.allocate import AverageBits, RateBudget
+from veloxlab.cache.counts import CHUNK
 from veloxlab.measure.activations import first_tokens, stretches
 from veloxlab.measure.generation import DIGITS, PLAIN, QUESTION, Reader, hidden
 from veloxlab.measure.quality import divergence, log_probabilities, of_targets
@@ -37,11 +38,13 @@ FOLDER = shipped_folder("data") / "results"
 FILE = FOLDER / "surprises_in_use.ndjson"
 CODES: dict[str, Any] = {"sinks": 0, "window": 0, "chunk": "codes"}  # as the greedy texts
 METHODS = ("turboquant", "ratequant", "fisherquant", "commvq", "mlx-lm")
+BEHIND_4096 = [("none", 16), ("fisherquant", 2), ("commvq", 2), ("turboquant", 3), ("turboquant", 4), ("mlx-lm", 4)]
 DEPTHS = 10
 TEMPERATURE = 0.7
 SAMPLED = [*product(["turboquant"], [2, 3, 4]), ("rabitq", 4), ("mlx-lm", 4), ("mlx-lm", 8)]
 PREFIX, NEW, ENDING = 256, 16, 128  # tokens: read by both, read behind, of an ending that is read and trimmed between
 LONG, ALONE, CALL = 8192, 1024, 512  # tokens of a long text, of its stretches, and of one call
+IN_LONG = [("turboquant", 2), ("turboquant", 4), ("fisherquant", 2), ("mlx-lm", 4)]
 Row = dict[str, Any]
 
 
@@ -64,13 +67,14 @@ def made(method: str, bits: int, **settings: Any) -> list[Any]:
 
 
 @lru_cache(maxsize=1)
-def with_passkey(context: int, depth: int) -> tuple[list[int], list[int], list[Any]]:
-    """The last token of a text and the question, the answer, and the exact cache after the text before."""
+def with_passkey(context: int, depth: int) -> tuple[list[int], list[int], list[int], list[Any]]:
+    """What is left of a text behind its first call, the question, the answer, and the exact cache after that call."""
     net, tokenizer = model()
     number = str(np.random.default_rng([context, depth]).integers(10 ** (DIGITS - 1), 10**DIGITS))
     ids = hidden(tokenizer, first_tokens(tokenizer, None, context, **PLAIN), context, depth / DEPTHS, number)
     question, answer = (list(tokenizer.encode(words, **PLAIN)) for words in (QUESTION, f" {number}"))
-    return [ids[-1], *question], answer, Reader(net, own_cache(net)).read(ids[:-1]).cache
+    first = min(CHUNK, context - 1)
+    return ids[first:], question, answer, Reader(net, own_cache(net)).read(ids[:first]).cache
 
 
 def hand_over(exact: list[Any], cache: list[Any]) -> None:
@@ -83,24 +87,28 @@ def hand_over(exact: list[Any], cache: list[Any]) -> None:
 def passkey(context: int, depth: int, method: str, bits: int) -> Row:
     """Nats of the answer, and whether each of its tokens is the most probable one. Sinks and window are the usual.
 
-    A prompt of up to 2,048 tokens is read in one call, whose tokens see one another exactly: its keys and values are
-    those of the exact cache, whatever cache they go to.
+    The first 2,048 tokens of a prompt are read in one call, whose tokens see one another exactly: their keys and
+    values are those of the exact cache, whatever cache they go to. The others are read by each cache, in a call more.
     """
-    asked, answer, exact = with_passkey(context, depth)
+    rest, question, answer, exact = with_passkey(context, depth)
     cache = copy.deepcopy(exact) if method == "none" else made(method, bits)
     if method != "none":
         hand_over(exact, cache)
-    logits = model()[0](mx.array([[*asked, *answer[:-1]]]), cache=cache)[0, -len(answer) :]
+    if len(rest) > 1:
+        Reader(model()[0], cache).read(rest[:-1])
+    logits = model()[0](mx.array([[rest[-1], *question, *answer[:-1]]]), cache=cache)[0, -len(answer) :]
     said, wanted = log_probabilities(logits), mx.array(answer)
     return {"nll": of_targets(said, wanted).sum().item(), "hit": (said.argmax(axis=-1) == wanted).all().item()}
 
 
 def passkeys() -> Iterator[Row]:
-    """First what two bits lose, of 1,024 tokens before 2,048, and all caches of one text together."""
+    """First what two bits lose, of 1,024 tokens before 2,048, all caches of one text together; some of 4,096 last."""
     for context, widths in product((1024, 2048), ((16, 2), (3, 4))):
         every = [cache for bits in widths for cache in ([("none", 16)] if bits == 16 else product(METHODS, [bits]))]
         for depth, (method, bits) in product(range(DEPTHS), every):
             yield {"context": context, "depth": depth, "method": method, "bits": bits}
+    for depth, (method, bits) in product(range(DEPTHS), BEHIND_4096):
+        yield {"context": 4096, "depth": depth, "method": method, "bits": bits}
 
 
 # sampled texts --------------------------------------------------------------------------------------------------------
@@ -196,17 +204,18 @@ def all_reused() -> Iterator[Row]:
 
 
 def losses(first: int, count: int) -> Row:
-    """Mean loss of each stretch of the tokens from ``first`` on, which are read through codes, by bits."""
+    """Mean loss of each call's tokens from ``first`` on, by cache. All but sinks are read through codes."""
     net, tokenizer = model()
     ids = first_tokens(tokenizer, None, LONG, **PLAIN)[first : first + count]
-    own, caches = own_cache(net), {bits: made("turboquant", bits, window=0, chunk="codes") for bits in (2, 4)}
-    found: dict[str, list[float]] = {str(bits): [] for bits in caches}
+    coded = {"window": 0, "chunk": "codes"}
+    caches = {f"{name} {bits} bit": made(name, bits, **(coded if name != "mlx-lm" else {})) for name, bits in IN_LONG}
+    own, found = own_cache(net), {name: list[float]() for name in caches}
     for start in range(0, count, CALL):
         read = mx.array([ids[start : start + CALL]])
         exact = log_probabilities(net(read, cache=own)[0])
-        for bits, cache in caches.items():
+        for name, cache in caches.items():
             kl = divergence(exact, log_probabilities(net(read, cache=cache)[0]))
-            found[str(bits)].append(round(kl.mean().item(), 6))
+            found[name].append(round(float(kl.mean().item()), 6))
         mx.clear_cache()
         print(f"  {start + CALL} of {count} tokens: {found}", flush=True)
     return found
