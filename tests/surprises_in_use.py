@@ -203,28 +203,35 @@ def all_reused() -> Iterator[Row]:
 # a long text ----------------------------------------------------------------------------------------------------------
 
 
-def losses(first: int, count: int) -> Row:
-    """Mean loss of each call's tokens from ``first`` on, by cache. All but sinks are read through codes."""
+def read_in_calls(first: int, count: int, cache: list[Any]) -> Iterator[mx.array]:
+    """Log-probabilities behind so many tokens of the text, from ``first`` on: an array for each call."""
     net, tokenizer = model()
     ids = first_tokens(tokenizer, None, LONG, **PLAIN)[first : first + count]
-    coded = {"window": 0, "chunk": "codes"}
-    caches = {f"{name} {bits} bit": made(name, bits, **(coded if name != "mlx-lm" else {})) for name, bits in IN_LONG}
-    own, found = own_cache(net), {name: list[float]() for name in caches}
     for start in range(0, count, CALL):
-        read = mx.array([ids[start : start + CALL]])
-        exact = log_probabilities(net(read, cache=own)[0])
-        for name, cache in caches.items():
-            kl = divergence(exact, log_probabilities(net(read, cache=cache)[0]))
-            found[name].append(round(float(kl.mean().item()), 6))
+        said = log_probabilities(net(mx.array([ids[start : start + CALL]]), cache=cache)[0])
+        mx.eval(said)
         mx.clear_cache()
-        print(f"  {start + CALL} of {count} tokens: {found}", flush=True)
-    return found
+        print(f"  {start + CALL} of {count} tokens", flush=True)
+        yield said
+
+
+@lru_cache(maxsize=1)
+def exactly_read(first: int, count: int) -> list[mx.array]:
+    return [*read_in_calls(first, count, own_cache(model()[0]))]  # 1.6 GB of the whole text
+
+
+def losses(first: int, count: int, method: str, bits: int) -> Row:
+    """Mean loss of each call's tokens. All but sinks are read through codes."""
+    cache = made(method, bits, **({} if method == "mlx-lm" else {"window": 0, "chunk": "codes"}))
+    both = zip(exactly_read(first, count), read_in_calls(first, count, cache), strict=True)
+    return {"kl": [divergence(exact, said).mean().item() for exact, said in both]}
 
 
 def longest() -> Iterator[Row]:
-    """The whole text last: it takes long."""
-    yield from ({"first": first, "count": ALONE} for first in range(0, LONG, ALONE))
-    yield {"first": 0, "count": LONG}
+    """The text's end alone, the whole text, and some other stretches of it."""
+    alone = [(first, ALONE) for first in range(ALONE, LONG, 2 * ALONE)]
+    for (first, count), (method, bits) in product([alone[-1], (0, LONG), *alone[:-1]], IN_LONG):
+        yield {"first": first, "count": count, "method": method, "bits": bits}
 
 
 # the runner -----------------------------------------------------------------------------------------------------------
