@@ -435,6 +435,22 @@ def test_the_bar_waits_for_the_end_of_what_runs_when_all_is_cancelled(worker):
     assert ("held", "cancelled", "hidden") in seen
 
 
+def test_a_bar_that_is_seen_again_when_nothing_runs_is_at_rest(worker):
+    """Though it heard of another job since."""
+    bar, held = ProgressBar(worker), Held()
+    fill, label, button = bar.children
+    worker.submit("held", held)
+    assert held.started.wait(PATIENCE)
+    bar.activate(False)
+    assert fill.layout.visibility == "visible"
+    held.go.set()
+    idle(worker)
+    worker.submit("other", lambda _: None)
+    idle(worker)
+    bar.activate(True)
+    assert (fill.layout.visibility, button.layout.visibility, label.value) == ("hidden", "hidden", "")
+
+
 def test_a_bar_that_comes_late_shows_what_runs_and_cancels_it(worker):
     started, go = threading.Event(), threading.Event()
 

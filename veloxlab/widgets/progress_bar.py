@@ -6,6 +6,7 @@ import html
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ipywidgets
@@ -14,6 +15,7 @@ from veloxlab.widgets.layout import button
 from veloxlab.widgets.lifetime import weakly
 from veloxlab.widgets.worker import Status, Worker
 
+ENDED = ("done", "cancelled", "failed")
 PAUSE = 0.05  # seconds between two moves of the bar: a page needs no more
 
 
@@ -35,11 +37,11 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
     ) -> None:
         self._worker, self._moved, self._busy = worker, 0.0, ""  # the kind of job that runs
         self._own, self.before = own, ipywidgets.HTML()
-        self._newest: Status | None = None
+        self._ended: Status | None = None  # the job that ended last
         self._active, self._changing = True, threading.Lock()
         self._retry = retry or worker.retry
         self._can_retry = can_retry or (lambda: worker.can_retry)
-        self._bar = ipywidgets.FloatProgress(0, min=0, max=1, layout={"flex": "0 1 180px", "margin": "0 8px 0 0"})
+        self._bar = ipywidgets.FloatProgress(0, min=0, max=1, layout={"flex": "0 1 120px", "margin": "0 8px 0 0"})
         self._label = ipywidgets.Label(layout={"flex": "1 1 auto", "min_width": "0"})
         self._button = button("Cancel", "", self._pressed, width="90px")
         layout = {"align_items": "center", "height": "28px", "overflow": "hidden", **layout}
@@ -60,13 +62,14 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
         """Follow the worker from now on, beginning with what was missed, or leave it."""
         with self._changing:
             self._active = active
-            newest = self._worker.newest or self._newest
-            if active and newest is not None:
-                self._tell(newest)
+            if active:
+                self._busy, self._label.value = "", ""  # of a job whose end was not heard
+                newest = self._worker.newest or self._ended
+                (self._show if newest is None else partial(self._tell, newest))()
 
     def _follow(self, status: Status) -> None:
         with self._changing:
-            self._newest = status
+            self._ended = status if status.state in ENDED else self._ended
             if self._active:
                 self._tell(status)
 
@@ -81,7 +84,7 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
             self._bar.value = status.done / status.total if status.total else 0
             self._label.value = _said(status)
             self._show(status.key)
-        elif status.state in ("done", "cancelled", "failed") and self._busy in ("", status.key):
+        elif status.state in ENDED and self._busy in ("", status.key):
             self._label.value = {"failed": status.label, "cancelled": "cancelled"}.get(status.state, "")
             self._bar.bar_style = "danger" if status.state == "failed" else ""
             self._show()
