@@ -80,7 +80,7 @@ def test_a_cell_of_the_map_picks_its_layer_and_head(lab, page):
     assert page.wait(120)
     assert (lab.layer, lab.head) == (1, 1)
     place = page.place
-    exact, held = page._held[(), 1, "rvq", (2, 2), 0, 0]
+    exact, held = page._held[(), 1, "rvq", (2, 2), 0, 0, 0]
     expected = tokens.attended_keys(exact, held, place, 1)
     assert page.shown["keys"]["weight"].to_list() == expected["weight"].to_list()
 

@@ -157,6 +157,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         _one("--plan", "plan file from plan.save", Path, metavar="FILE", required=True),
         CACHE[3],
         *_text(512, 4),
+        _one("--seed", "seed of what is calibrated now; codes have that of the plan", int, 0),
         _many("--tasks", f"questions that are asked too, of {', '.join(TASKS)}", default=[], choices=TASKS),
         _one("--questions", "questions of each task", int, 16),
         _one("--out", "the page", Path, Path("report.html"), metavar="FILE"),
@@ -176,6 +177,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         MODEL,
         _many("--methods", "method ids (default: all)"),
         _one("--sinks", "first tokens that our caches keep exact; with some no times are taken", int, 0),
+        _one("--seed", "seed of what is random in our codes or their calibration", int, 0),
         (
             "--peers",
             {"action": "store_true", "help": "measure other projects' caches, each in an environment of its own"},

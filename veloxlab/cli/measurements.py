@@ -60,6 +60,7 @@ def compare_caches(
     model: str,
     out: Path,
     sinks: int = 0,
+    seed: int = 0,
     methods: Sequence[str] | None = None,
     peers: bool = False,
     times: bool = False,
@@ -69,8 +70,10 @@ def compare_caches(
 
     With ``sinks`` there are no times, and no tables either. With ``peers`` other projects' caches are measured. With
     ``times`` those of an earlier comparison are measured again, which have to be of a quiet machine. ``methods`` are
-    those of ours that are measured, if not all.
+    those of ours that are measured, if not all. Files of a ``seed`` that is not 0 have names of their own.
     """
+    if seed and (peers or times):
+        raise InputError(f"With --peers or --times nothing has a seed: leave out --seed {seed}.")
     if methods and (peers or times):
         raise InputError("With --peers or --times there is no choice of our methods: leave out --methods.")
     if times:
@@ -86,6 +89,7 @@ def compare_caches(
     from veloxlab.views import frontier, picture
 
     stem = make_folder(out) / f"compare_{results_name(model)}{f'_{sinks}_sinks' if sinks else ''}"
+    stem = Path(f"{stem}{f'_seed_{seed}' if seed else ''}")
     unfinished = Path(f"{stem}.unfinished.parquet")
     missing: dict[str, str] = {}
 
@@ -93,7 +97,7 @@ def compare_caches(
         write_parquet(unfinished, rows)
         missing.update(left_out)
 
-    frame = compare(*vl.load(model), methods=methods, sinks=sinks, **text, progress=say, on_rows=keep)
+    frame = compare(*vl.load(model), methods=methods, sinks=sinks, seed=seed, **text, progress=say, on_rows=keep)
     write_parquet(Path(f"{stem}.parquet"), frame)
     write_atomically(Path(f"{stem}.png"), picture.png(frontier(frame).to_dict(), width=2 * picture.WIDTH))
     if not sinks:

@@ -23,11 +23,13 @@ MB = 1e6
 NAMED = 2  # layers with bits of their own that a title lists
 
 
-def write_report(model: str, plan: Path, out: Path, calibration: Sequence[Path] = (), **settings: Any) -> None:
+def write_report(
+    model: str, plan: Path, out: Path, calibration: Sequence[Path] = (), seed: int = 0, **settings: Any
+) -> None:
     """Measure the cache of a plan, print the answer, and write the page."""
     check_place(out)
     wanted = Plan.load(plan)
-    cells = [*steps(model, wanted, calibration_code(wanted, calibration), **settings)]
+    cells = [*steps(model, wanted, calibration_code(wanted, calibration, seed), **settings)]
     shown, space = run(cells, say)
     title = f"{name_of(wanted) or plan.stem} on {model}"
     sections = [first_section(title, space), *sections_of(cells, shown)]

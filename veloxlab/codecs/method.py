@@ -84,6 +84,10 @@ class Method:
         if not self.codecs:  # those of a method from elsewhere mean what it says
             check_options(options)
 
+    def seeded(self, seed: int) -> dict[str, Any]:
+        """Options by which what is random in a codec follows a seed; a fitted one has that of its calibration."""
+        return {"seed": seed} if seed and "seed" in self.options and not self.calibrated else {}
+
     def codec(self, head_dim: int, bits: float, tensor: Tensor, **options: object) -> Codec:
         """Make the codec, after `check`."""
         self.check(bits, tensor, options)

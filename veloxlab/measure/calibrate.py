@@ -74,14 +74,17 @@ def calibrate(
     read = {"model": fingerprint(model), "text": digest(ids), "tokens": len(ids), "seed": seed}
     of_widths: dict[str, object] = {"bits": [] if found.planned else widths, "options": _as_json(options)}
     facts = {"version": found.version, **read, **of_widths}
+    own = {"seed": seed} if seed and "seed" in found.options else {}  # of the codec's rotation
 
     def made() -> Calibration:
         if found.planned:
             place = kept_in("calibrations", folder) / f"windows-{digest({'version': found.version, **read})[:16]}"
             samples = with_gradients(model, _windows(ids), DEFAULT_SINKS, seed, place, progress)
-            fitted = _to_gradients(found, samples, options)
+            fitted = _to_gradients(found, samples, options | own)
         else:
-            fitted = _to_activations(found, capture_layers(model, ids, progress, "fitting"), widths, seed, options)
+            fitted = _to_activations(
+                found, capture_layers(model, ids, progress, "fitting"), widths, seed, options | own
+            )
         return Calibration(method, facts, dict(fitted))
 
     if found.codecs:  # registered: a file could not tell whether its code is still the same

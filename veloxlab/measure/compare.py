@@ -52,6 +52,7 @@ def compare(
     tokens: int = 512,
     windows: int = 3,
     sinks: int = 0,
+    seed: int = 0,
     progress: Progress = silent,
     on_rows: OnRows = silent,
 ) -> pl.DataFrame:
@@ -61,14 +62,15 @@ def compare(
     codes over an edge: divergences were then up to 2 % apart.
     A method that takes fractions has a quarter of a bit more, as most others have with their scales. Every token is
     compressed, and is read through its codes; with ``sinks`` all but so many first ones, in our caches, and no times
-    are taken. Methods that need it are calibrated on their usual text. A cache that this model cannot have is left out;
+    are taken. ``seed`` is of what is random in our codes and their calibration. Methods that need it are calibrated on
+    their usual text. A cache that this model cannot have is left out;
     ``progress`` and ``on_rows`` are told why. mlx-lm's cache is filled once: what
     `mx.quantize` gave, decoded and quantized again is another cache (``findings/mlx_quantize_twice_is_not_once.sh``).
     Raises `InputError`: as `veloxlab.reference` and `veloxlab.capture`; or every cache is left out.
     """
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows)
     seen = None if sinks else capture(model, tokenizer, text, tokens=tokens).layers[0]
-    makers = _makers(model, tokenizer, bits, sinks, methods)
+    makers = _makers(model, tokenizer, bits, sinks, methods, seed)
     attempts = [Attempt(name, partial(_row, exact, seen, name, maker)) for name, maker in makers.items()]
     frame, left_out = possible_rows(attempts, len(attempts), COMPARED, progress, on_rows)
     if frame.is_empty():
@@ -115,21 +117,26 @@ def _times(model: Module, seen: LayerCapture, make: CacheMaker) -> dict[str, flo
 
 
 def _makers(
-    model: Module, tokenizer: Tokenizer, bits: tuple[int, ...], sinks: int, methods: Sequence[str] | None = None
+    model: Module,
+    tokenizer: Tokenizer,
+    bits: tuple[int, ...],
+    sinks: int,
+    methods: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> dict[str, Callable[[], CacheMaker]]:
     """By name of the cache, what calibrates it where it has to be, and gives what makes it."""
     wanted = METHODS.values() if methods is None else [find_method(method) for method in methods]
     ours = ((m, b + m.fractional / 4) for m in wanted for b in bits if m.id != "none" and b in m.bits)
     makers: dict[str, Callable[[], CacheMaker]] = {
-        f"{m.id} {b:g} bit": partial(_ours, model, tokenizer, m, number_of_bits(b), sinks) for m, b in ours
+        f"{m.id} {b:g} bit": partial(_ours, model, tokenizer, m, number_of_bits(b), sinks, seed) for m, b in ours
     }
     theirs = (b for b in (2, 3, 4, 8) if b in bits or b == 8)
     return makers | {f"mlx-lm {b} bit": partial(partial, quantized_cache, bits=b) for b in theirs}
 
 
-def _ours(model: Module, tokenizer: Tokenizer, method: Method, bits: float, sinks: int) -> CacheMaker:
-    fitted = calibrate(model, tokenizer, method.id, bits=bits) if method.calibrated else None
-    settings: dict[str, Any] = {"chunk": "codes", "sinks": sinks, "window": 0}
+def _ours(model: Module, tokenizer: Tokenizer, method: Method, bits: float, sinks: int, seed: int) -> CacheMaker:
+    fitted = calibrate(model, tokenizer, method.id, bits=bits, seed=seed) if method.calibrated else None
+    settings: dict[str, Any] = {"chunk": "codes", "sinks": sinks, "window": 0, **method.seeded(seed)}
     return partial(make_cache, method_or_plan=method.id, bits=bits, calibration=fitted, **settings)
 
 

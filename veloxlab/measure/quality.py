@@ -147,7 +147,8 @@ def fidelity(
         to a prompt cache, such as one that makes mlx-lm's ``QuantizedKVCache``.
     text : the shipped WikiText-2 test excerpt by default.
     tokens, windows : length and number of stretches of text, one after the other, each with a fresh cache.
-    options : those of `fidelity_to`, and further arguments of `veloxlab.make_cache`, such as ``bits`` and ``window``.
+    options : those of `fidelity_to`, and further arguments of `veloxlab.make_cache`, such as ``bits``, ``window`` and
+        ``seed``, which is of what is random in the codec; `veloxlab.calibrate` takes that of one that is fitted.
     """
     make_one = maker(method_or_plan, {n: v for n, v in options.items() if n not in _OF_EVALUATE})
     if not callable(method_or_plan):

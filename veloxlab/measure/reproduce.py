@@ -75,12 +75,12 @@ def steps(
         yield Step("", "", "vl.views.task_scores(answers)")
 
 
-def calibration_code(plan: Plan, files: Sequence[Path]) -> str:
-    """Python that gives the calibrations of a plan: from files, and fitted where none is given."""
+def calibration_code(plan: Plan, files: Sequence[Path] = (), seed: int = 0) -> str:
+    """Python that gives the calibrations of a plan: from files, and fitted with a seed where none is given."""
     found = [f"vl.Calibration.load({str(Path(file).absolute())!r})" for file in files]
     if not files:
         found = [
-            f"vl.calibrate(model, tokenizer, {method!r}, bits={widths})"
+            f"vl.calibrate(model, tokenizer, {method!r}, bits={widths}{f', {seed=}' if seed else ''})"
             for method, widths in plan.method_widths.items()
             if find_method(method).calibrated or method in plan.calibrations
         ]

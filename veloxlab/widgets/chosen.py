@@ -60,7 +60,13 @@ class ChosenBits(Chosen):
                 obj.selection.choose(own_bits={**choice.own_bits, layer: tuple(bits)})
 
 
-class OfCache(t.HasTraits):
+class Seeded(t.HasTraits):
+    """The seed as a trait of a page."""
+
+    seed = Chosen("seed", help="seed of what is random in codes or in their calibration")
+
+
+class OfCache(Seeded):
     """Traits of a page of whole caches; the bits are those of all layers."""
 
     method = Chosen("method", help="a method's id")

@@ -68,6 +68,7 @@ class Lab(Experimenter, OfExperiment, OfLayers):
 
     - ``page``, a trait: the open page, one of ``cache``, ``advise``, ``errors``, ``keys``, ``tokens``, ``compare``,
       ``generation``, ``runs``, ``times``, ``tasks``, ``budget`` and ``memory``. ``pages``: those made so far, by name.
+    - ``seed``, a trait: of what is random in codes or in their calibration; each run keeps it.
     - ``head``, ``token``, traits: the chosen KV head, and the chosen token by its position in the text; None for the
       token that lost most. ``compact``, a trait: small charts, so that a page fits one screen.
     - ``points``: what was measured. ``points.windows`` is the number of windows of text, ``points.table`` a frame of

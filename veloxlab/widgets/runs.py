@@ -21,7 +21,15 @@ from veloxlab.store import read_parquet, reading, write_parquet
 from veloxlab.widgets.selection import Choice, Selection
 
 FORMAT = "veloxlab runs 2"
-SETTINGS = ("method", "key_bits", "value_bits", "sinks", "window", "own_bits")  # of a choice: what makes a cache
+SETTINGS = (
+    "method",
+    "key_bits",
+    "value_bits",
+    "sinks",
+    "window",
+    "own_bits",
+    "seed",
+)  # of a choice: what makes a cache
 TOGETHER = 1.0  # seconds in which moves of one knob are one step
 MOST = 100  # steps that are kept
 

@@ -24,6 +24,7 @@ from veloxlab.views.marks import bits_said
 EXACT = "none"  # the method that compresses nothing
 Bits = tuple[float, float]  # of keys and of values
 NAMED = 2  # layers with bits of their own that a name lists
+MOST_SEED = 2**31 - 1  # that a page offers
 STEP = 0.25  # of bits, where a method takes fractions
 CACHE = ("method", "key_bits", "value_bits", "sinks", "window")  # parts that describe a cache of equal layers
 INTEGER = whole()
@@ -47,7 +48,8 @@ class Fitting:
     tokenizer: Any = None
     given: Calibration | None = None
     held: set[tuple[str, float]] = field(default_factory=set)  # methods and widths whose fit a person cancelled
-    _made: dict[str, Calibration] = field(default_factory=dict)
+    seed: int = 0  # of what is fitted, unless another is asked for
+    _made: dict[tuple[str, int], Calibration] = field(default_factory=dict)  # by method and seed
     _fits: tuple[str, float] | None = None
 
     @property
@@ -67,22 +69,26 @@ class Fitting:
 
     def is_ready(self, method: str, width: float) -> bool:
         """Whether nothing has to be fitted first."""
-        return not self._missing(method, [width])
+        return not self._missing(method, [width], self.seed)
 
-    def calibration(self, method: str, widths: Iterable[float], progress: Progress = silent) -> Calibration | None:
+    def calibration(
+        self, method: str, widths: Iterable[float], progress: Progress = silent, seed: int | None = None
+    ) -> Calibration | None:
         """Give what holds a method at these widths, fitted now by `calibrate`; None for one that needs nothing."""
+        seed = self.seed if seed is None else seed
         self._fits = None
-        for width in self._missing(method, widths):
+        for width in self._missing(method, widths, seed):
             if (method, width) in self.held:
                 raise InputError(f"The fit of {method} at {bits_said(width)} was cancelled: press Retry to fit it.")
             if self.model is None:
                 way_out = "give calibration=vl.calibrate(model, tokenizer, ...)"
                 raise InputError(f"{method} has to be fitted first: {way_out}.")
             self._fits = method, width
-            fitted = calibrate(self.model, self.tokenizer, method, bits=width, progress=progress)
-            self._made[method] = self._made[method].joined(fitted) if method in self._made else fitted
+            fitted = calibrate(self.model, self.tokenizer, method, bits=width, seed=seed, progress=progress)
+            before = self._made.get((method, seed))
+            self._made[method, seed] = fitted if before is None else before.joined(fitted)
             self._fits = None
-        return self._made.get(method) or self._given(method)
+        return self._made.get((method, seed)) or self._given(method)
 
     def hold(self) -> None:
         """Begin the fit that was cancelled last no more, until somebody asks for it."""
@@ -91,11 +97,12 @@ class Fitting:
     def _given(self, method: str) -> Calibration | None:
         return self.given if self.given and self.given.method == method else None
 
-    def _missing(self, method: str, widths: Iterable[float]) -> list[float]:
-        planned = find_method(method).planned and method in self._made  # one is for all widths
+    def _missing(self, method: str, widths: Iterable[float], seed: int) -> list[float]:
+        made = self._made.get((method, seed))
+        planned = find_method(method).planned and made is not None  # one is for all widths
         if not find_method(method).calibrated or self._given(method) is not None or planned:
             return []
-        return sorted({*widths} - {*(self._made[method].widths if method in self._made else ())})
+        return sorted({*widths} - {*(() if made is None else made.widths)})
 
 
 @dataclass(frozen=True)
@@ -114,18 +121,25 @@ class Choice:
     own_bits: Mapping[int, Bits] = field(default_factory=dict)  # by layer
     wished: Mapping[int | None, Bits] = field(default_factory=dict)  # where the method has others; None: of all layers
     shown_layer: int = 0  # on pages of a single layer: the picked one, or the last that was picked
+    seed: int = 0  # of what is random in codes or their calibration
 
     @property
     def name(self) -> str:
         """The cache in a few words."""
         own = [f"layer {layer} {bits}" for layer, bits in self.exceptions.items()]
         changed = own if len(own) <= NAMED else [f"{len(own)} layers with others"]
-        return ", ".join([f"{self.method} {pair_said(self.pairs[0])}", *changed])
+        seed = [f"seed {self.seed}"] if self.seed else []
+        return ", ".join([f"{self.method} {pair_said(self.pairs[0])}", *changed, *seed])
 
     @property
     def cache(self) -> tuple[Any, ...]:
         """What makes the cache."""
-        return (*(getattr(self, name) for name in CACHE), self.exceptions)
+        return (*(getattr(self, name) for name in CACHE), self.exceptions, self.seed)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the method, beside its bits."""
+        return find_method(self.method).seeded(self.seed)
 
     @property
     def exceptions(self) -> dict[int, str]:
@@ -155,6 +169,7 @@ class Choice:
         """Lines of Python that make the cache: of what they call its ``plan``, or of its settings."""
         said = "key_bits={}, value_bits={}"
         settings = f'"{self.method}", {said.format(*self.pairs[0])}, sinks={self.sinks}, window={self.window}'
+        settings += "".join(f", {name}={value}" for name, value in self.options.items())
         first = []
         if self.own_bits and not plan:
             own = [f".with_layer({layer}, {said.format(*bits)})" for layer, bits in sorted(self.own_bits.items())]
@@ -162,9 +177,10 @@ class Choice:
         made = plan or settings
         if not find_method(self.method).calibrated:
             return [*first, f"cache = vl.make_cache(model, {made})"]
+        seed = f", seed={self.seed}" if self.seed else ""
         return [
             *first,
-            f'calibration = vl.calibrate(model, tokenizer, "{self.method}", bits={self.widths})',
+            f'calibration = vl.calibrate(model, tokenizer, "{self.method}", bits={self.widths}{seed})',
             f"cache = vl.make_cache(model, {made}, calibration=calibration)",
         ]
 
@@ -184,7 +200,7 @@ class Choice:
 
     def plan(self, model: Module) -> Plan:
         """The cache as a plan."""
-        exact: dict[str, Any] = {"sinks": self.sinks, "window": self.window}
+        exact: dict[str, Any] = {"sinks": self.sinks, "window": self.window, **self.options}
         plan = Plan.uniform(model, self.method, key_bits=self.key_bits, value_bits=self.value_bits, **exact)
         for layer, (key, value) in self.own_bits.items():
             plan = plan.with_layer(layer, key_bits=key, value_bits=value)
@@ -219,6 +235,10 @@ class Selection(t.HasTraits):
         self.lock = threading.RLock()  # held while the choice changes and those who follow are told
         self.choice = replace(usual, shown_layer=self.layers[0])
         self.choice = self.changed(**{"method": usual.method, **parts})
+
+    @t.observe("choice")
+    def _seed_chosen(self, change: dict[str, Any]) -> None:
+        self.fitting.seed = change["new"].seed
 
     @classmethod
     def of(cls, capture: Capture, fitting: Fitting, **parts: Any) -> Selection:
@@ -264,6 +284,10 @@ class Selection(t.HasTraits):
                 raise InputError(f"There is no layer {layer}: choose one from {ends}.")
         if not 0 <= choice.head < self.heads:
             raise InputError(f"There is no KV head {choice.head}: choose one from 0 to {self.heads - 1}.")
+        given = self.fitting._given(choice.method)
+        if "seed" in asked and given is not None and given.facts["seed"] != choice.seed:
+            said = f"The calibration of {choice.method} that was given has seed {given.facts['seed']}"
+            raise InputError(f"{said}: for another one give vl.calibrate(..., seed={choice.seed}).")
         tokens = len(choice.ids) or self.tokens
         if choice.token is not None and not 0 <= choice.token < tokens:
             raise InputError(f"There is no token {choice.token}: the text has {tokens}, from 0.")

@@ -19,14 +19,14 @@ ANSWER = 64  # tokens of an answer that are compared
 def narrowed(experiment: Experiment, exact: Reference, choice: Choice, limit: float, progress: Progress) -> Narrow:
     """Find the layers of a cache that may have `NARROWEST` bits within so many nats."""
     selection, widths = experiment.selection, sorted({*choice.widths, NARROWEST})
-    given = selection.fitting.calibration(choice.method, widths, progress)
+    given = selection.fitting.calibration(choice.method, widths, progress, choice.seed)
     settings: dict[str, Any] = {"bits": NARROWEST, "limit": limit, "layers": selection.layers, "calibration": given}
     return narrow_layers(exact, choice.plan(experiment.model), progress=progress, **settings)
 
 
 def answered(experiment: Experiment, choice: Choice, prompt: str, progress: Progress) -> str:
     """Answer a prompt with the exact cache and with a compressed one, and say in HTML whether the answers differ."""
-    given = experiment.selection.fitting.calibration(choice.method, choice.widths, progress)
+    given = experiment.selection.fitting.calibration(choice.method, choice.widths, progress, choice.seed)
     model, tokenizer = experiment.model, experiment.tokenizer
     settings: dict[str, Any] = {"tokens": ANSWER, "calibration": given, "progress": progress}
     rows = side_by_side(model, tokenizer, prompt, choice.plan(model), **settings)

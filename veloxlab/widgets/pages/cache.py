@@ -23,7 +23,7 @@ from veloxlab.widgets.lifetime import loosen
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request, coded
 from veloxlab.widgets.pages.compare import Comparison
 from veloxlab.widgets.pages.experiment import Experiment, Experimenter, OfExperiment
-from veloxlab.widgets.selection import Bits
+from veloxlab.widgets.selection import MOST_SEED, Bits
 from veloxlab.widgets.worker import Worker
 
 NO_QUERIES = (
@@ -80,7 +80,7 @@ def widths(layer_bits: Mapping[int, Bits]) -> list[float]:
 
 def _asks(name: str, *exact: str) -> Callable[[Look], list[Request]]:
     return lambda look: [
-        (name, None, look.method, width, *(getattr(look, setting) for setting in exact))
+        (name, None, look.method, width, look.seed, *(getattr(look, setting) for setting in exact))
         for width in widths(look.layer_bits)
     ]
 
@@ -107,7 +107,7 @@ def _memory_rows(frames: Sequence[pl.DataFrame], look: Look) -> pl.DataFrame:
 CHARTS = (
     Chart(
         "errors",
-        ("method", "layer_bits", "sinks", "window", "metric"),
+        ("method", "layer_bits", "sinks", "window", "metric", "seed"),
         _error_rows,
         lambda frame, look: views.error_map(frame, metric=look.metric, domain=METRICS[look.metric][1]),
         lambda frame, look: views.error_caption(frame, look.metric),
@@ -143,7 +143,7 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
     """Errors, bits and memory of one cache; see `CacheExplorer`."""
 
     NAME = "explorer"
-    SETTINGS = ("method", "layer_bits", "sinks", "window", "metric")
+    SETTINGS = ("method", "layer_bits", "sinks", "window", "metric", "seed")
     MEASURES: ClassVar[dict[str, Measure]] = {
         "token errors": coded(token_errors),
         "bits": coded(code_bits),
@@ -212,6 +212,7 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
             others,
             layer,
             self._reset,
+            self._control(ipywidgets.BoundedIntText, "seed", min=0, max=MOST_SEED),
             self._all_codes(),
             measure,
         )
@@ -265,9 +266,9 @@ class CacheExplorer(Experimenter, CachePage):
     for a method that has to be fitted; sliders have its widths. Raises `InputError` for an unknown method, bits out of
     range, or a text that is too short.
 
-    ``method``, ``key_bits``, ``value_bits``, ``sinks``, ``window``, ``layer`` and ``metric`` are traits: set them and
-    the charts follow. Where a model does not show its queries, the metric is ``"rel_mse"`` and no other. The charts
-    ``errors``, ``bits``, ``memory`` and ``frontier`` are each a `ChartView`.
+    ``method``, ``key_bits``, ``value_bits``, ``sinks``, ``window``, ``seed``, ``layer`` and ``metric`` are traits: set
+    them and the charts follow. Where a model does not show its queries, the metric is ``"rel_mse"`` and no other. The
+    charts ``errors``, ``bits``, ``memory`` and ``frontier`` are each a `ChartView`.
     """
 
     frontier = property(lambda page: page.comparison.frontier, doc="What was measured, once something was.")

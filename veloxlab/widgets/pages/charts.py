@@ -13,6 +13,7 @@ import altair as alt
 import polars as pl
 
 from veloxlab.checks import WORDS
+from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure import Capture
 from veloxlab.progress import Progress as Tell
@@ -29,7 +30,7 @@ Request = tuple[Any, ...]  # the name of a measurement, and what it is of
 Look = Any  # a `SimpleNamespace`: what a page shows, setting by setting
 Measure = Callable[..., Any]  # takes a `ChartPage`, a progress, and the rest of a request; gives a frame, as a rule
 WAITING = "Measuring these settings. Until then the charts show the settings before them."
-AWAITED = "Measuring what is shown here. Each chart comes when it is measured."
+AWAITED = "Each chart comes when it is measured."
 CANCELLED = "Cancelled. The charts show the last settings that were measured. Press Retry to measure these."
 NONE_YET = "Cancelled. Press Retry to measure what is shown here."
 
@@ -251,14 +252,16 @@ class ChartPage(Panel):
 
 
 def coded(measure: Callable[..., pl.DataFrame], *names: str, **given: Any) -> Measure:
-    """A measurement of one layer, or of all, under a method at a number of bits; ``names`` are those of what follows.
+    """A measurement of one layer, or of all, under a method, bits and a seed; ``names`` are those of what follows.
 
     ``measure`` takes the capture and all of these by their names, with ``given`` and a calibration.
     """
 
-    def run(page: ChartPage, progress: Tell, layer: int | None, method: str, bits: int, *more: Any) -> pl.DataFrame:
-        calibration = page.selection.fitting.calibration(method, [bits], progress)
-        of = {"method": method, "bits": bits, "calibration": calibration, **given}
+    def run(
+        page: ChartPage, progress: Tell, layer: int | None, method: str, bits: int, seed: int, *more: Any
+    ) -> pl.DataFrame:
+        calibration = page.selection.fitting.calibration(method, [bits], progress, seed)
+        of = {"method": method, "bits": bits, "calibration": calibration, **find_method(method).seeded(seed), **given}
         return measure(page.of_layer(layer), **of, **dict(zip(names, more, strict=True)))
 
     return run

@@ -57,8 +57,8 @@ def _is_uniform(choice: Choice) -> bool:
 
 
 def comparable(run: Run, other: Run) -> bool:
-    """Whether both have as many bits for keys as for values in all layers, the same exact tokens and the same text."""
-    same = all(getattr(run.choice, name) == getattr(other.choice, name) for name in ("sinks", "window"))
+    """Whether both have as many bits for keys as for values in all layers, and the same exact tokens, text and seed."""
+    same = all(getattr(run.choice, name) == getattr(other.choice, name) for name in ("sinks", "window", "seed"))
     read = run.text == other.text and run.windows["positions"].equals(other.windows["positions"])
     return same and read and _is_uniform(run.choice)
 

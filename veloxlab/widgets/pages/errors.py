@@ -35,11 +35,13 @@ def _by_head(errors: pl.DataFrame, pool: Callable[[pl.DataFrame], pl.DataFrame])
     return pl.concat(pool(errors.filter(head=head)).with_columns(head=pl.lit(head)) for head in heads)
 
 
-def _by_bits(page: ChartPage, progress: Progress, layer: int, method: str, widths: Sequence[float]) -> pl.DataFrame:
+def _by_bits(
+    page: ChartPage, progress: Progress, layer: int, method: str, widths: Sequence[float], seed: int
+) -> pl.DataFrame:
     tokens, taken = [], []
     for done, bits in enumerate(widths):
         progress(done, len(widths), f"measuring {bits_said(bits)}")
-        of = page, progress, layer, method, bits
+        of = page, progress, layer, method, bits, seed
         tokens.append(TOKEN_ERRORS(*of))
         taken.append(coded(code_bits)(*of).with_columns(bits=pl.lit(bits, pl.Float64)))
     return _by_head(pl.concat(tokens), lambda own: errors_by_bits(own, pl.concat(taken)))
@@ -59,7 +61,7 @@ class ErrorExplorer(HeadPage):
 
     NAME = "errors"
     HELP = "00_tour.ipynb#3. Where are the errors?"
-    SETTINGS = ("layer", "head", "method", "bits")
+    SETTINGS = ("layer", "head", "method", "bits", "seed")
     TALL = ("attention",)
     MEASURES: ClassVar[dict[str, Measure]] = {
         "attention": coded(_attention),
@@ -101,7 +103,7 @@ class ErrorExplorer(HeadPage):
         ),
         head_chart(
             "by_bits",
-            ("layer", "method", "widths"),
+            ("layer", "method", "widths", "seed"),
             views.errors_by_bits,
             views.by_bits_caption,
             why="What one more bit is worth.",

@@ -24,7 +24,6 @@ from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.runs import Run, Runs
 from veloxlab.widgets.selection import Bits, Choice, Fitting, Selection
 
-DEFAULT_SEED = 0  # of a codec's option ``seed``
 SHOWN = 40  # characters of a text that a run is known by
 
 
@@ -46,13 +45,13 @@ class Experiment:
 
     def fidelity(self, choice: Choice, progress: Tell, exact: Reference | None = None) -> Run:
         """Measure a cache against a `reference` of this experiment, which is run now if none is given."""
-        calibration = self.selection.fitting.calibration(choice.method, choice.widths, progress)
+        calibration = self.selection.fitting.calibration(choice.method, choice.widths, progress, choice.seed)
         exact = exact or self.reference(progress)
         given: dict[str, Any] = {"name": choice.name, "calibration": calibration, "progress": progress}
         row, predictions = both(exact, choice.plan(self.model), **given)
         begin = "the shipped test excerpt" if self.text is None else self.text[:SHOWN]
         said = f"{begin} ({digest(exact.stretches[0])[:8]}), windows of {len(self.capture.tokens)} tokens"
-        seed = DEFAULT_SEED if "seed" in find_method(choice.method).options else None
+        seed = choice.seed if "seed" in find_method(choice.method).options else None
         seed = seed if calibration is None else calibration.facts["seed"]
         return Run.now(choice, said, seed, row, by_window(predictions))
 
@@ -106,26 +105,30 @@ class OfExperiment(Panel):
         experiment, plan = self.experiment, self.plan
         read: dict[str, Any] = {"tokens": len(experiment.capture.tokens), "windows": self.points.windows}
         model = loaded_as(experiment.model) or "the model that was measured"
-        cells = steps(model, plan, calibration_code(plan, []), text=experiment.text, **read)
+        cells = steps(
+            model, plan, calibration_code(plan, seed=self.selection.choice.seed), text=experiment.text, **read
+        )
         return notebook(f"{self.name} on {model}", [*cells])
 
     @property
     def state(self) -> dict[str, Any]:
         """The settings as plain words and numbers: what `restore` takes, and JSON holds."""
         choice = self.selection.choice
-        shared: dict[str, Any] = {name: getattr(choice, name) for name in ("method", "sinks", "window", "layer")}
+        shared: dict[str, Any] = {
+            name: getattr(choice, name) for name in ("method", "sinks", "window", "layer", "seed")
+        }
         shared["bits"] = list(choice.bits_of(None))
         shared["layers"] = {str(layer): list(bits) for layer, bits in choice.own_bits.items()}
         return shared | {name: getattr(self, name) for name in self.STATE}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Choose the settings of a `state`; raises `InputError` if they cannot be here, and changes nothing then."""
-        before = self.state
+        before, state = self.state, {"seed": 0, **state}
         missing = sorted({*before} - {*state})
         if missing:
             raise InputError(f"The state says nothing of {', '.join(missing)}: give what the attribute state gave.")
         key_bits, value_bits = state["bits"]
-        parts = {name: state[name] for name in ("method", "sinks", "window", "layer")}
+        parts = {name: state[name] for name in ("method", "sinks", "window", "layer", "seed")}
         own = {int(layer): tuple(bits) for layer, bits in state["layers"].items()}
         try:
             for name in self.STATE:

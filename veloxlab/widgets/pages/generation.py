@@ -87,7 +87,7 @@ class SideBySide(OfCache, Panel):
     def run(self) -> None:
         """Generate with the present settings; an older run is ended."""
         prompt, tokens, name, choice = self.prompt, self.tokens, self.name, self.selection.choice
-        settings: dict[str, Any] = {each: getattr(choice, each) for each in CACHE if each != "method"}
+        settings: dict[str, Any] = {each: getattr(choice, each) for each in CACHE if each != "method"} | choice.options
         self.selection.fitting.held.clear()
 
         def job(progress: Progress) -> None:
@@ -97,7 +97,7 @@ class SideBySide(OfCache, Panel):
 
             self._prompt_ids = prompt_ids(self._tokenizer, prompt)
             bits = {choice.key_bits, choice.value_bits}
-            calibration = self.selection.fitting.calibration(choice.method, bits, progress)
+            calibration = self.selection.fitting.calibration(choice.method, bits, progress, choice.seed)
             given: dict[str, Any] = {"tokens": tokens, "calibration": calibration, **settings}
             rows = side_by_side(
                 self._model, self._tokenizer, prompt, choice.method, on_token=show, progress=progress, **given

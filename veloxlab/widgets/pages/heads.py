@@ -12,13 +12,13 @@ import polars as pl
 from veloxlab.cache.calibration import Calibration
 from veloxlab.checks import checked
 from veloxlab.measure import Capture
-from veloxlab.widgets.chosen import Chosen, ChosenBits
+from veloxlab.widgets.chosen import Chosen, ChosenBits, Seeded
 from veloxlab.widgets.layout import controls
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look
 from veloxlab.widgets.selection import Fitting, Selection
 from veloxlab.widgets.worker import Worker
 
-CODED = ("layer", "method", "bits")  # settings of what is measured of a method
+CODED = ("layer", "method", "bits", "seed")  # settings of what is measured of a method
 
 
 def head_chart(
@@ -48,7 +48,7 @@ def head_chart(
     )
 
 
-class HeadPage(ChartPage):
+class HeadPage(Seeded, ChartPage):
     """Charts of one KV head of one layer, under a method at a number of bits, measured on a capture.
 
     A subclass has ``CHARTS``, and ``RARE``: those that not every model has, the part of a layer's capture that they

@@ -39,7 +39,7 @@ class KeyExplorer(HeadPage):
 
     NAME = "keys"
     HELP = "12_key_distributions.ipynb#1. Outlier channels"
-    SETTINGS = ("layer", "head", "tensor", "space", "method", "bits")
+    SETTINGS = ("layer", "head", "tensor", "space", "method", "bits", "seed")
     MEASURES: ClassVar[dict[str, Measure]] = {
         "channels": lambda page, _, layer, tensor, space: channel_distributions(
             page.of_layer(layer), space, tensors=(tensor,)

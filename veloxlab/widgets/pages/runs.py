@@ -13,9 +13,11 @@ import traitlets as t
 from veloxlab.errors import InputError
 from veloxlab.views.fidelity import window_losses
 from veloxlab.views.picture import Section, html_table
+from veloxlab.widgets.chosen import Seeded
 from veloxlab.widgets.layout import button, columns, controls, wide
 from veloxlab.widgets.pages.experiment import Experiment, OfExperiment
 from veloxlab.widgets.runs import Run, apart
+from veloxlab.widgets.selection import MOST_SEED
 from veloxlab.widgets.worker import Worker
 
 FILE = "runs.parquet"
@@ -46,6 +48,7 @@ PARTS = {
     "own_bits": "layers with bits of their own",
     "sinks": "sinks",
     "window": "window",
+    "seed": "seed",
 }
 MEASURED = {
     "perplexity": "perplexity",
@@ -58,7 +61,7 @@ MEASURED = {
 PAIR = ("first", "second")
 
 
-class RunsPage(OfExperiment):
+class RunsPage(Seeded, OfExperiment):
     """Keep what was measured, name it, and compare two runs window by window.
 
     ``first`` and ``second`` are traits: the numbers of the two runs that are compared, the oldest being 0. ``points``
@@ -154,7 +157,8 @@ class RunsPage(OfExperiment):
         save = button(
             "Save", f"Write all runs to {FILE}, in the folder of this notebook", partial(self._saying, self.save)
         )
-        return controls(measure, windows, *map(wide, (*self._lists, self._name)), use, save)
+        seed = self._control(ipywidgets.BoundedIntText, "seed", min=0, max=MOST_SEED)
+        return controls(measure, windows, seed, *map(wide, (*self._lists, self._name)), use, save)
 
 
 def _line(number: int, run: Run) -> tuple[str, ...]:

@@ -92,7 +92,7 @@ class Tasks(OfCache, Panel):
         self.say("")
 
         def job(progress: Progress) -> tuple[pl.DataFrame, pl.DataFrame]:
-            calibration = self.selection.fitting.calibration(choice.method, choice.widths, progress)
+            calibration = self.selection.fitting.calibration(choice.method, choice.widths, progress, choice.seed)
             make = maker(choice.plan(self._model), {"calibration": calibration})
             answers, chances = ask(self._model, self._tokenizer, make, tasks, progress=progress, **asked)
             return summary(answers, chances), answers

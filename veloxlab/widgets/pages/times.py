@@ -45,7 +45,7 @@ class Times(OfExperiment):
         self.selection.fitting.held.clear()
 
         def job(progress: Progress) -> pl.DataFrame:
-            calibration = self.selection.fitting.calibration(choice.method, choice.widths, progress)
+            calibration = self.selection.fitting.calibration(choice.method, choice.widths, progress, choice.seed)
             given: dict[str, Any] = {"calibration": calibration, "progress": progress}
             return layer_times(experiment.model, experiment.capture, choice.plan(experiment.model), **given)
 

@@ -67,8 +67,8 @@ def _strip(rows: pl.DataFrame) -> alt.TopLevelMixin:
 
 
 def _choice(cache: tuple[Any, ...]) -> Choice:
-    method, key_bits, value_bits, own, sinks, window = cache
-    return Choice(method, key_bits, value_bits, sinks, window, own_bits=dict(own))
+    method, key_bits, value_bits, own, sinks, window, seed = cache
+    return Choice(method, key_bits, value_bits, sinks, window, own_bits=dict(own), seed=seed)
 
 
 def _capture(page: TokenPage, progress: Tell, ids: tuple[int, ...]) -> Capture:
@@ -82,7 +82,7 @@ def _capture(page: TokenPage, progress: Tell, ids: tuple[int, ...]) -> Capture:
 
 def _predictions(page: TokenPage, progress: Tell, ids: tuple[int, ...], cache: tuple[Any, ...]) -> Predictions:
     choice, experiment = _choice(cache), page.experiment
-    given = page.selection.fitting.calibration(choice.method, choice.widths, progress)
+    given = page.selection.fitting.calibration(choice.method, choice.widths, progress, choice.seed)
     text = ids or experiment.capture.tokens
     plan = choice.plan(experiment.model)
     settings: dict[str, Any] = {"calibration": given, "progress": progress}
@@ -94,16 +94,16 @@ def _layers(
 ) -> list[tuple[LayerCapture, LayerCapture]]:
     """Each layer as it was captured, and as the cache holds it; kept until another cache is chosen."""
     choice, before = _choice(cache), page._held
-    given = page.selection.fitting.calibration(choice.method, choice.widths, progress)
+    given = page.selection.fitting.calibration(choice.method, choice.widths, progress, choice.seed)
     page._held = {}
     seen = _capture(page, progress, ids).layers
     for done, layer in enumerate(seen):
         bits = choice.bits_of(layer.layer)
-        key = ids, layer.layer, choice.method, bits, choice.sinks, choice.window
+        key = ids, layer.layer, choice.method, bits, choice.sinks, choice.window, choice.seed
         if key not in before:
             progress(done, len(seen), f"coding layer {layer.layer}")
-            exact: dict[str, int] = {"sinks": choice.sinks, "window": choice.window}
-            held = as_held(layer, choice.method, bits, calibration=given, **exact)
+            settings: dict[str, Any] = {"sinks": choice.sinks, "window": choice.window, **choice.options}
+            held = as_held(layer, choice.method, bits, calibration=given, **settings)
             before[key] = layer, held
         page._held[key] = before[key]
     return [*page._held.values()]
@@ -253,7 +253,7 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
     def _look(self, **changed: Any) -> Look:
         look, choice = super()._look(**changed), self.selection.choice
         own = tuple(sorted(choice.own_bits.items()))
-        look.cache = (choice.method, choice.key_bits, choice.value_bits, own, choice.sinks, choice.window)
+        look.cache = (choice.method, choice.key_bits, choice.value_bits, own, choice.sinks, choice.window, choice.seed)
         found = self.found.get(_predictions_of(look)[0])
         look.first = None if found is None else _first_row(found, look.token)
         return look
