@@ -69,3 +69,27 @@ def notices_to(listener: Callable[[str], object]) -> Iterator[None]:
         yield
     finally:
         _heard_by.reset(before)
+
+
+_end: ContextVar[Callable[[], object] | None] = ContextVar("end", default=None)
+
+
+def may_end() -> None:
+    """A place within a long step at which the work may end: raises what `ended_by` was given raises."""
+    if (check := _end.get()) is not None:
+        check()
+
+
+def is_endable() -> bool:
+    """Whether somebody may want to end the work within its steps."""
+    return _end.get() is not None
+
+
+@contextmanager
+def ended_by(check: Callable[[], object] | None) -> Iterator[None]:
+    """Let a function that may raise be called within long steps; None for work whose steps have to stay whole."""
+    before = _end.set(check)
+    try:
+        yield
+    finally:
+        _end.reset(before)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veloxlab.kernels.checked import by_loop
+from veloxlab.progress import may_end
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -46,6 +47,7 @@ def train_tables(points: Floats, stages: int, order: Indices, seed: int) -> Floa
         table: Floats = (start - _turn(start)) / np.float32(2)  # (1 − i)/2 · z is what a = b needs to stand for z
         a, b = by_loop("descend", _descend, residual, table, np.full(len(residual), -1))
         for _ in range(STEPS - 1):
+            may_end()
             a, b = by_loop("descend", _descend, residual, _least_squares(residual, a, b), b)
         tables[stage] = _least_squares(residual, a, b).astype(np.float16)
         table = tables[stage]

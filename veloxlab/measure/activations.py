@@ -26,7 +26,7 @@ from veloxlab.measure.frames import in_schema
 from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.hooks import Mask
 from veloxlab.mlxlm.ropes import ropes_of
-from veloxlab.progress import Progress, silent
+from veloxlab.progress import Progress, ended_by, silent
 from veloxlab.texts import Tokenizer, excerpt
 
 NOT_FINITE = "load the model with dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
@@ -148,7 +148,8 @@ def capture_layers(
     if not recorders:
         raise InputError("No layer of this model keeps plain keys and values: there is nothing to capture.")
     ropes = ropes_of(model, ids)
-    model(mx.array([ids]), cache=caches)  # lazy: nothing is computed before the layers below are
+    with ended_by(None):  # lazy: nothing is computed before the layers below are
+        model(mx.array([ids]), cache=caches)
     del caches
     for done, rope in enumerate(ropes):
         own = recorders.pop(0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
+from contextvars import copy_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -24,9 +25,10 @@ from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.hooks import Mask
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.mlxlm.ropes import ropes_of
-from veloxlab.progress import Progress
+from veloxlab.progress import Progress, ended_by, is_endable, may_end
 from veloxlab.store import digest, make_folder, read_arrays, reading, write_arrays
 
+PATIENCE = 0.2  # seconds between two looks at whether the work may end, while another thread does it
 FORMAT = "veloxlab gradients 1"
 WINDOW = 512  # tokens of a stretch of text
 _BLOCK = 64  # queries that attend together
@@ -75,7 +77,18 @@ def loss_gradients(model: Module, ids: Sequence[int]) -> Pairs:
     def total(logits: mx.array) -> mx.array:
         return (mx.logsumexp(logits, axis=-1, keepdims=True) - mx.take_along_axis(logits, wanted, axis=-1)).sum()
 
-    return _differentiated(model, ids[:-1], total)[2]
+    _, seen, gradients = _differentiated(model, ids[:-1], total)
+    if is_endable():
+        _by_layer(seen)
+        _by_layer(gradients[::-1])
+    return gradients
+
+
+def _by_layer(pairs: Pairs) -> None:
+    """Evaluate arrays of one layer after another, and let the work end between two."""
+    for pair in pairs:
+        mx.eval(pair)
+        may_end()
 
 
 def drawn_gradients(model: Module, ids: Sequence[int], key: mx.array) -> tuple[mx.array, Pairs, Pairs]:
@@ -122,7 +135,8 @@ def _differentiated(
 
     plain = [facts for facts in probe.probe(model) if facts.compressible]
     zeros = [tuple(mx.zeros((1, f.kv_heads, len(ids), dim)) for dim in f.dims.values()) for f in plain]
-    (_, (logits, seen)), gradients = mx.value_and_grad(loss)(zeros)
+    with ended_by(None):  # within a transformation nothing is evaluated
+        (_, (logits, seen)), gradients = mx.value_and_grad(loss)(zeros)
     return logits, seen, gradients
 
 
@@ -175,6 +189,8 @@ def _write_all(
                 continue
             if w in begun:
                 with suppress(RuntimeError, ValueError):  # it is tried again here, and what is wrong is said
+                    while not wait([begun[w]], PATIENCE).done:
+                        may_end()
                     begun[w].result()
                     continue
             differentiable = _write(model, ids, own, file, differentiable)
@@ -182,7 +198,15 @@ def _write_all(
                 stack.enter_context(runtime.blas_shared_by(2))
                 stack.callback(pool.shutdown, cancel_futures=True)
                 begun = {
-                    later: pool.submit(_write_gradients, model, windows[later], said[later], files[later], forwards)
+                    later: pool.submit(
+                        copy_context().run,  # the work may end there too
+                        _write_gradients,
+                        model,
+                        windows[later],
+                        said[later],
+                        files[later],
+                        forwards,
+                    )
                     for later in range(w + 1, len(windows))
                     if missing[later]
                 }
@@ -228,8 +252,9 @@ def _write_gradients(model: Module, ids: Sequence[int], said: Mapping[str, Any],
     """Write keys, values and gradients by both of each layer; RuntimeError or ValueError if some have none."""
     with forwards:
         logits, seen, gradients = drawn_gradients(model, ids, mx.random.key(said["seed"]))
+        _by_layer(seen)
         mx.eval(logits)
-    mx.eval(seen, gradients)
+    _by_layer(gradients[::-1])
     if not all(mx.isfinite(g).all().item() and g.any().item() for pair in gradients for g in pair):
         raise ValueError("some gradients are zero or not finite")
     names = "keys", "values", "of_keys", "of_values"

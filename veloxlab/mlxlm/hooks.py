@@ -18,6 +18,9 @@ import mlx.core as mx
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
 
+from veloxlab.progress import is_endable, may_end
+
+LONG = 16  # tokens in a call from which on each layer is worth a look at whether the work may end
 Mask = mx.array | Literal["causal"] | None
 Kind = TypeVar("Kind", bound=type)
 
@@ -93,6 +96,9 @@ def _reading_handles(original: Callable[..., mx.array]) -> Callable[..., mx.arra
     names = list(signature(original).parameters)[3:]  # behind queries, keys and values
 
     def attention(queries: mx.array, keys: Any, values: Any, *more: Any, **named: Any) -> mx.array:  # noqa: ANN401
+        if queries.shape[-2] >= LONG and is_endable():
+            mx.eval(queries)  # all layers before this one: a model over a long text is one step otherwise
+            may_end()
         if not isinstance(keys, Handle):
             return original(queries, keys, values, *more, **named)
         if not more:

@@ -114,6 +114,7 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
             busy = self._busy
             if busy:
                 self._tell_button("Cancelling\u2026")  # before the job's end is told, which a step may be far from
+                self._label.value = f"finishing first: {self._label.value}"
         (self._worker.cancel if busy else self._retry)()
 
 

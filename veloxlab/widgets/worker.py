@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary, finalize
 import mlx.core as mx
 
 from veloxlab.errors import InputError
-from veloxlab.progress import notices_to
+from veloxlab.progress import ended_by, notices_to
 
 State = Literal["waiting", "running", "done", "cancelled", "overtaken", "failed"]
 Job = Callable[["Progress"], Any]
@@ -261,7 +261,7 @@ class Worker:
         self._tell(newest)
         progress = Progress(tell, request.unwanted)
         try:
-            with notices_to(lambda text: tell(newest.done, newest.total, text)):
+            with notices_to(lambda text: tell(newest.done, newest.total, text)), ended_by(progress.check):
                 result = request.job(progress)
             progress.check()
             request.on_done(result)

@@ -16,6 +16,7 @@ from veloxlab.codecs.parts import in_turn
 from veloxlab.codecs.parts.packing import WIDEST, pack, unpack, unpack_to_bytes
 from veloxlab.kernels.checked import by_loop, computed
 from veloxlab.kernels.encode import search_kernel
+from veloxlab.progress import may_end
 
 Points = NDArray[np.float32]
 
@@ -128,6 +129,7 @@ def _lloyd(points: Points, centroids: Points, iterations: int) -> tuple[Points, 
     """Centroids after at most ``iterations``, and the mean squared distance to those before the last one."""
     count, error = len(centroids), math.inf
     for _ in range(iterations):
+        may_end()
         codes, distances = by_loop("nearest_centroids", _assign, points, centroids)
         members = np.bincount(codes, minlength=count)
         sums = np.stack([np.bincount(codes, column, count) for column in points.T], axis=1)

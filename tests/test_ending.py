@@ -1,0 +1,106 @@
+"""Work ends within its long steps: between the layers of a model, and between the steps of a fit."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import veloxlab as vl
+from tests.letters import Letters
+from tests.test_calibration import TEXT
+from tests.tiny_models import tiny
+from veloxlab.codecs.base import Sample
+from veloxlab.measure.activations import capture_layers
+from veloxlab.measure.gradients import loss_gradients, with_gradients
+from veloxlab.mlxlm.hooks import LONG, attach
+from veloxlab.progress import ended_by, may_end, silent
+from veloxlab.widgets import Cancelled, Worker
+
+LAYERS = 3
+IDS = Letters().encode(TEXT)[: 4 * LONG]
+
+
+class Ends:
+    """Counts the places at which work may end; raises at the one of a number."""
+
+    def __init__(self, at: int = 0) -> None:
+        self.at, self.asked = at, 0
+
+    def __call__(self) -> None:
+        self.asked += 1
+        if self.asked == self.at:
+            raise Cancelled
+
+
+@pytest.fixture(scope="module")
+def model():
+    attach()
+    return tiny("llama", num_hidden_layers=LAYERS)
+
+
+def test_a_model_over_a_long_text_ends_between_its_layers(model):
+    plain = model(mx.array([IDS]))
+    for cache in (None, vl.make_cache(model, "rvq", sinks=0, window=0)):
+        with ended_by(each := Ends()):
+            found = model(mx.array([IDS]), cache=cache)
+        assert each.asked == LAYERS
+        assert cache is not None or mx.array_equal(found, plain)
+        with pytest.raises(Cancelled), ended_by(Ends(2)):
+            model(mx.array([IDS]), cache=cache)
+    with ended_by(each):
+        model(mx.array([IDS[: LONG - 1]]))  # a step of generation is short, and is not made longer
+    assert each.asked == LAYERS
+
+
+def test_a_capture_holds_one_layer_at_a_time_all_the_same(model):
+    with ended_by(each := Ends()):
+        seen = capture_layers(model, IDS)
+        next(seen)
+    assert each.asked == 0
+
+
+def test_gradients_end_between_layers_forwards_and_backwards(model):
+    plain = loss_gradients(model, IDS)
+    with ended_by(each := Ends()):
+        found = loss_gradients(model, IDS)
+    assert each.asked == 2 * LAYERS
+    for own, other in zip(plain, found, strict=True):
+        assert all(mx.allclose(a, b, atol=1e-6).item() for a, b in zip(own, other, strict=True))  # float32's rounding
+    with pytest.raises(Cancelled), ended_by(Ends(LAYERS + 1)):
+        loss_gradients(model, IDS)
+
+
+def test_windows_that_other_threads_read_end_too(model, tmp_path):
+    windows = [IDS[:LONG], IDS[LONG : 2 * LONG], IDS[2 * LONG : 3 * LONG]]
+    count = Ends()
+    with ended_by(count):
+        list(with_gradients(model, windows, 2, 0, tmp_path / "a", silent))
+    assert count.asked >= 3 * 2 * LAYERS
+    with pytest.raises(Cancelled), ended_by(Ends(2 * LAYERS + 1)):  # in the second window, or while that is waited for
+        list(with_gradients(model, windows, 2, 0, tmp_path / "b", silent))
+    assert len([*(tmp_path / "b").glob("*.safetensors")]) < len(windows)
+
+
+@pytest.mark.parametrize(("method", "bits"), [("vecinfer", 1), ("commvq", 1)])
+def test_a_fit_ends_between_its_steps(method, bits):
+    x = mx.array(np.random.default_rng(0).standard_normal((1, 2, 1024, 32)), mx.float32)
+    codec = vl.codecs.find_method(method).codec(32, bits, "values")
+    with ended_by(each := Ends()):
+        codec.fit(Sample(x))
+    assert each.asked > 3
+    with pytest.raises(Cancelled), ended_by(Ends(2)):
+        codec.fit(Sample(x))
+
+
+def test_a_job_that_is_cancelled_ends_within_a_step():
+    worker, ended = Worker("ending"), []
+
+    def job(_: object) -> None:
+        worker.cancel()
+        may_end()
+        ended.append("the step")
+
+    worker.submit("key", job)
+    assert worker.wait(60)
+    worker.close()
+    assert ended == []
+    may_end()  # nobody's work
