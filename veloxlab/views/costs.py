@@ -88,9 +88,14 @@ def _names(base: alt.Chart, *, in_heaps: bool) -> alt.Chart:
     """What each cache is beside its method; of caches of one width that lie in a heap, one name says it."""
     named = base.transform_calculate(short="slice(datum.name, length(datum.method) + 1)")
     if in_heaps:
-        place = "datum.short + round(10 * log(datum.cost)) + ' ' + round(3 * log(datum.kl_mean_drawn))"
-        named = named.transform_calculate(place=place).transform_window(nth="row_number()", groupby=["place"])
-        named = named.transform_filter("datum.nth === 1")
+        order: list[Any] = [alt.SortField("cost"), alt.SortField("kl_mean_drawn")]
+        apart = (
+            "abs(log(datum.cost / datum.before_cost)) > 0.1 || abs(log(datum.kl_mean_drawn / datum.before_kl)) > 0.4"
+        )
+        named = named.transform_window(
+            groupby=["short"], sort=order, before_cost="lag(cost)", before_kl="lag(kl_mean_drawn)"
+        )
+        named = named.transform_filter(f"!isValid(datum.before_cost) || {apart}")
     words: alt.Chart = named.mark_text(align="left", dx=7, dy=-7, fontSize=10).encode(text=alt.Text("short:N"))
     return words
 

@@ -16,6 +16,7 @@ from veloxlab.views import theme
 STATIC = Path(__file__).parent / "static"
 STYLE = f"<style>{(STATIC / 'pages.css').read_text('utf-8')}</style>"
 BROAD = "veloxlab-broad"  # a control that has a row of its own
+WIDE = "veloxlab-wide"  # one that is as wide as two
 LEGEND = (
     ("●", theme.KEYS, "keys"),
     ("■", theme.VALUES, "values"),
@@ -72,7 +73,7 @@ def broad(control: ipywidgets.Widget) -> ipywidgets.Widget:
 
 def wide(control: ipywidgets.Widget) -> ipywidgets.Widget:
     """A control as wide as two, where there is room: its words are long."""
-    control.add_class("veloxlab-wide")
+    control.add_class(WIDE)
     return control
 
 

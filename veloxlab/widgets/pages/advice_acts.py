@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
-from veloxlab.widgets.layout import button
+from veloxlab.widgets.layout import WIDE, button
 
 FIRST = " (calibrates first)"
 FIT_TAKES = "20 seconds to 3 minutes"  # of SmolLM2-135M, a width
@@ -33,7 +33,9 @@ class Act:
             fits = sorted(set(self.fits()))
         except InputError as error:
             self.button.disabled, self.button.tooltip, self.button.description = True, str(error), self.words
+            self.button.remove_class(WIDE)
             return
         said = " ".join([f"{self.tip}.", *map(fit_said, fits)])
         words = f"{self.words}{FIRST if fits else ''}"
+        (self.button.add_class if fits else self.button.remove_class)(WIDE)
         self.button.disabled, self.button.tooltip, self.button.description = False, said, words

@@ -16,7 +16,7 @@ from veloxlab.measure.equal import EQUAL, at_equal_bits
 from veloxlab.views import frontier
 from veloxlab.views.picture import Section
 from veloxlab.widgets.chosen import Checked
-from veloxlab.widgets.layout import button, columns, controls
+from veloxlab.widgets.layout import button, columns, controls, wide
 from veloxlab.widgets.pages.equal_bits import (
     CALIBRATE,
     Layouts,
@@ -73,8 +73,8 @@ class Comparison(OfExperiment):
         self.observe(lambda _: self._draw_points(), ["context", "equal_bits"])
         fit = self._control(ipywidgets.Checkbox, "calibrate", CALIBRATE, indent=False)
         self.observe(lambda _: self._redraw(), "calibrate")
-        head = controls(one, every, context, bits, equal, fit, self._list, self._take)
-        self._laid_out([head, self._left_out], self._slot, self._equal)
+        head = controls(one, every, context, bits, equal, fit, wide(self._list), self._take)
+        self._laid_out([head, self._left_out], self._slot)
         self._watch(self.points, "every", self._show_points)
         self.follow()
         self._show_points()
@@ -174,6 +174,7 @@ class Comparison(OfExperiment):
             first = not self.charts
             self._put({"frontier": chart}, self._slot)
             if first:
+                self._slot.children = [*self.views, self._equal]
                 self._watch(self.charts["frontier"], "picked_point", self._pick)
             known = points(self.points.every, self._layouts, self.context)
             self.ranked = at_equal_bits(known, self.equal_bits)
