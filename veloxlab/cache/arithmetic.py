@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
@@ -17,18 +19,18 @@ def attend_exactly(
     mask: Mask,
     sinks: mx.array | None = None,
     cap: float | None = None,
-    *,
-    fused: bool = True,
+    softmax: Callable[[mx.array], mx.array] | None = None,
 ) -> mx.array:
-    """`Handle.attend` over arrays ``[B, H, S, D]``, by MLX's fused attention if there is no cap and ``fused``."""
-    if cap is None and fused:
+    """`Handle.attend` over arrays ``[B, H, S, D]``, by MLX's fused attention without a ``cap`` and another softmax."""
+    if cap is None and softmax is None:
         logits = None if sinks is None else sinks.astype(q.dtype)
         attend = mx.fast.scaled_dot_product_attention
         return attend(q, keys, values, scale=scale, mask=mask, sinks=logits)
     heads, shape = keys.shape[1], (*q.shape[:3], keys.shape[2])
     grouped = (q.astype(mx.float32) * scale).reshape(q.shape[0], heads, -1, q.shape[-1])
     scores = capped(grouped @ keys.astype(mx.float32).swapaxes(-1, -2), cap).reshape(shape)
-    weights = weights_of(scores, as_added(mask, q, keys.shape[2]), sinks)[..., : keys.shape[2]]
+    added = as_added(mask, q, keys.shape[2])
+    weights = weights_of(scores, added, sinks, softmax or _precise)[..., : keys.shape[2]]
     mixed = weights.reshape(q.shape[0], heads, -1, keys.shape[2]) @ values.astype(mx.float32)
     return narrowed(mixed.reshape(*q.shape[:3], -1), q.dtype)
 
@@ -38,14 +40,23 @@ def capped(scores: mx.array, cap: float | None) -> mx.array:
     return scores if cap is None else mx.tanh(scores / cap) * cap
 
 
-def weights_of(scores: mx.array, added: mx.array | None, sinks: mx.array | None) -> mx.array:
+def _precise(x: mx.array) -> mx.array:
+    return mx.softmax(x, axis=-1, precise=True)
+
+
+def weights_of(
+    scores: mx.array,
+    added: mx.array | None,
+    sinks: mx.array | None,
+    softmax: Callable[[mx.array], mx.array] = _precise,
+) -> mx.array:
     """Softmax of scores ``[B, Hq, L, S]`` and of the sinks' logits, which come after the tokens."""
     if added is not None:
         scores = scores + added
     if sinks is not None:
         beside = mx.broadcast_to(sinks.astype(mx.float32)[None, :, None, None], (*scores.shape[:3], 1))
         scores = mx.concatenate([scores, beside], axis=-1)
-    return mx.softmax(scores, axis=-1, precise=True)
+    return softmax(scores)
 
 
 def narrowed(x: mx.array, dtype: mx.Dtype) -> mx.array:

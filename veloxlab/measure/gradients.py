@@ -21,6 +21,7 @@ from veloxlab.codecs import TENSORS, Tensor
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Recorder, capture_layers
+from veloxlab.measure.softmax import softmax
 from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.hooks import Mask
 from veloxlab.mlxlm.identity import fingerprint
@@ -31,7 +32,7 @@ from veloxlab.store import digest, make_folder, read_arrays, reading, write_arra
 PATIENCE = 0.2  # seconds between two looks at whether the work may end, while another thread does it
 FORMAT = "veloxlab gradients 1"
 WINDOW = 512  # tokens of a stretch of text
-_BLOCK = 64  # queries that attend together
+_BLOCK = 128  # queries that attend together
 _ROWS = 16  # positions whose logits are differentiated together
 _HELD = mx.bfloat16  # in which windows are kept: sizes vary much, and eight bits say enough of a mean
 
@@ -58,7 +59,7 @@ class _Perturbed(Recorder):
         for i in range(0, q.shape[2], _BLOCK):
             seen = min(before + i + _BLOCK, total)
             own = q[:, :, i : i + _BLOCK], self.stored_keys[:, :, :seen], self.mixed[:, :, :seen]
-            parts.append(attend_exactly(*own, scale, mask, sinks, cap, fused=False))
+            parts.append(attend_exactly(*own, scale, mask, sinks, cap, softmax))
         return mx.concatenate(parts, axis=2)
 
 
@@ -114,7 +115,7 @@ def _signed(given: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) 
     logits, key = given
     signs, parts = mx.random.bernoulli(0.5, logits.shape, key), [mx.array(0.0)]
     for i in range(0, len(logits), _ROWS):
-        p = mx.softmax(mx.depends(logits[i : i + _ROWS], parts[-1]), axis=-1)
+        p = softmax(mx.depends(logits[i : i + _ROWS], parts[-1]))
         signed = (2.0 * signs[i : i + _ROWS] - 1) * mx.sqrt(p)
         parts.append(cotangent * (signed - p * signed.sum(axis=-1, keepdims=True)))
     return mx.concatenate(parts[1:]), mx.zeros_like(key)
