@@ -216,7 +216,7 @@ def test_one_level_has_nothing_to_learn():
 def test_fitted_codebooks_need_a_sample():
     codec = PolarQuant(64, codebook="fitted")
     x = mx.random.normal((1, 1, 4, 64), key=mx.random.key(0))
-    with pytest.raises(InputError, match="has to see activations before it can encode"):
+    with pytest.raises(InputError, match="must be fitted to activations before it can encode"):
         codec.encode(x)
     with pytest.raises(InputError, match="16 different angles of level 4, .* at least 8 tokens"):
         codec.fit(Sample(x))

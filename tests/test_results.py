@@ -156,4 +156,4 @@ def test_costs_are_told(root, monkeypatch, capsys):
 
 def test_it_wants_to_know_what_to_do(capsys):
     assert main(["results"]) == 2
-    assert "give --check, --costs or --all" in capsys.readouterr().err
+    assert "give one of --check, --costs and --all" in capsys.readouterr().err

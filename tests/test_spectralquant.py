@@ -183,7 +183,7 @@ def test_tables_that_kernels_take_are_counted_once_they_are_made():
 
 
 def test_what_it_cannot_learn_from_is_refused_with_what_is_needed():
-    with pytest.raises(InputError, match="has to see activations"):
+    with pytest.raises(InputError, match="must be fitted to activations"):
         SpectralQuant(DIM, 2).encode(correlated(0, 4))
     with pytest.raises(InputError, match="cannot learn from 63 tokens .* text of 64"):
         SpectralQuant(DIM, 2).fit(Sample(correlated(0, 63)))

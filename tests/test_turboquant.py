@@ -231,7 +231,7 @@ def test_a_split_has_to_see_activations():
     codec = build(64, 2, "keys", outliers=16)
     assert codec.outlier_bits == 3
     one_head_of_zeros = mx.random.normal((1, 2, 16, 64)) * mx.array([0, 1])[:, None, None]
-    with pytest.raises(InputError, match="has to see activations before it can encode"):
+    with pytest.raises(InputError, match="must be fitted to activations before it can encode"):
         codec.encode(mx.zeros((1, 2, 3, 64)))
     with pytest.raises(InputError, match="cannot learn from 0 tokens that are not zero"):
         codec.fit(Sample(one_head_of_zeros))

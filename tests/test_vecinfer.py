@@ -132,9 +132,9 @@ def test_a_point_for_each_side():
     ("act", "sentence"),
     [
         (lambda: build(64, 2, "keys", point={"key": "d4b8"}), "point has no part 'key': give one for 'keys'"),
-        (lambda: build(64, 2, "keys", point={"keys": 48}), "point=48 is no point of VecInfer"),  # type: ignore[dict-item]
-        (lambda: build(64, 2, "keys", point=["d4b8", "d8b8"]), r"point=\['d4b8', 'd8b8'\] is no point of VecInfer"),
-        (lambda: build(64, 2, "keys", point="4x8"), "no point of VecInfer"),
+        (lambda: build(64, 2, "keys", point={"keys": 48}), "point=48 is not a point of VecInfer"),  # type: ignore[dict-item]
+        (lambda: build(64, 2, "keys", point=["d4b8", "d8b8"]), r"point=\['d4b8', 'd8b8'\] is not a point of VecInfer"),
+        (lambda: build(64, 2, "keys", point="4x8"), "not a point of VecInfer"),
         (lambda: build(64, 2, "keys", point="d7b8"), "do not divide a head dimension of 64: .* point='d4b8'"),
         (lambda: build(66, 2, "keys"), "Sub-vectors of 4 do not divide a head dimension of 66: .* point='d2b8'"),
         (lambda: build(81, 2, "keys"), "Sub-vectors of 4 do not divide a head dimension of 81: .* point='d1b8'"),

@@ -1,7 +1,7 @@
-"""What users may give: each kind of input is a `Check`, which reads it, or refuses it in one sentence.
+"""Checks of user input: a `Check` converts one kind of input, or refuses it in one sentence.
 
-A `Check` takes all that means the same (NumPy's numbers, any list) and gives Python's own. `checked` applies checks to
-a function's arguments by their names: ``bits`` or ``sinks`` mean the same in every function.
+A `Check` accepts equivalent types (NumPy's numbers, any sequence) and returns Python's own. `checked` applies checks to
+a function's arguments by name: ``bits`` or ``sinks`` mean the same in every function.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SHOWN = 60  # characters of a value in a message
 
 
 def number_of_bits(bits: float | str) -> float:
-    """A whole number of bits as one, or a fraction, for a method that takes it."""
+    """Bits as an int if whole, else as a float, for methods that take fractions."""
     number = float(bits)
     return int(number) if number.is_integer() else number
 
@@ -37,17 +37,17 @@ class Check:
     """One kind of input."""
 
     words: str  # what to give, for the sentence
-    fits: Callable[[Any], Any] = lambda value: True  # a TypeError or ValueError means that it does not
-    convert: Callable[[Any], Any] = lambda value: value  # gives the value as it is used
+    fits: Callable[[Any], Any] = lambda value: True  # or raises TypeError or ValueError if not
+    convert: Callable[[Any], Any] = lambda value: value  # returns the value in the form that is used
 
     def read(self, value: Any) -> Any:  # noqa: ANN401
-        """Give what ``value`` means; raises TypeError, ValueError or OverflowError if it is of another kind."""
+        """Convert ``value``; raises TypeError, ValueError or OverflowError if it is of another kind."""
         if not self.fits(value):
             raise ValueError
         return self.convert(value)
 
     def __call__(self, name: str, value: object) -> Any:  # noqa: ANN401
-        """Give what ``value`` means; raises `InputError` that names it, and says what to give."""
+        """Convert ``value``; raises an `InputError` that names it and says what to give."""
         try:
             return self.read(value)
         except _REFUSALS:
@@ -55,7 +55,7 @@ class Check:
 
 
 def whole(least: float = -INF, most: float = INF) -> Check:
-    """A whole number of Python or NumPy; True and False are none."""
+    """An int of Python or NumPy, but not True or False."""
     limits = f", {least} or more" if most == INF else f" from {least} to {most}"
     words = f"a whole number{limits if least > -INF else ''}"
     return Check(words, lambda value: not isinstance(value, bool) and least <= value <= most, operator.index)
@@ -97,7 +97,7 @@ def many(each: Check, *, empty: bool = False) -> Check:
 
 
 def either(*checks: Check) -> Check:
-    """What the first of ``checks`` that can read it makes of it."""
+    """The first of ``checks`` that accepts the value."""
 
     def convert(value: object) -> Any:  # noqa: ANN401
         for check in checks:
@@ -135,13 +135,13 @@ def _is_path(value: Any) -> bool:  # noqa: ANN401
 
 
 def _is_model(value: object) -> bool:
-    from mlx.nn.layers.base import Module  # MLX is imported when something has to compute
+    from mlx.nn.layers.base import Module  # MLX is imported only to compute
 
     return isinstance(value, Module) and hasattr(value, "layers")
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401
-    """The same with NumPy's numbers and arrays as Python's, in lists and dictionaries too."""
+    """Convert NumPy's numbers and arrays to Python's, in lists and dictionaries too."""
     if isinstance(value, Mapping):
         return {name: plain(item) for name, item in value.items()}
     if type(value) in (list, tuple):
@@ -199,7 +199,7 @@ ARGUMENTS: dict[str, Check] = {
     "sliding": choice("compressed", "exact"),
     "tokenizer": TOKENIZER,
 }
-"""What the names of arguments mean, where a function does not say otherwise."""
+"""The checks of arguments by name, unless a function has its own."""
 
 OPTIONS: dict[str, Check] = {
     **dict.fromkeys(("bounds", "centred", "centroid", "hadamard", "smooth"), maybe(FLAG)),
@@ -214,8 +214,8 @@ OPTIONS: dict[str, Check] = {
 def checked(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Check a function's arguments by their names: by its ``own`` checks, else by `ARGUMENTS`.
 
-    Extra keyword arguments are checked too where their name is known; where it is not, NumPy's numbers become Python's.
-    None stands where it is the default. What does not fit the signature is a TypeError.
+    Extra keyword arguments with a known name are checked too; in others NumPy's numbers become Python's. None is
+    accepted where it is the default. Arguments that do not fit the signature raise TypeError.
     """
     known, unknown = {**ARGUMENTS, **own}, Check("anything", convert=plain)
 
@@ -245,19 +245,19 @@ def checked(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 def check_fields(made: object, **own: Check) -> None:
-    """Check the fields of a dataclass, also a frozen one, when it is made."""
+    """Check the fields of a new dataclass, also of a frozen one."""
     for name, check in own.items():
         object.__setattr__(made, name, check(name, getattr(made, name)))
 
 
 def check_options(options: Mapping[str, object]) -> None:
-    """Raise `InputError` unless the numbers and flags among a method's options are some; None is the default."""
+    """Raise `InputError` unless numbers and flags among a method's options have the right type; None is the default."""
     for name in OPTIONS.keys() & options.keys():
         OPTIONS[name](name, options[name])
 
 
 def _shown(value: object) -> str:
-    """A value behind its name in a sentence; of what may be large, the kind alone."""
+    """A value after its name in a sentence; only the type if the value may be long."""
     simple = (str, bytes, Number, Path, type(None))
     items = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(item, simple) for item in items):

@@ -1,4 +1,4 @@
-"""Looks at what veloxlab stands on, and says what to do where something is missing."""
+"""Checks the installation that veloxlab needs, and says what to do if something is missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from veloxlab.errors import InputError
 PACKAGES = ("veloxlab", "mlx", "mlx-lm", "jupyterlab", "altair", "anywidget", "vl-convert-python", "polars")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LEAST_MEMORY_BYTES = 4 * 2**30
-SESSION_KERNELS = 5  # that are built to read a prompt and decode with one model, with the defaults
+SESSION_KERNELS = 5  # kernels that one model needs to read a prompt and decode, with the defaults
 TOO_MANY = "more than this process may use at once ({})"
 BLAS_HINTS = {
     runtime.SWITCHED_OFF: "unset VELOXLAB_BLAS",
@@ -25,7 +25,7 @@ BLAS_HINTS = {
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: ``hint`` says what to do about a ``status`` that is not ``"ok"``."""
+    """The result of one check: ``hint`` says what to do about a ``status`` that is not ``"ok"``."""
 
     name: str
     status: Literal["ok", "warn", "fail"]
@@ -34,7 +34,7 @@ class Check:
 
 
 def doctor() -> list[Check]:
-    """Check the device, the BLAS, kernels, packages and the model's weights; a CPU's kernels compile the first time."""
+    """Check the device, the BLAS, kernels, packages and the model's weights. CPU kernels compile the first time."""
     runtime.load_fast_blas()
     try:
         import mlx.core  # noqa: F401 - it fails where the libraries of a CUDA wheel are missing
@@ -122,7 +122,7 @@ def _loops(detail: str) -> Check:
 
 
 def _try_kernels() -> None:
-    """Encode and attend: scalar codes of 2, 3, 4 and 8 bits of head dimensions 64 and 128, and other layouts."""
+    """Encode and attend with scalar codes of 2, 3, 4 and 8 bits, head dimensions 64 and 128, and other layouts."""
     import mlx.core as mx
 
     from veloxlab.cache.attention import History

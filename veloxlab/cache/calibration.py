@@ -162,13 +162,11 @@ def layer_codec(
     method.check(bits, tensor, options)
     if calibration is not None:
         if options and not method.planned:
-            raise InputError(
-                f"{sorted(options)[0]} was given beside a calibration, which was made with its own options."
-            )
+            raise InputError(f"{sorted(options)[0]} was given with a calibration, which has its own options.")
         return calibration.codec(method.id, layer, tensor, bits, options, alone=alone)
     if method.calibrated:
         raise InputError(
-            f"{method.name} has to see activations before it can encode: make calibration = "
+            f"{method.name} must be fitted to activations before it can encode: make calibration = "
             f"vl.calibrate(model, tokenizer, {method.id!r}, bits={bits}), and pass calibration=calibration."
         )
     return method.codec(head_dim, bits, tensor, **options)

@@ -1,6 +1,6 @@
-"""The command ``veloxlab``: alone it opens JupyterLab at the tour; `COMMANDS` are all others.
+"""The command ``veloxlab``: without arguments it opens JupyterLab at the tour; `COMMANDS` are all others.
 
-No module here imports MLX before a command needs it: the doctor must run where MLX is broken.
+No module here imports MLX before a command needs it: the doctor must run if MLX is broken.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from veloxlab.store import make_folder, write_atomically
 
 TOUR = "00_tour.ipynb"
 COPY_FOLDER = Path("veloxlab-notebooks")
-OF_MLX_LM = {"serve": "server", "generate": "generate", "cache-prompt": "cache_prompt"}  # our names, and its own
+OF_MLX_LM = {"serve": "server", "generate": "generate", "cache-prompt": "cache_prompt"}  # our names, and mlx-lm's
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 TASKS = ("copy", "lookup", "arithmetic", "passkey")
 Argument = tuple[str, dict[str, Any]]  # name, and what `argparse` takes beside it
@@ -45,7 +45,7 @@ def open_lab(passed_on: Sequence[str]) -> int:
 
 
 def _notebooks() -> Path:
-    """Return a folder of copies of the shipped notebooks: running those of a clone would change tracked files."""
+    """Return a folder with copies of the notebooks, so that a clone's tracked files do not change."""
     folder = texts.shipped_folder("notebooks")
     make_folder(COPY_FOLDER)
     for notebook in sorted(folder.glob("*.ipynb")):
@@ -87,7 +87,7 @@ def write_report(**given: Any) -> None:
 
 
 def _one(name: str, words: str, kind: Callable[[str], Any] = str, default: Any = None, **more: Any) -> Argument:  # noqa: ANN401
-    """An argument of one value; a default is told in its help."""
+    """An argument of one value; its help names the default."""
     said = " ".join(map(str, default)) if isinstance(default, list) else default
     return name, {"type": kind, "default": default, "help": f"{words} (default: {said})" if said else words, **more}
 
@@ -123,7 +123,7 @@ FILE = _one("--json", "output file for the results", Path, metavar="FILE", dest=
 CACHE = (
     _one("model", "smollm2-135m, a .gguf file, a folder, or a Hugging Face repo id"),
     _one("--method", "compression method (default: turboquant)"),
-    _one("--plan", "plan file from plan.save, in the place of --method", Path, metavar="FILE"),
+    _one("--plan", "plan file from plan.save, instead of --method", Path, metavar="FILE"),
     _one("--calibration", "file from calibration.save; may be repeated", Path, [], action="append", metavar="FILE"),
     _one("--bits", "code bits per value (default: 4)", number_of_bits, metavar="N"),
     _one("--key-bits", "code bits of keys, if different", number_of_bits, metavar="N"),
@@ -140,7 +140,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         ("--json", {"action": "store_true", "help": "print the checks as JSON", "dest": "as_json"}),
     ),
     "advise": (
-        "say which cache to take for a model, a context and a memory",
+        "recommend a cache for a model, a context and a memory",
         measurements.advise_cache,
         _one("model", "smollm2-135m, a .gguf file, a config.json or its folder, a cached repo id, or a size: 8B"),
         _one("--context", "tokens of each sequence; 32k is 32768", _tokens, 32_768),
@@ -158,7 +158,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         CACHE[3],
         *_text(512, 4),
         _one("--seed", "seed of what is calibrated now; codes have that of the plan", int, 0),
-        _many("--tasks", f"questions that are asked too, of {', '.join(TASKS)}", default=[], choices=TASKS),
+        _many("--tasks", f"tasks to evaluate too: {', '.join(TASKS)}", default=[], choices=TASKS),
         _one("--questions", "questions of each task", int, 16),
         _one("--out", "the page", Path, Path("report.html"), metavar="FILE"),
     ),
@@ -167,7 +167,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         measurements.ask_tasks,
         *CACHE[:-1],
         _many("--tasks", "names of tasks; lm_eval:NAME for one of lm-evaluation-harness", default=[*TASKS]),
-        _one("--own", "questions of your own too: a file of JSON lines", Path, None, metavar="FILE"),
+        _one("--own", "your own questions: a file of JSON lines", Path, None, metavar="FILE"),
         _one("--questions", "questions of each task", int, 32),
         _one("--context", "tokens before a question", _tokens, 512),
     ),
@@ -176,13 +176,13 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         measurements.compare_caches,
         MODEL,
         _many("--methods", "method ids (default: all)"),
-        _one("--sinks", "first tokens that our caches keep exact; with some no times are taken", int, 0),
+        _one("--sinks", "first tokens that our caches keep exact; times need 0", int, 0),
         _one("--seed", "seed of what is random in our codes or their calibration", int, 0),
         (
             "--peers",
-            {"action": "store_true", "help": "measure other projects' caches, each in an environment of its own"},
+            {"action": "store_true", "help": "measure other projects' caches, each in its own environment"},
         ),
-        ("--times", {"action": "store_true", "help": "only measure the times of an earlier comparison again"}),
+        ("--times", {"action": "store_true", "help": "measure only the times of an earlier comparison again"}),
         *_text(512, 3),
         OUT,
     ),
@@ -193,7 +193,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         _many("--bits", "average code bits", float, [2.0, 2.5, 3.0, 3.5, 4.0]),
         _many("--by", "kinds of sensitivity", default=["gradient", "key_norm"]),
         *_text(512, 8),
-        _one("--sequences", "texts for sensitivities", int, 8),
+        _one("--sequences", "number of texts for sensitivities", int, 8),
         OUT,
     ),
     "search": (
@@ -218,8 +218,8 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         _many("--tokens", "context lengths (default: 4096 32768 131072; on a CPU 512 2048 8192 32768)", int),
         _many("--only", "measure only these parts; keep the others of FILE", choices=times.PARTS, nargs="*"),
         _many("--caches", "compressed caches to decode with on a CPU, as METHOD:BITS (default: turboquant:4)"),
-        _one("--against", "results of an earlier run: say which ratios moved beyond their noise", Path, metavar="FILE"),
-        ("--busy", {"action": "store_true", "help": "on a CPU, also decode while another process keeps a core busy"}),
+        _one("--against", "results of an earlier run: list the ratios that moved beyond noise", Path, metavar="FILE"),
+        ("--busy", {"action": "store_true", "help": "on a CPU, decode also while another process uses one core"}),
     ),
     "memory": (
         "measure peak memory and time per token, by length of text",
@@ -233,10 +233,10 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         FILE,
     ),
     "results": (
-        "say where each figure of the README and the notebooks comes from, or measure all again",
+        "list the sources of all figures in the README and the notebooks, or measure all again",
         results.show_results,
         ("--check", {"action": "store_true", "help": "list all figures; status 1 if one has no source"}),
-        ("--costs", {"action": "store_true", "help": "list the commands of --all and what each takes"}),
+        ("--costs", {"action": "store_true", "help": "list the commands of --all and their CPU time"}),
         _one(
             "--all",
             "run all commands that measure (hours: see --costs), or only those that write these files",
@@ -251,7 +251,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         for name, theirs in OF_MLX_LM.items()
     },
 }
-"""By name: a line of help, the function that gets the arguments by their names, and those."""
+"""By name: a line of help, the function that gets the arguments by name, and the arguments."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

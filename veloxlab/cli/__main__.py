@@ -1,4 +1,4 @@
-"""``python -m veloxlab.cli`` is the command ``veloxlab``, also where the package is not installed."""
+"""``python -m veloxlab.cli`` is the command ``veloxlab``, also without an installation."""
 
 import sys
 

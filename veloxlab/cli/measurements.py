@@ -1,4 +1,4 @@
-"""The commands that measure quality and bytes of caches on text; `veloxlab.cli.times` has those of this device."""
+"""The commands that measure quality and bytes of caches on text; `veloxlab.cli.times` measures the device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def advise_cache(model: str, **given: Any) -> None:
-    """Print which cache to take, and all that come into question."""
+    """Print the recommended cache, and all candidates."""
     import veloxlab as vl
     from veloxlab.models.shapes import taken_as
 
@@ -68,14 +68,14 @@ def compare_caches(
 ) -> None:
     """Measure, print the tables, and write them as Parquet (unfinished at first), as Markdown and as a chart.
 
-    With ``sinks`` there are no times, and no tables either. With ``peers`` other projects' caches are measured. With
-    ``times`` those of an earlier comparison are measured again, which have to be of a quiet machine. ``methods`` are
-    those of ours that are measured, if not all. Files of a ``seed`` that is not 0 have names of their own.
+    With ``sinks`` there are no times and no tables. With ``peers`` other projects' caches are measured. With ``times``
+    only the times of an earlier comparison are measured again; the machine must be idle. ``methods`` selects ours. Files
+    of a ``seed`` other than 0 have their own names.
     """
     if seed and (peers or times):
         raise InputError(f"With --peers or --times nothing has a seed: leave out --seed {seed}.")
     if methods and (peers or times):
-        raise InputError("With --peers or --times there is no choice of our methods: leave out --methods.")
+        raise InputError("--methods has no effect with --peers or --times: leave it out.")
     if times:
         _time_again(model, out, text["tokens"])
         return
@@ -108,7 +108,7 @@ def compare_caches(
 
 
 def _time_again(model: str, out: Path, tokens: int) -> None:
-    """Measure the times of an earlier comparison, and write them in the place of those that it has."""
+    """Measure the times of an earlier comparison again, and write them into its files."""
     import polars as pl
 
     import veloxlab as vl
@@ -124,7 +124,7 @@ def _time_again(model: str, out: Path, tokens: int) -> None:
 
 
 def _compare_peers(model: str, out: Path, **text: Any) -> None:
-    """Measure other projects' caches; the table and the chart have those of `compare_caches` in the same folder too."""
+    """Measure other projects' caches; the table and the chart also show `compare_caches` of the same folder."""
     import veloxlab as vl
     from veloxlab.measure.peers import compare_peers
 
@@ -137,7 +137,7 @@ def _compare_peers(model: str, out: Path, **text: Any) -> None:
 
 
 def tell_peers(stem: Path, frame: pl.DataFrame, left_out: Mapping[str, str]) -> None:
-    """Print and write the table of other projects' caches, and write the chart, each with ours of the same folder."""
+    """Print and write the table and the chart of other projects' caches, with ours of the same folder."""
     import polars as pl
 
     from veloxlab.codecs import METHODS
@@ -153,7 +153,7 @@ def tell_peers(stem: Path, frame: pl.DataFrame, left_out: Mapping[str, str]) -> 
 
 
 def _compared_before(stem: Path) -> pl.DataFrame:
-    """Rows that `compare_caches` wrote; of a method those with our usual sinks, where there are any."""
+    """Rows that `compare_caches` wrote; for each method those with the usual sinks, if there are any."""
     import polars as pl
 
     from veloxlab.cache.plan import DEFAULT_SINKS
@@ -164,7 +164,7 @@ def _compared_before(stem: Path) -> pl.DataFrame:
         for path in (Path(f"{stem}_{DEFAULT_SINKS}_sinks.parquet"), Path(f"{stem}.parquet"))
     )
     method = pl.col("name").str.split(" ").list.first()
-    with_sinks = with_sinks.filter(method != "mlx-lm")  # which keeps none
+    with_sinks = with_sinks.filter(method != "mlx-lm")  # which keeps no sinks
     again = method.is_in(with_sinks.select(method).to_series().to_list())
     return pl.concat([with_sinks.with_columns(pl.col("name") + f", {DEFAULT_SINKS} sinks"), without.filter(~again)])
 

@@ -1,4 +1,4 @@
-"""The command that measures one cache and writes a page about it, which needs neither Jupyter nor a network."""
+"""The command that measures one cache and writes a report, a page that needs neither Jupyter nor a network."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from veloxlab.views.picture import Section, report, table_of
 from veloxlab.widgets.chart_view import ensure_bundle
 
 MB = 1e6
-NAMED = 2  # layers with bits of their own that a title lists
+NAMED = 2  # layers with other bits that a title lists
 
 
 def write_report(
     model: str, plan: Path, out: Path, calibration: Sequence[Path] = (), seed: int = 0, **settings: Any
 ) -> None:
-    """Measure the cache of a plan, print the answer, and write the page."""
+    """Measure the cache of a plan, print the summary, and write the page."""
     check_place(out)
     wanted = Plan.load(plan)
     cells = [*steps(model, wanted, calibration_code(wanted, calibration, seed), **settings)]
@@ -39,7 +39,7 @@ def write_report(
 
 
 def name_of(plan: Plan) -> str:
-    """A plan's name; where it is that of most layers, with what the others have."""
+    """A plan's name, and the bits of layers that differ from most."""
     said = [f"{layer.key_method} K{layer.key_bits} V{layer.value_bits}" for layer in plan.layers]
     method = plan.name.split(" ")[0] + " "
     others = [f"layer {i} {each.removeprefix(method)}" for i, each in enumerate(said) if each != plan.name]
@@ -49,7 +49,7 @@ def name_of(plan: Plan) -> str:
 
 
 def first_section(title: str, space: Mapping[str, Any]) -> Section:
-    """The question, the answer, and the numbers, of what the cells of `steps` left in their namespace."""
+    """The first section: question, answer and numbers, from the namespace of the cells of `steps`."""
     windows, layers, said, plan = (space[name] for name in ("windows", "layers", "predictions", "plan"))
     kl = Mean.of(windows["kl_mean"].to_list())
     held = layers.drop_nulls("layer")
@@ -73,7 +73,7 @@ def first_section(title: str, space: Mapping[str, Any]) -> Section:
 
 
 def sections_of(cells: Sequence[Step], shown: Sequence[Any]) -> list[Section]:
-    """Charts as they are, and tables behind a click, in the order of the cells."""
+    """Charts, and collapsed tables, in the order of the cells."""
     made = []
     for cell, found in zip(cells, shown, strict=True):
         if isinstance(found, pl.DataFrame):

@@ -1,7 +1,7 @@
-"""``veloxlab results``: where each figure of the README and of the notebooks comes from, and the commands that measure.
+"""``veloxlab results``: the sources of all figures in the README and the notebooks, and the commands that measure them.
 
-``data/results/index.toml`` says which command writes which file, and which sentences quote one. A figure is a number
-with a decimal point, or with a unit behind it. Those of a notebook's outputs are made when it is executed.
+``data/results/index.toml`` says which command writes which file, and which sentences quote a file. A figure is a number
+with a decimal point, or with a unit. The figures in a notebook's outputs come from its execution.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Figure:
-    """A number of a document, and where it comes from: a file or a reason, and a command; both empty if unknown."""
+    """A number in a document, and its source: a file or a reason, and a command; both empty if unknown."""
 
     document: str
     number: str
@@ -47,7 +47,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Index:
-    """What `INDEX` says, for the files in ``root / "data" / "results"``."""
+    """The content of `INDEX`, for the files in ``root / "data" / "results"``."""
 
     root: Path
     result: Sequence[Row] = ()
@@ -57,7 +57,7 @@ class Index:
 
     @classmethod
     def read(cls, root: Path | None = None) -> Index:
-        """Read that of a clone; raises `InputError` where there is none."""
+        """Read the index of a clone; raises `InputError` if there is none."""
         root = root or shipped_folder("data").parent
         path = root / "data" / "results" / INDEX
         if not path.is_file() or not (root / "README.md").is_file():
@@ -71,7 +71,7 @@ class Index:
 
     @property
     def folder(self) -> Path:
-        """Where results are."""
+        """The folder of results."""
         return self.root / "data" / "results"
 
     def documents(self) -> list[Path]:
@@ -81,13 +81,13 @@ class Index:
 
 
 def show_results(check: bool, costs: bool, every: Sequence[str] | None) -> int:
-    """Print where each figure comes from, or run all commands; 1 if a figure has no source or a command fails.
+    """Print the source of each figure, or run all commands; returns 1 if a figure has no source or a command fails.
 
-    ``every``: names of files, whose commands are run and no others; an empty list for all; None to run none. With
-    ``costs`` print the commands and what they take.
+    ``every``: the files whose commands run; an empty list for all; None for none. With ``costs`` print the commands and
+    their CPU time.
     """
     if check + costs + (every is not None) != 1:
-        raise InputError("Say what to do: give --check, --costs or --all, and one alone.")
+        raise InputError("Say what to do: give one of --check, --costs and --all.")
     index = Index.read()
     if every is not None:
         return _run_all(index, every)
@@ -101,7 +101,7 @@ def _print_costs(index: Index) -> int:
         if "command" in one:
             print(f"{cost:>5}  {one['command']}{needs}")
     known = sum(one.get("cpu_minutes", 0) for one in index.result)
-    print(f"{known:>5g}  CPU minutes in all, and those of commands with ?, which nobody has timed", file=sys.stderr)
+    print(f"{known:>5g}  CPU minutes in all, without the commands with ?, which were not timed", file=sys.stderr)
     return 0
 
 
@@ -118,15 +118,15 @@ def _print_checked(index: Index) -> int:
 
 
 def problems(index: Index) -> Iterator[str]:
-    """What is wrong with the index itself: files and sentences that are not there, and files that it does not name."""
+    """Problems of the index itself: missing files and sentences, and files that it does not name."""
     there = {path.name for path in index.folder.iterdir() if path.name != INDEX}
     yield from (f"{name}: no command in {INDEX} writes it" for name in sorted(there - index.commands.keys()))
-    yield from (f"{name}: {INDEX} names it, and it is not there" for name in sorted(index.commands.keys() - there))
+    yield from (f"{name}: {INDEX} names it, but it is missing" for name in sorted(index.commands.keys() - there))
     for entry in (*index.figure, *index.known):
         text = plain(_prose(index.root / entry["document"])[0])
         for words in _said(index, entry):
             if words not in text:
-                yield f"{entry['document']}: it does not say {words!r}, as {INDEX} has it"
+                yield f"{entry['document']}: it does not have the words {words!r} of {INDEX}"
 
 
 def figures(index: Index, path: Path) -> Iterator[Figure]:
@@ -159,14 +159,14 @@ def plain(text: str) -> str:
 
 
 def same_number(said: str, number: str) -> bool:
-    """Whether a number of outputs is what is said of it, rounded."""
+    """Whether the number ``said`` in a text is a rounded ``number`` of an output."""
     decimals = len(said.partition(".")[2])
     value = float(said.replace(",", ""))
     return said == number or (decimals > 0 and len(number) > len(said) and round(float(number), decimals) == value)
 
 
 def _prose(path: Path) -> tuple[str, set[str]]:
-    """What people wrote in a document, and the numbers of its code and outputs."""
+    """The prose of a document, and the numbers in its code and outputs."""
     if path.suffix != ".ipynb":
         return path.read_text(), set()
     written, made = [], []
@@ -183,13 +183,13 @@ def _prose(path: Path) -> tuple[str, set[str]]:
 
 
 def _table_rows(index: Index) -> dict[str, str]:
-    """Rows of the committed tables, and the file of each."""
+    """Rows of the committed tables, with their files."""
     files = sorted(index.folder.glob("*.md"))
     return {line: path.name for path in files for line in path.read_text().splitlines() if line.startswith("| ")}
 
 
 def _said(index: Index, entry: Row) -> list[str]:
-    """The sentences of an entry as they must stand in its document."""
+    """The sentences of an entry as its document must have them."""
     if "result" not in entry:
         return [plain(words) for words in entry["says"]]
     row = _row(index, entry)
@@ -212,7 +212,7 @@ def _row(index: Index, entry: Row) -> Row:
 
 
 def _places(index: Index, text: str, entry: Row) -> tuple[list[range], str, str]:
-    """Where a document says an entry's words, and what its figures come from."""
+    """The places of an entry's words in a document, and the source of its figures."""
     places = []
     for words in _said(index, entry):
         starts = (match.start() for match in re.finditer(re.escape(words), text))
@@ -223,7 +223,7 @@ def _places(index: Index, text: str, entry: Row) -> tuple[list[range], str, str]
 
 
 def _run_all(index: Index, files: Sequence[str]) -> int:
-    """Run the command of each result that this machine can measure; one that was stopped goes on at its command."""
+    """Run the command of each result that this machine can measure. A run that was stopped continues."""
     for unknown in (name for name in files if name not in index.commands):
         raise InputError(f"There is no result {unknown!r}: give names of files in {index.folder.name}, as in {INDEX}.")
     measured = [one for one in index.result if "command" in one and (not files or {*files} & {*one["files"]})]
@@ -233,16 +233,16 @@ def _run_all(index: Index, files: Sequence[str]) -> int:
     for one in measured:
         command = one["command"]
         if command in done:
-            print(f"done before: {command}", flush=True)
+            print(f"already done: {command}", flush=True)
         elif "needs" in one and runtime.backend() == "cpu":
-            print(f"not run here, as it needs {one['needs']}: {command}", flush=True)
+            print(f"not run here, because it needs {one['needs']}: {command}", flush=True)
         else:
             print(command, flush=True)
             before = _cpu_seconds()
             ended = subprocess.run(_words(command), cwd=index.root, check=False).returncode
             print(f"{(_cpu_seconds() - before) / 60:.1f} CPU minutes", flush=True)
             if ended:
-                print(f"It ended with {ended}; `veloxlab results --all` goes on with it.", file=sys.stderr)
+                print(f"It ended with status {ended}; `veloxlab results --all` continues here.", file=sys.stderr)
                 return 1
             done.append(command)
             unfinished.put(done)
@@ -251,7 +251,7 @@ def _run_all(index: Index, files: Sequence[str]) -> int:
 
 
 def _cpu_seconds() -> float:
-    """What all processes took that this one started, and that ended."""
+    """CPU time of all ended child processes."""
     times = os.times()
     return times.children_user + times.children_system
 

@@ -16,8 +16,8 @@ SHAPE = ("query_heads", "kv_heads", "head_dim")
 def markdown(titles: str, cells: str, frame: pl.DataFrame | Sequence[Row], **more: Callable[[Row], object]) -> str:
     """Return a Markdown table of a frame, or of rows.
 
-    ``titles`` are parted by ``" | "``; a colon behind one aligns its column to the right. ``cells`` is the template of
-    a line, with the fields of a row, and ``more`` that follow from them.
+    ``titles`` are separated by ``" | "``; a colon after a title aligns its column to the right. ``cells`` is the
+    template of a line, with the fields of a row, and those that ``more`` computes from the row.
     """
     columns = titles.split(" | ")
     marks = ["---:" if title.endswith(":") else "---" for title in columns]
@@ -33,7 +33,7 @@ def left_out_lines(left_out: Mapping[str, str]) -> str:
 
 
 def _scaled(name: str, scale: float = 1, form: str = "{:,.1f}") -> Callable[[Row], str]:
-    """What writes a column in another unit; a null is a step that failed, and a row may be without the column."""
+    """A function that writes a column in another unit. A null is a failed step, and a row may lack the column."""
     return lambda row: "" if name not in row else "fails" if row[name] is None else form.format(row[name] * scale)
 
 
@@ -135,7 +135,7 @@ def ratio_table(frame: pl.DataFrame) -> str:
 
 
 def against_table(frame: pl.DataFrame) -> str:
-    """Give `measure.bench.against.AGAINST` as a line that counts, and a Markdown table of what moved."""
+    """Give `measure.bench.against.AGAINST` as one line of counts, and a Markdown table of the ratios that moved."""
     moved, unknown = frame.filter("moved"), frame["noise"].null_count()
     said = f"{moved.height} of {frame.height} ratios moved beyond their noise."
     if unknown:
@@ -148,7 +148,7 @@ def against_table(frame: pl.DataFrame) -> str:
 
 
 def bench_tables(results: dict[str, Any]) -> str:
-    """Give the times of attention of every shape that ``veloxlab bench`` wrote, each under a line that names it."""
+    """Give the times of attention of every shape that ``veloxlab bench`` wrote, each with a heading."""
     facts = results["attention"]["facts"]
     if facts["backend"] == "cpu":
         parts = {part: of for part, of in _CPU_TABLES.items() if part in results}
@@ -262,7 +262,7 @@ def swept_table(frame: pl.DataFrame) -> str:
     from veloxlab.allocate.sensitivity import NATS
     from veloxlab.allocate.sweep import UNIFORM
 
-    first = next((by for by in frame["allocation"] if by != UNIFORM), UNIFORM)  # which predicts uniform bits' loss too
+    first = next((by for by in frame["allocation"] if by != UNIFORM), UNIFORM)  # it predicts uniform bits' loss too
 
     def predicted(row: Row) -> str:
         by = first if row["allocation"] == UNIFORM else row["allocation"]

@@ -32,8 +32,8 @@ def time_kernels(
 ) -> None:
     """Time attention, encoding, decoding and reading; write times and device as JSON, as tables, and as a chart.
 
-    With no part in ``only``, nothing is timed, and what FILE has is written again as tables and chart. What moved since
-    an earlier run, ``against`` whose results it is, is printed.
+    If ``only`` is empty, nothing is timed, and the tables and the chart of FILE are written again. With ``against``,
+    the results of an earlier run, print the ratios that moved.
     """
     before = _benched(against) if against else None
     facts, parts = _on_cpu(tokens, caches, busy) if runtime.backend() == "cpu" else _on_gpu(tokens)
@@ -44,7 +44,7 @@ def time_kernels(
         check_place(file)
     kept = json.loads(file.read_text()) if only is not None and file and file.exists() else {}
     for name in parts if only is None else only:
-        rows = parts[name]()  # which try kernels: the facts say what came of it
+        rows = parts[name]()  # this also tries kernels, and the facts have the outcome
         kept[name] = {"facts": facts(), "rows": rows}
         _write_json(file, kept)
     if file and "attention" in kept:
@@ -60,14 +60,14 @@ def time_kernels(
 
 
 def _benched(path: Path) -> dict[str, Any]:
-    """What an earlier run of the benchmark wrote."""
+    """The results of an earlier run of the benchmark."""
     with reading("benchmark", path, "give a file that `veloxlab bench --json` wrote"):
         found = json.loads(path.read_text())
         return {part: {"facts": of["facts"], "rows": of["rows"]} for part, of in found.items()}
 
 
 _Parts = tuple[Callable[[], dict[str, Any]], dict[str, Callable[[], Any]]]
-"""What gives the facts of a device, and what measures each part."""
+"""The functions for the facts of a device and for each part."""
 
 
 def _on_gpu(tokens: Sequence[int] | None) -> _Parts:
@@ -121,7 +121,7 @@ def measure_lengths(
     quantized_upto: int,
     file: Path | None,
 ) -> None:
-    """Measure memory and time for each length, print the tables, and write them as JSON (unfinished until all is)."""
+    """Measure memory and time for each length, print the tables, and write them as JSON (also unfinished ones)."""
     import veloxlab as vl
     from veloxlab.measure.bench import models, shapes, timing
 
@@ -129,7 +129,7 @@ def measure_lengths(
         check_place(file)
     unfinished = file and file.with_suffix(".unfinished.json")
     results: dict[str, Any] = {"facts": timing.facts()}
-    left_out: dict[str, Mapping[str, str]] = {}  # by model: why a cache has no row, or not all
+    left_out: dict[str, Mapping[str, str]] = {}  # by model: why a cache lacks rows
     texts: list[str] = []
 
     def keep(name: str, rows: pl.DataFrame, missing: Mapping[str, str]) -> None:

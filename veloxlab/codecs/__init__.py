@@ -1,4 +1,4 @@
-"""The algorithms. Each is one file here and one name in `_FILES`, in whose order they are listed."""
+"""The algorithms: each is one file here, listed in the order of `_FILES`."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ _REGISTERED: WeakKeyDictionary[type, tuple[str, int]] = WeakKeyDictionary()
 def register(method: Method, *, replace: bool = False) -> Method:
     """Add an algorithm to the methods of this process, until `unregister`, and return it.
 
-    A cache that is saved with it is read again where a method of this id and version is registered, with classes of the
-    same names and fields.
-    Raises `InputError`: the id is taken or is no name, the method names no classes or other things, or no bits.
+    To read a saved cache of it, register a method of the same id and version, with classes of the same names and
+    fields. Raises `InputError`: the id is taken or not a name; ``codecs`` is empty or has other things than frozen
+    dataclasses; there are no bits.
 
     Parameters
     ----------
     method : its id is lower case, such as ``"round_to_nearest"``; its ``codecs`` are frozen dataclasses.
-    replace : whether a method of this id that was registered before makes room, as when a notebook's cell runs again.
+    replace : whether to replace a registered method of this id, for example when a notebook's cell runs again.
     """
     name, kinds = method.id, method.codecs
     for wrong, sentence in (
@@ -97,7 +97,7 @@ def register(method: Method, *, replace: bool = False) -> Method:
 
 @checked(kind=instance(type, "the class of a codec"))
 def registered(kind: type) -> tuple[str, int] | None:
-    """Id and version under which ``kind``, a class from elsewhere, was last registered, even if undone since."""
+    """Id and version with which ``kind``, a class from elsewhere, was last registered, even if unregistered since."""
     return _REGISTERED.get(kind)
 
 

@@ -1,4 +1,4 @@
-"""The codec contract: what an algorithm declares, and what follows from it."""
+"""The codec contract: the declarations of an algorithm, and the operations that follow from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TILE = 1024  # tokens that attention expands at once, so that no decoded history
 
 @dataclass(frozen=True)
 class Code:
-    """The compressed form of ``[B, H, S, D]``: named arrays ``[B, H, S, ...]``, so that any code can grow and be cut.
+    """The compressed form of ``[B, H, S, D]``: named arrays ``[B, H, S, ...]``, so any code can be joined and sliced.
 
     ``start`` is the position in the text of the first token; only a codec that undoes RoPE needs it.
     """
@@ -35,7 +35,7 @@ class Code:
     _made: dict[str, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def once(self, name: str, make: Callable[[], Made]) -> Made:
-        """What ``make`` gave when this name was first asked for: a layer reads its code at every token."""
+        """The result of ``make``, cached under this name: a layer reads its code at every token."""
         if name not in self._made:
             self._made[name] = make()
         made: Made = self._made[name]
@@ -48,7 +48,7 @@ class Code:
 
     @property
     def kv_heads(self) -> int:
-        """KV heads; an array may have something of all of them together."""
+        """KV heads; an array with one row for all heads has 1."""
         return max(array.shape[1] for array in self.arrays.values())
 
     @property
@@ -62,13 +62,13 @@ class Code:
 
 
 def empty_code(codec: Codec, batch: int = 1, kv_heads: int = 1, dtype: mx.Dtype = mx.float16) -> Code:
-    """The code of no tokens that ``codec`` makes of vectors of type ``dtype``, by its layout."""
+    """A code of ``codec`` without tokens, for vectors of type ``dtype``."""
     shapes = {name: (batch, 1 if row.joint else kv_heads, 0, row.count) for name, row in codec.layout.items()}
     return Code({name: mx.zeros(shape, codec.layout[name].dtype or dtype) for name, shape in shapes.items()})
 
 
 def token_bytes(codec: Codec, kv_heads: int, exact_bytes: int = 2) -> tuple[int, int]:
-    """Bytes of codes, and of scales and norms, that ``codec`` stores of a token; an exact number counts as a code."""
+    """Bytes of codes, and of scales and norms, for one token; an exact number counts as a code."""
     sizes = [0, 0]
     for row in codec.layout.values():
         sizes[row.is_number] += row.nbytes(exact_bytes) * (1 if row.joint else kv_heads)
@@ -77,11 +77,11 @@ def token_bytes(codec: Codec, kv_heads: int, exact_bytes: int = 2) -> tuple[int,
 
 @dataclass(frozen=True)
 class Sample:
-    """What calibration saw of one layer, for `Codec.fit`: keys (after RoPE) or values ``x`` ``[B, H, S, D]``, float32.
+    """The calibration data of one layer, for `Codec.fit`: keys (after RoPE) or values ``x`` ``[B, H, S, D]``, float32.
 
-    Its ``queries`` (after RoPE) ``[B, Hq, S, D]`` and its ``rope`` are None where the model does not show them.
-    ``start`` is the position of the first token of each of its B stretches of text, and ``gradients`` ``[B, H, S, D]``
-    are of the model's loss, for a method that asks for them.
+    ``queries`` (after RoPE) ``[B, Hq, S, D]`` and ``rope`` are None if the model does not show them. ``start`` is the
+    position of the first token of each of the B texts. ``gradients`` ``[B, H, S, D]`` of the model's loss are for
+    methods that need them.
     """
 
     x: mx.array
@@ -93,17 +93,17 @@ class Sample:
 
 
 class Codec(ABC):
-    """An algorithm, as the cache and attention know it. Shapes: x ``[B, H, S, D]``, q ``[B, Hq, L, D]``.
+    """An algorithm, as the cache and attention use it. Shapes: x ``[B, H, S, D]``, q ``[B, Hq, L, D]``.
 
-    Vectors are coded in a space of the codec's own. There ``decode = from_codes(scale · expand)``. A query is brought
-    into that space once (`query_to_codes`), and the mix of values out of it once; codes are expanded a tile at a time.
+    A codec codes vectors in its own space: ``decode = from_codes(scale · expand)``. Attention brings a query into that
+    space once (`query_to_codes`), and the mix of values out of it once. Codes are expanded tile by tile.
 
-    A codec is a frozen dataclass. What it learned is in fields that are arrays, with one entry per KV head where the
-    algorithm says so; it is then compared by identity. All other fields are plain numbers and words, or a `Rope`: see
-    `veloxlab.codecs.saving`. Constant tables are built once per process.
+    A codec is a frozen dataclass. Learned parameters are arrays, with one entry for each KV head if the algorithm has
+    that; such a codec is compared by identity. All other fields are numbers, words or a `Rope`: see
+    `veloxlab.codecs.saving`. Constant tables are built once in a process.
 
-    ``heads_alike`` says that every KV head is coded alike, so that some can be read without others; ``expand_scales``
-    that `expand` scales too; ``plan`` are the code bits of each coordinate ``[D]``, where they differ.
+    ``heads_alike``: every KV head has the same code layout, so some heads can be read without others.
+    ``expand_scales``: `expand` also scales. ``plan``: the code bits of each coordinate ``[D]``, if they differ.
     """
 
     head_dim: int
@@ -112,7 +112,7 @@ class Codec(ABC):
     plan: tuple[int, ...] = ()
 
     def _check(self, **own: Check) -> None:
-        """Check the fields of a new codec: those whose type is a `Literal`, and by ``own`` checks."""
+        """Check the fields of a new codec that have a `Literal` type, and others by ``own`` checks."""
         check_fields(self, **_words(type(self)), **own)
 
     @property
@@ -127,21 +127,21 @@ class Codec(ABC):
 
     @property
     def head_plans(self) -> tuple[tuple[int, ...], ...]:
-        """``plan`` of each KV head, or one for all of them; empty where all coordinates have the same."""
+        """``plan`` of each KV head, or one for all; empty if all coordinates have the same bits."""
         return (self.plan,) if self.plan else ()
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes that do not grow with the tokens: of all that it keeps, such as tables, and arrays that it learned."""
+        """Bytes that do not grow with the tokens: tables and learned arrays."""
         return sum(getattr(kept, "nbytes", 0) for kept in vars(self).values())
 
     @property
     def online(self) -> bool:
-        """Whether a cache is to `fit` this codec to the first tokens that it packs."""
+        """Whether a cache fits this codec to the first tokens that it packs."""
         return False
 
     def blank(self, kv_heads: int) -> Self:
-        """A codec as large as this one fitted to ``kv_heads`` heads, zeros in place of what is learned."""
+        """A codec of the size that this one has when fitted to ``kv_heads`` heads, with zeros as learned arrays."""
         return self
 
     def heads_of(self, code: Code) -> int:
@@ -149,13 +149,13 @@ class Codec(ABC):
         return code.kv_heads
 
     def fit(self, sample: Sample) -> Self:
-        """Learn from what calibration saw; an algorithm that needs no calibration returns itself."""
+        """The codec fitted to calibration data; an algorithm without calibration returns itself."""
         check_vectors(sample.x, self.head_dim)
         return self
 
     @property
     def code_dim(self) -> int:
-        """Dimension of the space of the codes: ``head_dim``, unless a subclass codes in another."""
+        """Dimension of the codec's space: ``head_dim``, unless a subclass has another."""
         return self.head_dim
 
     @abstractmethod
@@ -189,15 +189,15 @@ class Codec(ABC):
         return q
 
     def inner_products(self, q: mx.array) -> Callable[[Code], mx.array]:
-        """How queries ``[B, H, L, D]`` in that space, prepared once, read a tile: its code to ``[B, H, L, S]``."""
+        """A function from a tile's code to scores ``[B, H, L, S]``, for queries ``[B, H, L, D]`` in that space."""
         return lambda tile: q @ self.expand(tile).swapaxes(-1, -2)
 
     def reader(self, code: Code) -> Reader | None:
-        """How a kernel reads the code, in its own space; None where no kernel does."""
+        """The reader of a kernel for the code, in the codec's space; None if no kernel reads it."""
         return None
 
     def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:
-        """Reconstruct ``[B, H, S, D]`` in ``dtype``: float32 if None is given, but by `none` what came."""
+        """Reconstruct ``[B, H, S, D]`` in ``dtype``, by default float32 (for `none` the dtype that came)."""
         y, scale = self.expand(code), self.scales(code)
         return self.from_codes(y if scale is None else y * scale).astype(dtype or mx.float32)
 
@@ -227,7 +227,7 @@ class Codec(ABC):
 
 
 def _tile(code: Code, start: int, after: mx.array) -> Code:
-    """The tile that begins at ``start``, once ``after`` is computed: MLX would expand twenty tiles abreast."""
+    """The tile from ``start`` on, computed after ``after``: MLX would otherwise expand twenty tiles in parallel."""
     tile = code[start : start + TILE]
     if not start:
         return tile
@@ -254,25 +254,25 @@ def check_heads(fitted: int, given: int) -> None:
     """Raise `InputError` unless a codec fitted to ``fitted`` KV heads was given as many."""
     if fitted != given:
         raise InputError(
-            f"This codec was fitted to {fitted} KV heads and was given {given}: calibrate it on the model, and use it "
-            "in the layer, that it was fitted to."
+            f"This codec was fitted to {fitted} KV heads and was given {given}: calibrate it on this model, and use it "
+            "in the same layer."
         )
 
 
 def not_fitted(method: str, options: str = "") -> InputError:
-    """The error of a codec of ``method``, by its name, that saw nothing; ``options`` are of `veloxlab.calibrate`."""
+    """The error of a codec of ``method`` that is not fitted; ``options`` are those of `veloxlab.calibrate`."""
     return InputError(
-        f"{method} has to see activations before it can encode: make calibration = "
+        f"{method} must be fitted to activations before it can encode: make calibration = "
         f"vl.calibrate(model, tokenizer, {method.lower()!r}{options}), or call codec.fit(sample)."
     )
 
 
 def per_kv_head(x: mx.array, kv_heads: int) -> mx.array:
-    """``[B, Hq, L, D]`` to ``[B, H, Hq/H · L, D]``: the queries that read one KV head, together."""
+    """``[B, Hq, L, D]`` to ``[B, H, Hq/H · L, D]``: group the queries that read one KV head."""
     batch, heads, length, dim = x.shape
     return x.reshape(batch, kv_heads, heads // kv_heads * length, dim)
 
 
 def fitted_online(codec: Codec, x: mx.array) -> Codec:
-    """The codec, or, if it is `Codec.online`, one fitted to ``x`` ``[B, H, S, D]``, the first that it is to pack."""
+    """The codec; if it is `Codec.online`, fitted to ``x`` ``[B, H, S, D]``, the first tokens to be packed."""
     return codec.fit(Sample(x.astype(mx.float32))) if codec.online else codec

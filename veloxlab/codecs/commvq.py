@@ -3,23 +3,23 @@
 Paper: *CommVQ: Commutative Vector Quantization for KV Cache Compression*, J. Li, Y. Zhang, M. Y. Hassan, T. Chafekar,
 T. Cai, Z. Ren, P. Guo, F. Karimzadeh, C. Reed, C. Wang, C. Gan, 2025 (ICML), arXiv 2506.18879.
 
-Keys are coded as they are before RoPE, pair by pair of the coordinates that it rotates. Each of R residual stages has
-64 matrices ``M(x, y) = [[x, y], [−y, x]]`` a pair; its code (a, b), shared by all pairs of the head, adds
-``[1, 0]·M[a] + [0, 1]·M[b] = (x_a − y_b, y_a + x_b)``. Every M commutes with every rotation, so that it is the same to
-rotate the sum and to rotate the tables.
+Keys are coded before RoPE, in the pairs of coordinates that RoPE rotates. Each of R residual stages has 64 matrices
+``M(x, y) = [[x, y], [−y, x]]`` for each pair. The code (a, b) of a stage is shared by all pairs of the head, and adds
+``[1, 0]·M[a] + [0, 1]·M[b] = (x_a − y_b, y_a + x_b)``. Every M commutes with every rotation, so rotating the sum gives
+the same as rotating the tables.
 
 Stored per vector of D coordinates
     12·R bits of codes, to whole bytes, and one 16-bit scale, with R = bits·D/12 rounded: at D = 64, R = 5, 11, 16, 21
     and 1.25, 2.38, 3.25, 4.25 bits a value. Tables per layer and KV head, in float16: R·64·D numbers.
 
 Where we differ
-    * mlx-lm hands over keys after RoPE: the layer's own rotation is undone first, and done again at decoding.
+    * mlx-lm passes keys after RoPE: the layer's rotation is undone first, and applied again at decoding.
     * Attention rotates the sums of a tile, not the tables at every position: 2·R·D additions a key, against 64·R·D
       multiplications for a table that is rotated for it.
-    * The scale is each vector's own (the paper has one norm for all heads of a token), and makes the squared error
-      least, for keys too: on SmolLM2 an unbiased one is no better.
+    * Each vector has its own scale (the paper has one norm for all heads of a token). It minimises the squared error,
+      for keys too: on SmolLM2 an unbiased scale is not better.
     * Values are coded by the same stages, without RoPE; the paper learns an encoder network for them.
-    * A smaller trainer, in seconds a layer: see `commvq_training`. Calibrate on 1,024 tokens or more.
+    * A smaller trainer, which takes seconds for a layer: see `commvq_training`. Calibrate on 1,024 tokens or more.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ from veloxlab.kernels.readers import SumsReader
 from veloxlab.kernels.vectors import VectorKernel
 
 _INDEX = 6  # bits of a or b
-_CHUNK = 8192  # vectors that are encoded at once
-_MOST_FACTOR = 4.0  # of a scale over the norm: an outlier that its code misses has a factor without meaning, or sign
+_CHUNK = 8192  # vectors that are encoded together
+_MOST_FACTOR = 4.0  # of a scale over the norm: a vector that its code misses would get a meaningless factor
 
 
 @dataclass(frozen=True, eq=False)
 class CommVQ(Codec):
-    """CommVQ's residual stages (arXiv 2506.18879, section 3). Keys are coded before RoPE, values as they are.
+    """CommVQ's residual stages (arXiv 2506.18879, section 3). Keys are coded before RoPE, values unchanged.
 
-    ``bits`` are nominal, ``12·stages / head_dim`` are used; ``stages`` is R, or 0 for that of ``bits``. What is
-    learned: ``tables``, entries of every stage ``[H, R, 64, D]``, float16, and ``rope`` of the layer, None for values.
+    ``bits`` are nominal; ``12·stages / head_dim`` are used. ``stages`` is R, or 0 to derive it from ``bits``. Learned:
+    ``tables``, entries of every stage ``[H, R, 64, D]``, float16, and ``rope`` of the layer, None for values.
     """
 
     head_dim: int
@@ -75,7 +75,7 @@ class CommVQ(Codec):
 
     @property
     def pairs(self) -> np.ndarray:
-        """Both coordinates of each pair ``[D/2, 2]``; without RoPE halves, which nothing turns, commute too."""
+        """Both coordinates of each pair ``[D/2, 2]``; without RoPE, coordinate i of each half."""
         return (self.rope or Rope(self.head_dim)).pairs(self.head_dim)
 
     @property
@@ -93,7 +93,7 @@ class CommVQ(Codec):
             )
         x = _before_rope(sample.x, rope, 0)
         heads = learnable(scales.over(x, scales.root_mean_square(x)), "CommVQ", ENTRIES)
-        order = replace(self, rope=rope).pairs.T.ravel()  # all first coordinates, all second ones
+        order = replace(self, rope=rope).pairs.T.ravel()  # all first coordinates, then all second ones
         tables = [
             train_tables(head[head.any(axis=1)].astype(np.float32), self.stages, order, sample.seed + i)
             for i, head in enumerate(heads)
@@ -114,7 +114,7 @@ class CommVQ(Codec):
         chunk = max(1, _CHUNK // max(1, x.shape[0] * x.shape[1]))
         parts = [empty_code(self, x.shape[0], x.shape[1]).arrays]
         for at in range(0, x.shape[2], chunk):
-            # one chunk after another: MLX would evaluate all of them abreast
+            # one chunk after another: MLX would evaluate all in parallel
             (piece,) = mx.depends([x[:, :, at : at + chunk]], [parts[-1]["codes"]])
             rms = scales.root_mean_square(piece)
             y, indices = scales.over(piece, rms), []
@@ -130,18 +130,18 @@ class CommVQ(Codec):
 
     @cached_property
     def _encoder(self) -> VectorKernel:
-        """For each stage the same descents."""
+        """The kernel that runs the same search for each stage."""
         assert self.tables is not None
         order = constant(self.pairs.T.ravel(), mx.int32)  # the real parts of pairs, then the others
         return sums_kernel(self.tables, order, self.scale, STARTS, ROUNDS, _MOST_FACTOR, self._lost)
 
     def _lost(self, arrays: Mapping[str, mx.array], x: mx.array) -> mx.array:
-        """Squared errors of vectors before RoPE, by their squares."""
+        """Squared errors of vectors before RoPE, relative to their squares."""
         decoded = self.from_codes(self._sums(arrays["codes"])) * scales.load_scale(arrays["root_scale"])
         return mx.square(x - decoded).sum(axis=-1) / mx.square(x).sum(axis=-1)
 
     def expand(self, code: Code) -> mx.array:
-        """Sums of the entries, rotated to their positions, both coordinates of a pair side by side."""
+        """Sums of the entries, rotated to their positions, with the coordinates of a pair next to each other."""
         total = self._sums(code.arrays["codes"])
         return total if self.rope is None else replace(self.rope, traditional=True).forward(total, code.start)
 
@@ -152,7 +152,7 @@ class CommVQ(Codec):
         rows = packing.unpack(codes, _INDEX, count) + first
         total = mx.zeros((*codes.shape[:-1], self.head_dim))
         for i in range(count):
-            (row,) = mx.depends([rows[..., i]], [total])  # or all stages' entries are held at once
+            (row,) = mx.depends([rows[..., i]], [total])  # otherwise MLX holds the entries of all stages together
             total = total + flat[row]
         return total
 
@@ -175,7 +175,7 @@ class CommVQ(Codec):
         return constant(there, mx.uint32), constant(np.argsort(there), mx.uint32)
 
     def both_tables(self, kv_heads: int) -> mx.array:
-        """What index a adds and, a quarter turn on, index b, of every stage: ``[H, R, 2, 64, D]``, before RoPE."""
+        """Entries of index a, and of index b (a quarter turn on), for every stage ``[H, R, 2, 64, D]``, before RoPE."""
         tables, (there, back) = self._checked_tables(kv_heads).astype(mx.float32), self._orders
         x, y = mx.split(mx.unflatten(tables[..., there], -1, (-1, 2)), 2, -1)
         turned = mx.flatten(mx.concatenate([-y, x], axis=-1), -2)
@@ -195,8 +195,8 @@ def _before_rope(x: mx.array, rope: Rope | None, start: int) -> mx.array:
 def _search(r: mx.array, first: mx.array, second: mx.array) -> tuple[mx.array, mx.array]:
     """Indices ``[B, H, S]`` of the pair of entries ``[H, 64, D]`` whose sum is nearest to ``r`` ``[B, H, S, D]``.
 
-    ‖r − f_a − s_b‖² is a part in a, a part in b and 2·f_a·s_b. With one index fixed the best other one is read off 64
-    sums; that is done in turns, from several starts.
+    ‖r − f_a − s_b‖² is a term in a, a term in b and 2·f_a·s_b. With one index fixed, 64 sums give the best other one.
+    The search alternates, from several starts.
     """
     of_a = mx.square(first).sum(axis=-1)[:, None] - 2 * (r @ first.swapaxes(-1, -2))
     of_b = mx.square(second).sum(axis=-1)[:, None] - 2 * (r @ second.swapaxes(-1, -2))

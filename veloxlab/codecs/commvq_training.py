@@ -1,13 +1,13 @@
 """Training of CommVQ's tables: hard EM, one residual stage after another, with NumPy.
 
-A stage stands for a vector, read as ``D/2`` complex numbers, by ``C[a] + i·C[b]``: multiplying by ``i`` is the quarter
-turn of every pair, and so a complex table ``C`` ``[64, D/2]`` is the paper's 64 matrices ``[[x, y], [−y, x]]`` a pair.
-The M-step is then one complex least-squares problem for all pairs, with 64 unknowns each.
+A stage approximates a vector, read as ``D/2`` complex numbers, by ``C[a] + i·C[b]``. Multiplication by ``i`` is the
+quarter turn of every pair, so a complex table ``C`` ``[64, D/2]`` equals the paper's 64 matrices ``[[x, y], [−y, x]]``
+for each pair. The M-step is one complex least-squares problem for all pairs, with 64 unknowns each.
 
-The paper's trainer has soft assignments with an annealed temperature, 100 steps and a million vectors a stage. This one
-sees a thousand: its assignments are hard, it takes few steps, and beside each vector it trains on two drawn from a
-Gaussian with the sample's mean and covariance, so that later stages do not learn the sample by heart. About 0.05
-seconds of one core a stage and KV head for 1,024 tokens and D = 64.
+The paper's trainer has soft assignments with an annealed temperature, 100 steps and a million vectors for each stage.
+This one gets about a thousand vectors: its assignments are hard, and it takes few steps. It adds two vectors for each
+one, drawn from a Gaussian with the sample's mean and covariance, so that later stages do not overfit. It takes about
+0.05 seconds of one core for each stage and KV head, for 1,024 tokens and D = 64.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Indices = NDArray[np.int64]
 
 ENTRIES = 64  # of a stage's table, N_c' in the paper: indices of six bits
 STARTS, ROUNDS = 4, 2  # of the search for (a, b): within 0.02 % of the squared error of trying all 4,096
-STEPS = 5  # of EM a stage; fifteen gain another 1 %
-MOST_POINTS = 4096  # that are trained on
-_INVENTED = 2  # Gaussian vectors beside each of them
+STEPS = 5  # of EM for each stage; fifteen gain another 1 %
+MOST_POINTS = 4096  # of training
+_INVENTED = 2  # Gaussian vectors added for each of them
 _DIAGONAL = 0.1  # share of the covariance that is only variances
-_RIDGE = 1.0  # vectors' worth of pull towards zero, so that an unused entry is no singularity
-_PRODUCT = 1 << 18  # multiply-adds of one product: BLAS does not wake its threads for it, which cost more than they do
+_RIDGE = 1.0  # ridge, as a number of vectors, so that an unused entry is not singular
+_PRODUCT = 1 << 18  # multiply-adds of one product: too few for BLAS to use threads, which cost more than they gain
 
 
 def train_tables(points: Floats, stages: int, order: Indices, seed: int) -> Floats:
@@ -40,7 +40,7 @@ def train_tables(points: Floats, stages: int, order: Indices, seed: int) -> Floa
     if len(points) > MOST_POINTS:
         points = points[rng.choice(len(points), MOST_POINTS, replace=False)]
     points = np.concatenate([points, _invented(points, _INVENTED * len(points), rng)])
-    residual: Floats = np.ascontiguousarray(points[:, order])  # or it would lie column by column
+    residual: Floats = np.ascontiguousarray(points[:, order])  # otherwise it is in column order
     tables = np.empty((stages, ENTRIES, len(order)), np.float32)
     for stage in range(stages):
         start = residual[rng.choice(len(residual), ENTRIES, replace=False)]
@@ -72,7 +72,7 @@ def _invented(points: Floats, count: int, rng: np.random.Generator) -> Floats:
 
 
 def _parts(x: Floats, table: Floats) -> tuple[Floats, Floats, Floats]:
-    """‖x − T_a − i·T_b‖² − ‖x‖², as what depends on a ``[N, 64]``, on b ``[N, 64]``, and on both ``[64, 64]``."""
+    """‖x − T_a − i·T_b‖² − ‖x‖², as terms in a ``[N, 64]``, in b ``[N, 64]``, and in both ``[64, 64]``."""
     norms, turned = np.square(table).sum(axis=1), _turn(table)
     products = _product(x, np.concatenate([table, turned]).T)
     return norms - 2 * products[:, :ENTRIES], norms - 2 * products[:, ENTRIES:], 2 * table @ turned.T
@@ -97,7 +97,7 @@ def _search(x: Floats, table: Floats, starts: int, rounds: int) -> tuple[Indices
 
 
 def _descend(x: Floats, table: Floats, b: Indices) -> tuple[Indices, Indices]:
-    """The best a for each vector's b, then the best b for that; a b that is negative is first the best alone."""
+    """The best a for each vector's b, then the best b for that a; a negative b stands for the best b alone."""
     of_a, of_b, of_both = _parts(x, table)
     b = np.where(b < 0, of_b.argmin(axis=1), b)
     a = (of_a + np.ascontiguousarray(of_both.T)[b]).argmin(axis=1)
@@ -105,7 +105,7 @@ def _descend(x: Floats, table: Floats, b: Indices) -> tuple[Indices, Indices]:
 
 
 def _least_squares(x: Floats, a: Indices, b: Indices) -> Floats:
-    """The table that makes Σ‖x − T_a − i·T_b‖² least: ``SᴴS·T = Sᴴx`` for the rows S = e_a + i·e_b."""
+    """The table that minimises Σ‖x − T_a − i·T_b‖²: ``SᴴS·T = Sᴴx`` for the rows S = e_a + i·e_b."""
     of_a, of_b, together = by_loop("add_up", _add_up, x, a, b, entries=ENTRIES)
     gram = np.diag(together.sum(axis=1) + together.sum(axis=0) + _RIDGE) + 1j * (together - together.T)
     real, imaginary = np.split(of_a - _turn(of_b), 2, axis=1)
@@ -114,7 +114,7 @@ def _least_squares(x: Floats, a: Indices, b: Indices) -> Floats:
 
 
 def _add_up(x: Floats, a: Indices, b: Indices, entries: int) -> tuple[Floats, Floats, Indices]:
-    """Sums of the rows of ``x`` by a and by b ``[64, D]``, and how often both are together ``[64, 64]``."""
+    """Sums of the rows of ``x`` by a and by b ``[64, D]``, and the counts of each (a, b) ``[64, 64]``."""
     together = np.bincount(a * entries + b, minlength=entries**2).reshape(entries, entries)
     return _sums(x, a), _sums(x, b), together
 

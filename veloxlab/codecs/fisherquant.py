@@ -1,49 +1,49 @@
-"""FisherQuant: codes in the loss's own metric, bits by one water-filling over the whole model, a short trellis.
+"""FisherQuant: codes in the metric of the loss, bits by one water-filling over the whole model, a short trellis.
 
-No paper has this combination. That a transform from two Cholesky factors is best for a quadratic loss is *WUSH* (ISTA,
-arXiv 2512.00956), that queries should choose a key's coordinates *OSCAR* (arXiv 2605.17757), a mean and
-a metric before RoPE, and gradients as weights, *KVQuant* (C. Hooper et al., 2024, arXiv 2401.18079), bits by
-sensitivity *RateQuant* (F. Zuo et al., 2026, arXiv 2605.06675), the bitshift trellis *QTIP* (A. Tseng et al., 2024,
-arXiv 2406.11235).
+No paper has this combination. Its parts are from: *WUSH* (ISTA, arXiv 2512.00956; the transform from two Cholesky
+factors, which is best for a quadratic loss), *OSCAR* (arXiv 2605.17757; a key's coordinates chosen by queries),
+*KVQuant* (C. Hooper et al., 2024, arXiv 2401.18079; mean and metric before RoPE, gradients as weights), *RateQuant*
+(F. Zuo et al., 2026, arXiv 2605.06675; bits by sensitivity), *QTIP* (A. Tseng et al., 2024, arXiv 2406.11235; the
+bitshift trellis).
 
-Of each KV head's keys and values x, with gradients g of which E[ggᵀ] is the Fisher matrix of what the model says
-    1. Mean: of values, and of keys *before* RoPE, μ: what is coded is k_t − R_t μ.
-    2. Metric: H = E[ggᵀ] + 3 % of its mean variance, the longest 1 % of g shortened.
+For each KV head's keys and values x, with gradients g, where E[ggᵀ] is the Fisher matrix of the model's predictions
+    1. Mean μ: of values, and of keys *before* RoPE. The code is of k_t − R_t μ.
+    2. Metric: H = E[ggᵀ] + 3 % of its mean variance, with the longest 1 % of g shortened.
        C = Σ w xxᵀ / Σ w, w = min(‖g‖² / mean, 20) + 0.2.
-       With H = LLᵀ and LᵀCL = UΛUᵀ, Λ rising, the coordinates are y = x·LU, and x = y·UᵀL⁻¹.
-       Calibration sees the first positions of a text. A model says the same wherever a text begins: at later ones H and
-       C of keys are what they are here, turned. For 15 % they are taken from there, 8 places up to ``positions``.
+       With H = LLᵀ and LᵀCL = UΛUᵀ, Λ ascending, the coordinates are y = x·LU, and x = y·UᵀL⁻¹.
+       Calibration reads the first positions of a text. A model's predictions do not depend on where a text begins, so
+       at later positions H and C of keys are the same, rotated. 15 % of them is from 8 positions up to ``positions``.
     3. Ranges: σᵢ² = E[wᵢyᵢ²] / E[wᵢ], wᵢ = min(gᵢ² / mean, 30) + 0.05, gᵢ the gradient by yᵢ.
-    4. Bits: a coordinate of b bits loses ½ σᵢ² D(b) nats. One reverse water-filling over all coordinates of all heads,
-       layers, keys and values gives each 0 to 8, when a cache is made: one calibration serves every budget.
+    4. Bits: a coordinate of b bits loses ½ σᵢ² D(b) nats. When a cache is made, one reverse water-filling over all
+       coordinates of all heads, layers, keys and values gives each 0 to 8 bits: one calibration serves every budget.
     5. Code: yᵢ / σᵢ by ``code="trellis"`` with tables of 256 or 1,024 ``entries``, or ``"scalar"``, Lloyd–Max levels:
-       see `veloxlab.codecs.parts.trellis`. Of all strings the one of least Σ σᵢ²(yᵢ / σᵢ − levelᵢ)² is taken. A unit
-       Gaussian loses at 1, 2, 3, 4 bits .297, .0852, .0225, .0068, with 1,024 entries .291, .0814, .0221, .0059, and
-       by Lloyd–Max levels .363, .1175, .0345, .0095.
+       see `veloxlab.codecs.parts.trellis`. The string with the least Σ σᵢ²(yᵢ / σᵢ − levelᵢ)² is taken. The distortion
+       of a unit Gaussian at 1, 2, 3, 4 bits is .297, .0852, .0225, .0068; with 1,024 entries .291, .0814, .0221, .0059;
+       with Lloyd–Max levels .363, .1175, .0345, .0095.
     6. Scale: 2^(c/4), c = 0 … 15 the nearest to 4 log₂ ρ + 3.2 − ¾ b, ρ the root-mean-square of y / σ and b the mean
-       bits of the head's coordinates: for outliers alone, with headroom. Squared errors are least without it, and the
-       model's loss is not.
+       bits of the head's coordinates. It is for outliers alone, with headroom. Without it squared errors are smaller,
+       but the model's loss is larger.
 
 Stored per token
-    One row of bits for all KV heads: 4 bits of each for its scale, then each head's string. ``bits`` are true bits,
-    scales included: every row is a whole number of 32-bit words, which are what the water-filling hands out.
+    One row of bits for all KV heads: 4 bits for each head's scale, then each head's string. ``bits`` are true bits,
+    scales included: every row is a whole number of 32-bit words, and the water-filling allocates words.
 Learned per layer
     For each head two D × D matrices, to y/σ and back, in float16, its mean, and σ².
 Reading
-    A query goes through the second matrix once. q·R_t μ is a product with cosines and sines of the position, which
-    stand behind the coordinates of a key: a vector of codes is linear in both.
+    A query is multiplied with the second matrix once. q·R_t μ is a product with cosines and sines of the position,
+    which follow the coordinates of a key: a vector of codes is linear in both.
 
 Options that switch a part off; one calibration serves all of them
-    ``metric="pca"``: an error costs the same in all directions of a head; ``"none"``: its own coordinates, too.
+    ``metric="pca"``: errors cost the same in all directions of a head; ``"none"``: the head's own coordinates too.
     ``centre="still"``: the mean is of keys after RoPE; ``"none"``: it is zero.
-    ``planning="head"``: every head has as many bits; ``"none"``: every coordinate. ``scale="none"``: every scale is 1.
+    ``planning="head"``: equal bits for every head; ``"none"``: for every coordinate. ``scale="none"``: scales are 1.
 Options of a calibration
-    ``positions``: the length of texts to be read, 8,192 by default. With 512 short ones lose less, and long ones much
-    more. ``basis="before_rope"``: keys are coded before RoPE, and lose less, as positions do not blur what they have
-    in common. No kernel reads such keys: MLX operations decode and turn them, a tile at a time.
+    ``positions``: the length of texts to be read, 8,192 by default. With 512, short texts lose less, and long ones much
+    more. ``basis="before_rope"``: keys are coded before RoPE, and lose less, because positions do not blur their
+    structure. No kernel reads such keys: MLX operations decode and rotate them, tile by tile.
 
-Without gradients (`fit` of a sample that has none) H is E[qqᵀ] of the queries that read a head, for values the
-identity, and every head counts the same: only directions are known then, and not which head matters.
+Without gradients in the sample H is E[qqᵀ] of the queries that read a head, for values the identity. Every head then
+counts the same, because only directions are known.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ _ENTRIES = Check("256 or 1024", lambda value: value in (256, 1024), int)
 
 @dataclass(frozen=True, eq=False)
 class FisherQuant(Codec):
-    """FisherQuant of keys or values; see the module. ``bits`` are true bits a value, of the whole model's mean.
+    """FisherQuant of keys or values; see the module. ``bits`` are true bits a value, as the mean of the whole model.
 
-    What is learned: ``forward`` ``[H, D, D]`` to unit coordinates, with ``y = x @ forward / size``, ``backward`` from
-    them, ``mean`` ``[H, D]``, which is before RoPE where there is ``rope``, ``variances`` σ² ``[H, D]``; and
-    ``widths``, the bits of each coordinate of each head.
+    Learned: ``forward`` ``[H, D, D]`` to unit coordinates, with ``y = x @ forward / size``; ``backward`` from them;
+    ``mean`` ``[H, D]``, before RoPE if there is ``rope``; ``variances`` σ² ``[H, D]``; ``widths``, the bits of each
+    coordinate of each head.
     """
 
     expand_scales = True
@@ -119,24 +119,24 @@ class FisherQuant(Codec):
 
     @property
     def code_dim(self) -> int:
-        """Those of a vector, and of keys about a mean before RoPE a cosine and a sine of each pair."""
+        """D; for keys with a mean before RoPE, D more for a cosine and a sine of each pair."""
         return self.head_dim * (1 if self._turning is None else 2)
 
     @property
     def _turning(self) -> Rope | None:
-        """The rotary embedding that turns the mean, in codes after RoPE."""
+        """The rotary embedding that rotates the mean, for codes after RoPE."""
         return self.rope if self.basis == "after_rope" else None
 
     @property
     def _undone(self) -> Rope | None:
-        """The one that is undone before keys are coded, and done when they are expanded."""
+        """The rotary embedding that is undone before keys are coded, and applied when they are expanded."""
         return self.rope if self.basis == "before_rope" else None
 
     def heads_of(self, code: Code) -> int:
         return len(self.widths)
 
     def fit(self, sample: Sample) -> Self:
-        """Learn metric, ranges and means, and plan the bits of its own heads.
+        """Learn metric, ranges and means, and plan the bits of these heads.
 
         Raises `InputError` below D tokens that vary.
         """
@@ -148,7 +148,7 @@ class FisherQuant(Codec):
         return fitted._planned_alone(metric=self.metric, centre=self.centre)
 
     def _as_coded(self, sample: Sample) -> Sample:
-        """The same in float32, before RoPE where keys are coded there; queries say nothing of values."""
+        """The sample in float32, before RoPE if keys are coded there, and without queries for values."""
         rope, x, queries = self._undone, sample.x.astype(mx.float32), sample.queries if self.tensor == "keys" else None
         if rope is None:
             return replace(sample, x=x, queries=queries)
@@ -160,16 +160,16 @@ class FisherQuant(Codec):
     def _with(self, axes: Axes) -> Self:
         """The same with other axes."""
         unit = constant(axes.forward / fitting.deviations(axes.variances)[:, None] * self.size, mx.float16)
-        back = constant(np.linalg.inv(np.array(unit, np.float64)), mx.float16)  # of what is kept
+        back = constant(np.linalg.inv(np.array(unit, np.float64)), mx.float16)  # of the rounded matrix
         return replace(self, forward=unit, backward=back, mean=constant(axes.mean), variances=constant(axes.variances))
 
     def switched(self, **options: Any) -> Self:
-        """The same with other ``options``; raises `InputError` where another fit has to be."""
+        """The same with other ``options``; raises `InputError` if these need another fit."""
         asked = replace(self, widths=(), **options)
         for name in ("basis", "positions"):
             had, wanted = vars(self)[name], vars(asked)[name]
             if had != wanted:
-                said = f"These codecs were fitted with {name}={had!r}, and cannot serve {name}={wanted!r}"
+                said = f"These codecs were fitted with {name}={had!r}, and not with {name}={wanted!r}"
                 raise InputError(f"{said}: calibrate with {name}={wanted!r}.")
         if (self.metric, self.centre) == (asked.metric, asked.centre):
             return asked
@@ -187,7 +187,7 @@ class FisherQuant(Codec):
         return replace(self, forward=matrix, backward=matrix, mean=row, variances=row)._planned_alone()
 
     def _planned_alone(self, **options: Any) -> Self:
-        """With ``options``, and bits of its own heads as if they were all that a model has."""
+        """With ``options``, and bits planned for these heads alone."""
         (own,) = planned({0: self}, self.bits, **options).values()
         return own  # type: ignore[return-value]  # of the same class
 
@@ -235,7 +235,7 @@ class FisherQuant(Codec):
 
     @property
     def shared_bytes(self) -> int:
-        """Of what is learned, matrices as queries meet them, and places; levels are the same for all of a process."""
+        """Bytes of learned arrays, matrices for queries, and bit positions. Levels are shared by the whole process."""
         learned = self.forward, self.backward, self.mean, self.variances, self._rows.windows
         of_queries = 4 * len(self.widths) * self.head_dim**2 * (2 if self.tensor == "keys" else 1)
         return of_queries + sum(array.nbytes for array in learned if array is not None)
@@ -255,14 +255,14 @@ class FisherQuant(Codec):
 
     @cached_property
     def _orders(self) -> tuple[mx.array, mx.array]:
-        """First coordinates of all pairs that RoPE turns, then second ones, and the inverse, ``[D]``."""
+        """First coordinates of all pairs that RoPE rotates, then the second ones, and the inverse order, ``[D]``."""
         assert self._turning is not None
         order = self._turning.pairs(self.head_dim).T.ravel()
         return constant(order, mx.uint32), constant(np.argsort(order), mx.uint32)
 
     @cached_property
     def _to_codes(self) -> mx.array:
-        """Matrices that bring queries to codes ``[H, D, code_dim]``, and transposed vectors back; float32."""
+        """Matrices from queries to the codes' space ``[H, D, code_dim]``, and transposed back; float32."""
         _, backward, mean = self._fitted()
         ours = self.size * np.array(backward, np.float32).swapaxes(1, 2)
         if self._turning is None:
@@ -277,7 +277,7 @@ class FisherQuant(Codec):
 
 
 def build(head_dim: int, bits: float, tensor: Tensor, *, words: int | None = None, **options: Any) -> FisherQuant:
-    """FisherQuant for keys or values, to be fitted; ``words`` are of a plan, which `planned` reads."""
+    """FisherQuant for keys or values, to be fitted. ``words`` is an option of plans, for `planned`."""
     del words
     return FisherQuant(head_dim, bits, tensor, **options)
 

@@ -1,7 +1,7 @@
-"""What FisherQuant learns of each KV head: a metric of the loss, axes in which it is plain, and their ranges.
+"""The fit of FisherQuant for each KV head: a metric of the loss, axes in which it is the identity, and their ranges.
 
-`switched` gives of what was learned the axes without one of its parts, so that its worth can be seen: of y = x·F the
-metric is H = FFᵀ, and the second moment of x is F⁻ᵀ diag(σ²) F⁻¹.
+`switched` derives the axes without one of the parts, to measure its effect: for y = x·F the metric is H = FFᵀ, and the
+second moment of x is F⁻ᵀ diag(σ²) F⁻¹.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Singles = NDArray[np.float32]
 MetricName = Literal["fisher", "pca", "none"]
 CentreName = Literal["rotated", "still", "none"]
 
-_DAMPING, _RIDGE = 0.03, 1e-3  # of a metric, and of second moments: the share that every direction is given
-LONGEST = 0.99  # the quantile of gradients' lengths that none of a metric is above
-_LOUDEST, _QUIET = 20.0, 0.2  # weights of vectors, of a mean of 1: the most, and what all have besides
+_DAMPING, _RIDGE = 0.03, 1e-3  # of a metric, and of second moments: the share that is added in every direction
+LONGEST = 0.99  # quantile of the gradients' lengths, to which longer ones are shortened
+_LOUDEST, _QUIET = 20.0, 0.2  # weights of vectors relative to their mean: the largest, and an offset for all
 _MOST_WEIGHT, _LEAST_WEIGHT = 30.0, 0.05  # of one coordinate
-_TINY = 1e-8  # variance, of the largest of a head, below which all are alike: float16 has to hold their ratios
-_POSITIONS = 512  # of a text, over which a mean that turns is taken
-_LATER, _SHARE = 8, 0.15  # places further on in a text that are looked at, and what they count for together
+_TINY = 1e-8  # least variance relative to the largest of a head: float16 must hold their ratios
+_POSITIONS = 512  # of a text, for a mean that RoPE rotates
+_LATER, _SHARE = 8, 0.15  # later positions of a text, and their weight together
 
 
 class Axes(NamedTuple):
-    """Of each head: ``forward`` ``[H, D, D]``, to y, of which errors cost the same, its σ², and the mean ``[H, D]``."""
+    """``forward`` ``[H, D, D]`` to y, whose errors all cost the same; σ² of y and the mean of x ``[H, D]``."""
 
     forward: Floats
     variances: Floats
@@ -39,9 +39,9 @@ class Axes(NamedTuple):
 
 
 def learned(sample: Sample, rope: Rope | None, positions: int, method: str) -> tuple[Axes, float]:
-    """Axes of float32 vectors, about a mean that ``rope`` turns, and the root-mean-square of what they differ from it.
+    """Axes of float32 vectors, about a mean that ``rope`` rotates, and the root-mean-square distance from the mean.
 
-    ``positions`` are of `for_later`. Raises `InputError` below D tokens that vary, with the name of the ``method``.
+    For ``positions`` see `for_later`. Raises `InputError` below D tokens that vary, with the name of the ``method``.
     """
     plain = sample.x if rope is None else rope.inverse(sample.x, sample.start)
     mean = plain.mean(axis=(0, 2), keepdims=True)
@@ -52,14 +52,14 @@ def learned(sample: Sample, rope: Rope | None, positions: int, method: str) -> t
     axes = Axes(forward, ranges(about, gradients, forward, backward), np.array(mean[0, :, 0], np.float64))
     if rope is not None:
         axes = for_later(axes, rope, sample.start + plain.shape[2], positions)
-    if gradients is None:  # which head matters is not known
+    if gradients is None:  # the importance of heads is not known
         total = axes.variances.sum(axis=1, keepdims=True)
         axes = Axes(axes.forward / np.sqrt(total)[..., None], axes.variances / total, axes.mean)
     return axes, float(np.sqrt(np.square(about).mean()))
 
 
 def metric_of(x: Singles, gradients: Singles | None, queries: mx.array | None) -> Floats:
-    """What an error of vectors like ``x`` ``[H, N, D]`` costs, a matrix for each head ``[H, D, D]``."""
+    """The metric of errors in vectors ``x`` ``[H, N, D]``, a matrix for each head ``[H, D, D]``."""
     if gradients is None and queries is None:
         return np.broadcast_to(np.eye(x.shape[-1]), (len(x), x.shape[-1], x.shape[-1]))
     asked = singles(queries).reshape(len(x), -1, x.shape[-1]) if gradients is None else shortened(gradients)  # type: ignore[arg-type]
@@ -67,14 +67,14 @@ def metric_of(x: Singles, gradients: Singles | None, queries: mx.array | None) -
 
 
 def shortened(gradients: Singles) -> Singles:
-    """Vectors ``[H, N, D]``, the longest of each head as long as a quantile: else a few tokens were the metric."""
+    """Vectors ``[H, N, D]``, the longest shortened to a quantile, so that a few tokens do not dominate the metric."""
     lengths = np.linalg.norm(gradients, axis=-1, keepdims=True)
     most = np.quantile(lengths, LONGEST, axis=1, keepdims=True).astype(np.float32)
     return np.asarray(gradients * np.minimum(1, most / _nonzero(lengths)))
 
 
 def bases(x: Singles, gradients: Singles | None, metric: Floats) -> tuple[Floats, Floats]:
-    """Matrices ``[H, D, D]`` to coordinates of which an error costs the same, of rising variance, and from them."""
+    """Matrices ``[H, D, D]`` to coordinates whose errors cost the same, by ascending variance, and from them."""
     weights = np.ones(x.shape[:2], np.float32)
     if gradients is not None:
         squares = np.square(gradients).sum(axis=-1)
@@ -86,7 +86,7 @@ def bases(x: Singles, gradients: Singles | None, metric: Floats) -> tuple[Floats
 
 
 def ranges(x: Singles, gradients: Singles | None, forward: Floats, backward: Floats) -> Floats:
-    """Mean squares ``[H, D]`` of coordinates of ``x``, by the squared gradients of each, within bounds."""
+    """Mean squares ``[H, D]`` of coordinates of ``x``, weighted by the squared gradients of each, within bounds."""
     squares = np.square(x @ forward.astype(np.float32))
     if gradients is None:
         return np.asarray(squares.mean(axis=1), np.float64)
@@ -97,7 +97,7 @@ def ranges(x: Singles, gradients: Singles | None, forward: Floats, backward: Flo
 
 
 def singles(x: mx.array) -> Singles:
-    """``[B, H, S, D]`` to ``[H, B·S, D]``, float32, in which a sample takes half the time."""
+    """``[B, H, S, D]`` to ``[H, B·S, D]`` in float32, which takes half the time of float64."""
     array = np.array(x.astype(mx.float32)).swapaxes(0, 1)
     return np.asarray(array.reshape(array.shape[0], -1, array.shape[-1]))
 
@@ -129,9 +129,9 @@ def switched(axes: Axes, rope: Rope | None, metric: MetricName, centre: CentreNa
 
 
 def for_later(axes: Axes, rope: Rope, seen: int, positions: int) -> Axes:
-    """Axes for keys of up to so many ``positions``, from those of keys after RoPE at the ``seen`` first ones.
+    """Axes for keys of up to ``positions`` positions, from those of keys after RoPE at the first ``seen`` ones.
 
-    A model says the same wherever a text begins: moment and metric of later positions are those that were seen, turned.
+    A model's predictions do not depend on where a text begins, so the moments of later positions are these, rotated.
     """
     if positions <= seen:
         return axes
@@ -158,5 +158,5 @@ def _axes_of(moment: Floats, cost: Floats, mean: Floats) -> Axes:
 
 
 def deviations(variances: Floats) -> Floats:
-    """Square roots, of which the least is not nothing."""
+    """Square roots of variances, with a positive lower limit."""
     return np.asarray(np.sqrt(np.maximum(variances, _TINY * variances.max(axis=1, keepdims=True))))

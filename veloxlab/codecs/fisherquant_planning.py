@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def planned(
     codecs: Mapping[Any, FisherQuant], bits: float, words: int | None = None, **options: Any
 ) -> dict[Any, FisherQuant]:
-    """The same codecs, with widths that lose least together at ``bits`` a value, and other ``options``.
+    """The same codecs with the widths of least total loss at ``bits`` a value, and other ``options``.
 
-    With ``words`` each has a row of so many 32-bit words, whatever the others have.
+    With ``words`` each codec has a row of this many 32-bit words, independent of the others.
     """
     some = [codec.switched(bits=bits, **options) for codec in codecs.values()]
     variances, rows = [np.array(codec.variances, np.float64) for codec in some], rows_of(some[0].code, some[0].entries)
@@ -45,12 +45,12 @@ def planned(
 
 
 def rows_of(code: CodeName = "trellis", entries: int = 256) -> Rows:
-    """Rows of words of this code."""
+    """The rows of words of this code, for allocation."""
     return Rows(levels_of(code, entries).distortion, SCALE_BITS)
 
 
 def variances_of(codec: FisherQuant) -> Floats:
-    """σ² of a fitted codec ``[H, D]``; `InputError` if it is not of the usual code."""
+    """σ² of a fitted codec ``[H, D]``; `InputError` if it does not have the default code."""
     if (codec.code, codec.entries) != ("trellis", 256):
-        raise InputError("Losses are predicted of FisherQuant's usual code: calibrate without code and entries.")
+        raise InputError("Losses are predicted for FisherQuant's default code: calibrate without code and entries.")
     return np.array(codec.variances, np.float64)

@@ -1,4 +1,4 @@
-"""How an algorithm presents itself to the registry."""
+"""The declaration of an algorithm for the registry."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COLOUR = Check("a colour such as '#3b7dd8'", lambda value: re.fullmatch("#[0-9a
 
 
 class Prediction(NamedTuple):
-    """What allocation reads from a calibration, of a method that plans bits by rows of 32-bit words."""
+    """The functions by which an allocation reads a calibration, for a method that plans rows of 32-bit words."""
 
     variances: Callable[[Any], Floats]  # σ² [H, D] of a fitted codec: twice the nats that a coordinate of 0 bits loses
     rows: Callable[[], Rows]  # what each number of words then gives
@@ -30,17 +30,16 @@ class Prediction(NamedTuple):
 class Method:
     """One algorithm: ``build(head_dim, bits, tensor, **options)`` makes its codec for "keys" or "values".
 
-    A saved cache finds its codecs again by their classes: those here by their file, and a method that is registered
-    from elsewhere names them in ``codecs``. With a change of what codes mean, or of what is fitted, raise ``version``:
-    older files are then refused. ``colour``, such as ``"#3b7dd8"``, and ``mark``, by Vega-Lite's name, are in every
-    chart; None is the colour of all other caches.
+    A saved cache has the names of its codecs' classes. A method that is registered from elsewhere lists its classes in
+    ``codecs``. If the meaning of codes or the fit changes, raise ``version``: older files are then refused. Every chart
+    uses ``colour``, such as ``"#3b7dd8"``, and ``mark``, a name of Vega-Lite's. None is the colour of all other caches.
     """
 
     id: str  # what users type
     name: str  # as its authors write it
     paper: str  # authors, year, arXiv id
     bits: range  # code widths that it takes
-    stored: str  # what is kept of a vector, in words
+    stored: str  # description of the stored data
     build: Callable[..., Codec]
     calibrated: bool = False  # whether its codec has to be fitted before it can encode
     options: tuple[str, ...] = ()
@@ -48,12 +47,12 @@ class Method:
     version: int = 1
     colour: str | None = None
     mark: str = "triangle-left"
-    space: str | None = None  # of `veloxlab.measure.distributions`, in which it codes and which has its colour
+    space: str | None = None  # in which it codes, of `veloxlab.measure.distributions`; drawn in its colour
     per_head: bool = False  # whether it has an option ``head_bits``, a width for each KV head
     timed: bool = False  # whether `veloxlab speed` times its encoder, which is a kernel
     fractional: bool = False  # whether ``bits`` may be any number between the least and the most
-    planned: Callable[..., Mapping[Any, Any]] | None = None  # gives a model's codecs, fitted once to gradients, bits
-    prediction: Prediction | None = None  # of what a row of words loses, for budgets; takes an option ``words``
+    planned: Callable[..., Mapping[Any, Any]] | None = None  # plans bits for codecs that are fitted to gradients
+    prediction: Prediction | None = None  # of losses, for budgets; needs an option ``words``
 
     def __post_init__(self) -> None:
         words, flags = ("id", "name", "paper", "stored", "mark"), ("calibrated", "per_head", "timed", "fractional")
@@ -81,7 +80,7 @@ class Method:
         if unknown:
             known = ", ".join(self.options) or "none"
             raise InputError(f"{self.name} has no option {unknown[0]!r}. Its options are: {known}.")
-        if not self.codecs:  # those of a method from elsewhere mean what it says
+        if not self.codecs:  # methods from elsewhere check their own
             check_options(options)
 
     def seeded(self, seed: int) -> dict[str, Any]:
@@ -95,7 +94,7 @@ class Method:
 
 
 def own_part(name: str, value: Any, tensor: Tensor) -> Any:  # noqa: ANN401 - as the option is
-    """What the option ``name`` says of ``tensor``: its part of ``{"keys": …, "values": …}``, or the value of both."""
+    """The option ``name`` for ``tensor``: its part of ``{"keys": …, "values": …}``, or the value for both."""
     if not isinstance(value, Mapping):
         return value
     unknown = sorted(set(value) - set(TENSORS), key=str)

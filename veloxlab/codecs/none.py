@@ -1,4 +1,4 @@
-"""`none`: the exact control. Keys and values are kept as they came, so every error it shows is a defect of ours."""
+"""`none`: the exact control. Keys and values are stored unchanged, so any error that it shows is a defect of ours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from veloxlab.codecs.parts.packing import Layout, Row
 
 @dataclass(frozen=True)
 class Exact(Codec):
-    """Vectors of ``head_dim`` coordinates, not compressed. ``bits`` is 16 or 32 and only says what a value weighs."""
+    """Uncompressed vectors of ``head_dim`` coordinates. ``bits``, 16 or 32, is only the size of a value."""
 
     heads_alike: ClassVar[bool] = True
     head_dim: int

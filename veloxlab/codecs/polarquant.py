@@ -7,8 +7,8 @@ The transform is in `veloxlab.codecs.parts.polar`.
 Stored per vector of D coordinates
     ``block``  Angles of blocks of 16 (L = 4), and each block's radius in 16 bits. b bits at level 1 and b − 2 above, so
                b − 1/8 bits per value: 3.875 for the paper's 4/2/2/2, which is ``bits=4``.
-    ``full``   The recursion goes on while D can be halved: one radius for 2^k coordinates (one in all for D = 64, 128,
-               256; 5 for 80; 3 for 96 and 192; 7 for 112). b + 1 bits at level 1 and b − 1 above: close to b + 16/D.
+    ``full``   The recursion continues while D can be halved: one radius for 2^k coordinates (one in all for D = 64,
+               128, 256; 5 for 80; 3 for 96 and 192; 7 for 112). b + 1 bits at level 1 and b − 1 above: about b + 16/D.
     The codes of levels of equal width are packed together, in whole bytes.
 
 Where we differ
@@ -16,10 +16,10 @@ Where we differ
       3.375.
     * The paper stores the norm (``scale="norm"``); ``mse``, for values, stores r·⟨u, û⟩, where u is the block's
       direction; ``unbiased``, for keys, multiplies a vector's radii with ‖x‖²/⟨x, x̂⟩. All take the same bits.
-    * The paper draws its offline codebooks from samples by k-means++; ours (``"offline"``) are computed from the
-      densities. ``"online"`` are the paper's others, k-means of the angles of the prompt: a cache fits them to the
-      first tokens that it packs, layer by layer, keys and values apart. ``"fitted"`` are the same from calibration.
-      Both start at the offline ones; the squared error of keys falls by 2 % (``block``) to 7 % (``full``) on SmolLM2.
+    * The paper makes its offline codebooks from samples by k-means++; ours (``"offline"``) are computed from the
+      densities. ``"online"`` is the paper's other kind, k-means of the angles of the prompt: a cache fits them to the
+      first tokens that it packs, for keys and values of each layer. ``"fitted"`` is the same from calibration. Both
+      start at the offline ones; on SmolLM2 the squared error of keys falls by 2 % (``block``) to 7 % (``full``).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Recursion = Literal["block", "full"]
 CodebookName = Literal["offline", "online", "fitted"]
 BLOCK_LEVELS = 4  # blocks of 16 coordinates
 _LEAST_ANGLES = 8  # for each centroid to be fitted
-_MOST_VECTORS = 1 << 13  # that codebooks are fitted to: of more, only every nth token is read
+_MOST_VECTORS = 1 << 13  # in a fit of codebooks: if there are more, every nth token is read
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class PolarQuant(RotatedSpace):
     """PolarQuant (arXiv 2502.02617, Algorithm 1); for ``codebook`` see the module.
 
     ``levels`` are the bits of the angles of each level, the first level's first; D is a multiple of ``2**len(levels)``.
-    ``centroids`` are what `fit` learned, level after level from the second on.
+    ``centroids`` are learned by `fit`, level after level from the second on.
     """
 
     head_dim: int
@@ -92,7 +92,7 @@ class PolarQuant(RotatedSpace):
     def fit(self, sample: Sample) -> Self:
         """Learn the angles above level 1 from ``sample.x``, unless they are ``"offline"``; all heads share them.
 
-        Of a level with too few angles an online codec keeps the offline ones; ``"fitted"`` raises `InputError`.
+        For a level with too few angles an online codec keeps the offline ones; ``"fitted"`` raises `InputError`.
         """
         check_vectors(sample.x, self.head_dim)
         if self.codebook == "offline":
@@ -136,7 +136,7 @@ class PolarQuant(RotatedSpace):
             inner = (mx.unflatten(y, -1, (-1, self.tree.block)) * self.tree.directions(codes)).sum(axis=-1)
             if self.scale == "mse":
                 radius = inner
-            else:  # one factor for the whole vector: with one for each block, errors would vary more
+            else:  # one factor for the whole vector: with one for each block errors would vary more
                 total, kept = (a.sum(axis=-1, keepdims=True) for a in (mx.square(radius), radius * inner))
                 radius = radius * (total / mx.where(kept == 0, 1.0, kept))
         rms = radius / math.sqrt(self.tree.block)  # as other codecs' scales, so that the same range is safe

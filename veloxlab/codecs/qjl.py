@@ -3,21 +3,22 @@
 Paper: *QJL: 1-Bit Quantized JL Transform for KV Cache Quantization with Zero Overhead*, A. Zandieh, M. Daliri, I. Han,
 AAAI 2025, arXiv 2406.03482.
 
-A key k is kept as sign(S k), for a random matrix S of m rows, and its norm. For an unrounded query
-⟨q, k⟩ ≈ c·‖k‖·⟨S q, sign(S k)⟩, which is right on average: c = √(π/2)/m for rows of independent Gaussians.
+A key k is stored as sign(S k), for a random matrix S of m rows, and its norm. For an unrounded query
+⟨q, k⟩ ≈ c·‖k‖·⟨S q, sign(S k)⟩ is unbiased: c = √(π/2)/m for rows of independent Gaussians.
 
 Stored per vector of D coordinates
     Keys: m = b·D signs and one 16-bit norm: b + 16/D bits per value. With ``outliers`` about D signs and 16 bits more.
     Values: b·D bits of codes, and two 16-bit numbers for each group of 32: b + 1 bits per value. (The paper's
-    "2-bit" values take 3.) As a reconstruction of the key signs are poor: the error falls as 1/b, not as 4^−b.
+    "2-bit" values take 3.) Signs reconstruct the key itself poorly: the error falls as 1/b, not as 4^−b.
 
 Where we differ
-    * S is made of blocks of D orthogonal rows by default, as in the authors' code and not as in their text: at
-      m = D 2.75 times less variance for the same bits, and c is exact for every D. ``gaussian`` is the text's.
+    * S has blocks of D orthogonal rows by default, as in the authors' code but not in their paper: 2.75 times less
+      variance for the same bits at m = D, and c is exact for every D. ``gaussian`` is the paper's.
     * Outlier channels (``outliers=k``) are found once for each KV head, by calibration, as the channels of largest
-      energy, not anew for every 32 tokens. As theirs, they get their own sketch and norm, of about D rows.
+      energy, not for every 32 tokens. As in the paper, they get their own sketch and norm, of about D rows.
     * Values: ``levels="ends"`` is the authors'. The default puts a level in the middle of each step, not on the least
-      and the largest value: a third less squared error at 2 bits, and a quarter of it at 1, for nothing.
+      and the largest value. Without more bits this removes a third of the squared error at 2 bits, and leaves a
+      quarter of it at 1 bit.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from veloxlab.kernels.vectors import VectorKernel
 
 GroupLevels = Literal["centres", "ends"]
 
-_SIGNS = 4  # that kernels read at once
+_SIGNS = 4  # that kernels read together
 _OUTLIER_SEED = 1_000_003  # keeps the sketch of the outliers independent of the other
 
 
@@ -87,7 +88,7 @@ class QJL(Codec):
         return TableReader(self.code_dim, code.arrays["signs"], code.arrays["root_rms"], None, _SIGNS, table)
 
     def scales(self, code: Code) -> mx.array:
-        """Norms, times the constant that makes the estimate right on average."""
+        """Norms times the constant of the unbiased estimate."""
         return scales.load_scale(code.arrays["root_rms"]) * math.sqrt(self.head_dim) * self._sketch.unbiased_scale
 
     def from_codes(self, y: mx.array) -> mx.array:
@@ -99,7 +100,7 @@ class QJL(Codec):
 
 @dataclass(frozen=True, eq=False)
 class OutlierQJL(SplitCodec):
-    """QJL's keys, ``outliers`` channels of each KV head in a sketch of their own: their norm would drown the rest."""
+    """QJL's keys with a second sketch for ``outliers`` channels of each KV head, whose norm would dominate the rest."""
 
     method: ClassVar[str] = "QJL"
     head_dim: int
@@ -153,7 +154,7 @@ class GroupedValues(Codec):
     def _encode_by_graph(self, x: mx.array) -> dict[str, mx.array]:
         x = self._grouped(x.astype(mx.float32))
         least, largest = x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True)
-        # roots, as for scales: float16 holds them for any |x| up to 4e9. The codes are of what is kept of them
+        # roots, as for scales: float16 holds them for any |x| up to 4e9. Codes are relative to the rounded numbers
         root_least = (mx.sign(least) * mx.sqrt(mx.abs(least))).astype(mx.float16)
         least = _signed_square(root_least)
         root_half = mx.sqrt(mx.maximum(largest - least, 0.0) / (2 * self._steps)).astype(mx.float16)
@@ -198,7 +199,7 @@ def _signed_square(root: mx.array) -> mx.array:
 
 @lru_cache
 def _sign_table(size: float) -> mx.array:
-    """What every combination of neighbouring signs stands for ``[2**4, 4]``: ±size."""
+    """The values of all combinations of neighbouring signs ``[2**4, 4]``: ±size."""
     return joint_levels(np.array([-size, size]), 1, _SIGNS)
 
 
@@ -207,7 +208,7 @@ def _signs_and_size(x: mx.array, y: mx.array) -> dict[str, mx.array]:
 
 
 def build(head_dim: int, bits: int, tensor: Tensor, **options: object) -> QJL | OutlierQJL | GroupedValues:
-    """Sketched keys, with ``outliers`` if asked for, or grouped values. Each takes its own options."""
+    """Sketched keys, optionally with ``outliers``, or grouped values. Each has its own options."""
     own = ("levels", "group") if tensor == "values" else ("sketch", "seed", "outliers")
     given = {name: value for name, value in options.items() if name in own}
     if given.get("outliers") in (None, 0):

@@ -13,16 +13,16 @@ Stored per vector of D coordinates
     B·D bits, u + (2^B − 1)/2 as a whole number, and one 16-bit scale: B + 16/D bits per value. With ``bounds`` 16 bits
     more. With a ``centroid`` nothing more per vector; the mean of each KV head is held once.
 
-Keys store the scale ‖x‖²/⟨x, u⟩, which makes inner products right on average (the papers' estimator), values store
-⟨x, u⟩/‖u‖², which makes the squared error least.
+Keys store the scale ‖x‖²/⟨x, u⟩, for unbiased inner products (the papers' estimator). Values store ⟨x, u⟩/‖u‖², for the
+least squared error.
 
 Where we differ
-    * How t is found. ``exact`` tries every t at which a coordinate steps, as the paper; its work doubles with each bit.
+    * The search for t. ``exact`` tries every t at which a coordinate steps, as the paper; each bit doubles its work.
       ``fast`` is the authors' constant t for (D, B). ``grid``, the default, tries 24 values of t for each vector: at
       D = 128 its squared error is within 0.1 % of the exact one up to 5 bits and 2 % at 8.
     * The rotation is signs and Hadamard instead of four rounds of those with Kac's walk: the same errors, measured.
-    * The query stays in floating point. The authors round it to 4 bits to count bits, which is an error of its own.
-    * No inverted file of centroids: at most one, the mean of a KV head, and none by default.
+    * The query stays in floating point. The authors round it to 4 bits, which adds an error.
+    * No inverted file of centroids: at most one centroid, the mean of a KV head, and none by default.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class RaBitQ(RotatedCodec):
         return encode_kernel(self.head_dim, self._signs, grid, self.scale, fields, sine=self.bounds, loss=loss)
 
     def _lost(self, arrays: Mapping[str, mx.array], x: mx.array) -> mx.array:
-        """Squared errors of vectors that an encoder was given, by their own, and by how much those of sines are off."""
+        """Relative squared errors of encoded vectors, plus the error of their scales."""
         y, u = x if self._signs is None else self._rotation.forward(x), RaBitQ.expand(self, Code(dict(arrays)))
         off, rest = (
             mx.square(y - factor * u).sum(axis=-1, keepdims=True) / mx.square(y).sum(axis=-1, keepdims=True)
@@ -123,7 +123,7 @@ class RaBitQ(RotatedCodec):
         return TableReader(self.head_dim, codes, root_scale, self._signs, *_paired_steps(self.bits))
 
     def half_widths(self, code: Code, epsilon: float = EPSILON) -> mx.array:
-        """By how much ⟨q, x̂⟩ of a query of length 1 may be off ``[B, H, S, 1]``: ε₀·‖x̂ − x‖/√(D − 1).
+        """The error bound of ⟨q, x̂⟩ for a query of length 1 ``[B, H, S, 1]``: ε₀·‖x̂ − x‖/√(D − 1).
 
         The error is that of a random direction: within the bound with the probability of a Gaussian within ``epsilon``
         standard deviations. Raises `InputError` without ``bounds``.
@@ -148,7 +148,7 @@ class RaBitQ(RotatedCodec):
 
 @dataclass(frozen=True, eq=False)
 class CentredRaBitQ(RaBitQ):
-    """RaBitQ of what a vector differs from its KV head's mean by: ``centroid`` ``[H, D]`` float32, 0 before `fit`.
+    """RaBitQ of a vector minus its KV head's mean: ``centroid`` ``[H, D]`` float32, 0 before `fit`.
 
     ⟨q, mean⟩ is the same for all tokens, so attention over keys does not see it.
     """
@@ -157,7 +157,7 @@ class CentredRaBitQ(RaBitQ):
     heads_alike: ClassVar[bool] = False
     expand_scales: ClassVar[bool] = True
 
-    __eq__, __hash__ = object.__eq__, object.__hash__  # what is fitted is compared by identity
+    __eq__, __hash__ = object.__eq__, object.__hash__  # fitted codecs are compared by identity
 
     def blank(self, kv_heads: int) -> Self:
         return replace(self, centroid=mx.zeros((kv_heads, self.head_dim)))
@@ -173,7 +173,7 @@ class CentredRaBitQ(RaBitQ):
         return super().encode(x if self.centroid is None else x.astype(mx.float32) - self._mean(x.shape[1]), start)
 
     def expand(self, code: Code) -> mx.array:
-        """Rotated vectors, with their scale, since the mean is not to be scaled."""
+        """Rotated vectors with their scale, because the mean must not be scaled."""
         y = super().expand(code) * scales.load_scale(code.arrays["root_scale"])
         return y if self.centroid is None else y + self._rotation.forward(self._mean(y.shape[1]))
 
@@ -209,14 +209,14 @@ _paired_steps = lru_cache(lambda bits: paired_levels(np.array(_steps(bits)), bit
 
 @lru_cache
 def _tries(bits: int) -> mx.array:
-    """Stretches that `grid` tries, in units of the one at which the largest coordinate is about to be cut off."""
+    """Values of t that `grid` tries, relative to the one at which the largest coordinate is about to be clipped."""
     return constant(mx.linspace(0.9, 1 + 2.5 / 2 ** (bits - 1), _TRIES))
 
 
 @lru_cache
 def usual_stretch(dim: int, bits: int) -> float:
     """The constant t of ``fast``: the mean of the best t of 100 random vectors of length √dim; 0 for one bit."""
-    if bits == 1:  # it has no step to stretch for
+    if bits == 1:  # one bit has no steps
         return 0.0
     y = np.abs(np.random.default_rng(0).standard_normal((100, dim)))
     y *= math.sqrt(dim) / np.linalg.norm(y, axis=1, keepdims=True)
@@ -244,10 +244,10 @@ def _best_stretch(a: mx.array, bits: int) -> mx.array:
 
 
 def _tried_stretch(a: mx.array, bits: int) -> mx.array:
-    """The best of `_TRIES` values of t around the one at which the largest coordinate is about to be cut off.
+    """The best of `_TRIES` values of t around the one at which the largest coordinate is about to be clipped.
 
-    The sine of the angle tells near ones apart, where the cosine of 8 bits is 1 to float32's rounding: with e = u − t·a
-    it is √((‖e‖² − ⟨e, a⟩² / ‖a‖²) / ‖u‖²), in which nothing cancels.
+    The sine of the angle is compared, because at 8 bits the cosine rounds to 1 in float32. With e = u − t·a it is
+    √((‖e‖² − ⟨e, a⟩² / ‖a‖²) / ‖u‖²), without cancellation.
     """
     top = 2 ** (bits - 1)
     t = top / mx.maximum(a.max(axis=-1, keepdims=True), _TINY) * _tries(bits)

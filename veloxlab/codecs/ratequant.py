@@ -1,13 +1,13 @@
 """RateQuant: an allocator of bits over a base quantizer; here the codec whose KV heads have different widths.
 
 Paper: *RateQuant: Optimal Mixed-Precision KV Cache Quantization via Rate-Distortion Theory*, F. Zuo, Z. Zhou, H. Cong,
-X. Xi, H. F. Leung, 2026, arXiv 2605.06675. Every KV head's keys and every KV head's values are a component with a width
-of its own. How many bits each should get is measured and solved in `veloxlab.allocate.ratequant`.
+X. Xi, H. F. Leung, 2026, arXiv 2605.06675. The keys of each KV head are one component, and its values another. Each
+component has its own width, which `veloxlab.allocate.ratequant` measures and solves for.
 
 Stored per vector of D coordinates
-    What TurboQuant stores at the head's width bₕ: over a layer b̄ + 16/D bits per value. The codes of all heads of a
-    token are one row ``[B, 1, S, words]``, by width: nothing is padded to the widest head, and a kernel finds every
-    head's own part. What is of one size for all heads is ``[B, H, S, …]`` in the same order.
+    TurboQuant's data at the head's width bₕ: over a layer b̄ + 16/D bits per value. The codes of all heads of a token
+    are one row ``[B, 1, S, words]``, sorted by width, without padding to the widest head. Arrays of one size for all
+    heads are ``[B, H, S, …]`` in the same order.
 
 Where we differ
     * Without ``head_bits`` it is TurboQuant at ``bits``, so that a plan may name it for all layers.
@@ -66,12 +66,12 @@ class RateQuant(Codec):
 
     @cached_property
     def _words(self) -> list[int]:
-        """Words of a vector's codes, by `base`: none of one bit that is a sketch."""
+        """Words of a vector's codes, by `base`; 0 if the only bit is a sketch."""
         return [codec.layout[_RAGGED].count if _RAGGED in codec.layout else 0 for codec in self.base]
 
     @property
     def layout(self) -> Layout:
-        """The codes of all heads in one row, each head's at its own width; else what the base stores."""
+        """The codes of all heads in one row, each at its own width, and the other arrays of the base."""
         words = sum(heads.size * words for heads, words in zip(self._heads, self._words, strict=True))
         codes = {_RAGGED: Row(mx.uint32, words, joint=True)} if words else {}
         return codes | {name: row for name, row in self.base[0].layout.items() if name != _RAGGED}
@@ -124,12 +124,12 @@ class RateQuant(Codec):
 
     @cached_property
     def _widths(self) -> tuple[int, mx.array, mx.array] | None:
-        """Widths of the codes for a kernel: asked for at every token, and each layer has its own."""
+        """Widths of the codes for a kernel, cached: every token needs them, and each layer has its own."""
         levels = {b.bits: b._quantizer.paired[1] for b in self.base if isinstance(b, turboquant.TurboQuant)}
         return head_widths(self.head_bits, self.head_dim, levels) if levels else None
 
     def _by_width(self, x: mx.array, code: Code, attend: Callable[[Base, mx.array, Code], mx.array]) -> mx.array:
-        """Each codec's answer to the rows of ``x`` ``[B, Hq, L, ·]`` that read its heads, in the heads' order."""
+        """The result of each codec for the rows of ``x`` ``[B, Hq, L, ·]`` that read its heads, in the heads' order."""
         grouped = per_kv_head(x, len(self.head_bits))
         own = zip(self._parts(code), self._heads, strict=True)
         parts = [attend(codec, grouped[:, heads], part) for (codec, part), heads in own]
@@ -157,18 +157,18 @@ class RateQuant(Codec):
 def build(
     head_dim: int, bits: int, tensor: Tensor, *, head_bits: HeadBits | None = None, **options: object
 ) -> RateQuant | Base:
-    """Widths of the heads, a list or ``{"keys": [...], "values": [...]}``, or TurboQuant at ``bits`` without them."""
+    """A codec with ``head_bits``, a list or ``{"keys": [...], "values": [...]}``; without it TurboQuant at ``bits``."""
     own = own_part("head_bits", head_bits, tensor)
     if own is None:
         return _base(head_dim, bits, tensor, options)
     if not isinstance(own, Sequence):
-        raise InputError(f"head_bits={own!r} is no list of widths: give one for each KV head, as head_bits=(2, 3).")
+        raise InputError(f"head_bits={own!r} is not a list of widths: give one for each KV head, as head_bits=(2, 3).")
     return RateQuant(head_dim, tuple(own), tensor, tuple(sorted(options.items())))
 
 
 def _base(head_dim: int, bits: int, tensor: Tensor, options: Mapping[str, object]) -> Base:
     codec = turboquant.build(head_dim, bits, tensor, **options)  # type: ignore[arg-type]
-    assert not isinstance(codec, turboquant.TurboQuantSplit)  # outlier channels are none of our options
+    assert not isinstance(codec, turboquant.TurboQuantSplit)  # RateQuant has no option for outlier channels
     return codec
 
 

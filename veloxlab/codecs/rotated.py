@@ -1,4 +1,4 @@
-"""The shapes that most algorithms share: rotate, quantize, scale; and, of those, the nearest level of one table."""
+"""The base classes of most algorithms: rotate, quantize, scale; and, more special, the nearest level of one table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from veloxlab.kernels.vectors import VectorKernel
 
 
 class RotatedSpace(Codec):
-    """A codec whose space of codes is a random rotation of the vectors: the same for all KV heads.
+    """A codec in the space of a random rotation, the same for all KV heads.
 
     ``rotation`` is ``"hadamard"`` (signs, then Hadamard) or ``"haar"`` (uniform, dense), and ``seed`` is its seed.
     """
@@ -38,7 +38,7 @@ class RotatedSpace(Codec):
         return self._rotation.signs if isinstance(self._rotation, SignedHadamard) else None
 
     def _for_encoder(self, x: mx.array) -> mx.array:
-        """Vectors as they are encoded in one pass: rotated by a product, unless that pass rotates them."""
+        """The input of an encoder in one pass: rotated by a matrix product, unless the encoder rotates."""
         return self._rotation.forward(x.astype(mx.float32)) if self._signs is None else x
 
     def from_codes(self, y: mx.array) -> mx.array:
@@ -51,9 +51,8 @@ class RotatedSpace(Codec):
 class RotatedCodec(RotatedSpace):
     """Rotate, quantize, scale: ``decode = rotate⁻¹(scale · levels)``.
 
-    A subclass says how a rotated vector of root-mean-square 1 is quantized, and by `expand` what levels its codes stand
-    for. Where there are kernels, ``_encoder`` does what `quantize` says, and ``_table`` is what each of the ``codes``
-    stands for ``[2**bits]``.
+    A subclass defines `quantize` for a rotated vector of root-mean-square 1, and `expand` for the levels of its codes.
+    For kernels ``_encoder`` is the kernel of `quantize`, and ``_table`` has the level of each code ``[2**bits]``.
     """
 
     @abstractmethod
@@ -78,7 +77,7 @@ class RotatedCodec(RotatedSpace):
             return super().decode(code, wanted)
         by_graph = partial(self._decode_by_graph, dtype=wanted)
         given = code.arrays["codes"], code.arrays["root_scale"]
-        # where kernels are no text, `veloxlab.cache.expand` decodes codes of any layout
+        # on a CPU `veloxlab.cache.expand` decodes codes of any layout
         return computed(lambda backend: backend.build and _decoder(self, wanted), by_graph, *given)["out"]
 
     def _encode_by_graph(self, x: mx.array) -> dict[str, mx.array]:
@@ -98,7 +97,7 @@ def _decoder(codec: RotatedCodec, dtype: mx.Dtype) -> VectorKernel | None:
 
 
 class TableCodec(RotatedCodec):
-    """Each rotated coordinate becomes the nearest level of one table, that of ``_quantizer``; ``scale`` is chosen."""
+    """Each rotated coordinate becomes the nearest level in the table of ``_quantizer``; ``scale`` is a name."""
 
     bits: int
     scale: scales.ScaleName

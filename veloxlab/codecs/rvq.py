@@ -1,19 +1,19 @@
-"""TurboQuant-RVQ: a rotation, then two scalar quantizers, the second of what the first one left.
+"""TurboQuant-RVQ: a rotation, then two scalar quantizers, the second for the residual of the first.
 
 No paper. Name and method are VeloxQuant-MLX's (``quantizers/turboquant_rvq.py``); the rotation and the first stage are
 TurboQuant's (Zandieh et al. 2025, arXiv 2504.19874). For residuals in KV caches see VQLLM, arXiv 2410.15704.
 
 Stored per vector of D coordinates
     Two stages of b/2 bits a coordinate, and one 16-bit scale: b + 16/D bits per value. ``bits`` is b, the total:
-    VeloxQuant's "1-bit RVQ" is ``bits=2`` here. One stage of b bits loses less; two give an embedded code, of which
-    `Rvq.decode_coarse` reads half of the bits.
+    VeloxQuant's "1-bit RVQ" is ``bits=2`` here. One stage of b bits loses less, but two stages give an embedded code:
+    `Rvq.decode_coarse` reads half of its bits.
 
 Where we differ
     * VeloxQuant's second stage (``residual="laplacian"``) is made for a Laplacian of variance √(3π)/2·4^(−b/2). The
-      residual is not Laplacian, and that constant was meant to be √3·π/2. ``"exact"`` computes its density.
+      residual is not Laplacian, and the constant was meant to be √3·π/2. ``"exact"`` computes the true density.
     * ``variant="refined"`` has a second codebook for each level of the first, so that both nest in one table of 2^b
-      levels. At 2 bits that is the one-stage optimum, above it comes within 5 %.
-    * Keys get the unbiased scale and values the MSE scale; VeloxQuant stores the norm, and leaves values in 16 bits.
+      levels. At 2 bits that is the one-stage optimum; with more bits it is within 5 % of it.
+    * Keys get the unbiased scale and values the MSE scale. VeloxQuant stores the norm, and keeps values in 16 bits.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Rvq(TableCodec):
     """Two stages of ``bits / 2`` bits each.
 
     ``variant`` is ``"plain"`` (one second codebook) or ``"refined"`` (one for each level of the first stage);
-    ``residual`` what that of ``"plain"`` is made for, ``"exact"`` or ``"laplacian"``. The rest as for TurboQuant.
+    ``residual`` is the density for ``"plain"``, ``"exact"`` or ``"laplacian"``. Other fields are TurboQuant's.
     """
 
     head_dim: int
@@ -74,7 +74,7 @@ class Rvq(TableCodec):
     def decode_coarse(self, code: Code) -> mx.array:
         """Reconstruct ``[B, H, S, D]``, float32, from the first stage and the scale, which are half of the bits."""
         stages, codes = self.stages, unpack(code.arrays["coarse"], self.bits // 2, self.head_dim)
-        gain = 1.0  # the stored scale is made for both stages; the first alone would have another, in this proportion
+        gain = 1.0  # the stored scale is for both stages; this is its ratio to the scale of the first alone
         if self.scale != "norm":
             unbiased = self.scale == "unbiased"
             gain = stages.inner / (1 - stages.first.table.distortion) if unbiased else stages.energy / stages.inner
@@ -82,7 +82,7 @@ class Rvq(TableCodec):
 
 
 class Stages(scalar.ScalarQuantizer):
-    """Codebooks of two stages of ``half`` bits each, as the one table of their sums.
+    """Codebooks of two stages of ``half`` bits each, joined as one table of sums.
 
     ``first`` is the first stage's quantizer; ``inner`` and ``energy`` are E(x·x̂) and E(x̂²) of both stages, and
     ``distortion`` is E(x − x̂)². A cell that no coordinate reaches has no width.
@@ -95,7 +95,7 @@ class Stages(scalar.ScalarQuantizer):
         edges = np.concatenate([[-reach], first.boundaries, [reach]])
         cells = list(zip(first.levels, edges, edges[1:], strict=False))  # level, lower and upper end
         if kind == "refined":
-            # below 0, and as in a mirror above; inside a cell the density is log-concave, so there is one optimum
+            # below 0, mirrored above; inside a cell the density is log-concave, so there is one optimum
             lower = [(low, high) for _, low, high in cells[: len(cells) // 2]]
             density = partial(coordinate_density, dim=dim)
             seconds = [lloyd_max(density, *ends, half, starts=STARTS[:1]) for ends in lower]
@@ -122,7 +122,7 @@ _stages_for = lru_cache(Stages)
 
 
 def _of_residuals(cells: list[tuple[float, float, float]], dim: int | None, half: int) -> Codebook:
-    """The codebook of what the first stage leaves, whose density is the sum of those of its ``cells``."""
+    """The codebook of the first stage's residual, whose density is the sum over its ``cells``."""
 
     def in_cell(r: Floats, level: float, low: float, high: float) -> Floats:
         y = level + r

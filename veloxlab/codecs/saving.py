@@ -17,11 +17,11 @@ Plain = dict[str, Any]
 Arrays = dict[str, mx.array]
 T = TypeVar("T")
 ROPE = "rope"  # the one field that is a dataclass itself
-_RENAMED = {"role": "tensor"}  # fields that files of the last version call otherwise
+_RENAMED = {"role": "tensor"}  # names of fields in files of version 0.1, and today's
 
 
 def to_parts(codec: Codec) -> tuple[Plain, Arrays]:
-    """Split a codec into what JSON can hold and its arrays, both by field; those of its rope are named ``rope.…``."""
+    """Split a codec into JSON values and arrays, both by field; arrays of its rope are named ``rope.…``."""
     values = _fields(codec)
     if isinstance(values.get(ROPE), Rope):
         values |= {f"{ROPE}.{name}": value for name, value in _fields(values.pop(ROPE)).items()}
@@ -30,7 +30,7 @@ def to_parts(codec: Codec) -> tuple[Plain, Arrays]:
 
 
 def from_parts(kind: type[T], plain: Plain, arrays: Arrays) -> T:
-    """Make a codec of the class ``kind`` from what `to_parts` gave; `ValueError` if the fields are others."""
+    """Make a codec of the class ``kind`` from the result of `to_parts`; `ValueError` if the fields differ."""
     values = {_RENAMED.get(name, name): value for name, value in (plain | arrays).items()}
     of_rope = {name: values.pop(name) for name in [*values] if name.startswith(f"{ROPE}.")}
     if of_rope:
@@ -39,21 +39,21 @@ def from_parts(kind: type[T], plain: Plain, arrays: Arrays) -> T:
 
 
 def method_of(codec: Codec) -> tuple[str, int]:
-    """Id and version of the method that made the codec; of none, which cannot be read again, the version is 0.
+    """Id and version of the method of a codec. If no method has it, the version is 0, and it cannot be read again.
 
-    Of our methods each has a file of its own, any other names its classes.
+    Each of our methods has its own file; others list their classes.
     """
     name = type(codec).__module__.rpartition(".")[2]
     return registered(type(codec)) or (name, METHODS[name].version if name in METHODS else 0)
 
 
 def same_kind(one: Codec, other: Codec) -> bool:
-    """Whether two codecs are of one method and take the same bits."""
+    """Whether two codecs have the same method and bits."""
     return type(one) is type(other) and one.bits_per_value == other.bits_per_value
 
 
 def same_codec(one: Codec, other: Codec) -> bool:
-    """Whether two codecs are of one kind, have the same options, and learned the same."""
+    """Whether two codecs have the same class, options and learned arrays."""
     (plain, arrays), (other_plain, others) = to_parts(one), to_parts(other)
     same = same_kind(one, other) and plain == other_plain and arrays.keys() == others.keys()
     return same and all(mx.array_equal(arrays[name], others[name]).item() for name in arrays)
@@ -75,7 +75,7 @@ def find_class(name: str) -> type[Codec]:
 
 
 def check_version(method: str, version: object) -> None:
-    """Raise `ValueError` unless a file's ``version`` of a method is the one that is here."""
+    """Raise `ValueError` unless a file's ``version`` of a method is the current one."""
     here = find_method(method).version
     if version != here:
         raise ValueError(f"it has codes of {method} of version {version}, and here they are of version {here}")

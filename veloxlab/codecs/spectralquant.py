@@ -1,26 +1,26 @@
-"""SpectralQuant: each KV head's own coordinates, and bits where the variance is.
+"""SpectralQuant: a basis for each KV head, and bits by the variance of its coordinates.
 
 Paper: *3 % Is All You Need*, A. Gopinath, 2026, and its water-filled second version with A. B. Vangara, 2026; neither
-is on arXiv (github.com/Dynamis-Labs/spectralquant). ``basis="query"`` is *WUSH-KV*'s (ISTA, 2026); that queries should
-choose a key's coordinates is OSCAR's finding (arXiv 2605.17757).
+is on arXiv (github.com/Dynamis-Labs/spectralquant). ``basis="query"`` is *WUSH-KV*'s (ISTA, 2026). OSCAR found that
+queries should choose a key's coordinates (arXiv 2605.17757).
 
 Stored per vector of D coordinates
-    One bit string of b·D bits, in which coordinate i takes bᵢ = 0 … 8, and one 16-bit scale: b + 16/D bits per value.
+    One bit string of b·D bits, where coordinate i has bᵢ = 0 … 8, and one 16-bit scale: b + 16/D bits per value.
 Learned per layer
-    For each KV head a basis, its standard deviations and means, in float32. One bit plan for all heads of a layer, made
-    from their mean sorted spectrum, into which every head sorts its own coordinates.
+    For each KV head a basis, its standard deviations and means, in float32. One bit plan for all heads of a layer, from
+    their mean sorted spectrum; every head sorts its coordinates in that order.
 
-The steps: go to the basis; divide by the root-mean-square; take the mean off; quantize coordinate i with the Lloyd–Max
-levels of N(0, λᵢ). Bits by integer water-filling: one at a time to argmax λᵢ / 4^bᵢ.
+The steps: transform to the basis; divide by the root-mean-square; subtract the mean; quantize coordinate i with the
+Lloyd–Max levels of N(0, λᵢ). Bits are by integer water-filling: one at a time to argmax λᵢ / 4^bᵢ.
 
 Where we differ
     * ``basis``. ``"pca"`` is the paper's: eigenvectors of the head's own keys or values. ``"query"`` minimises the
       error of q·k: with LLᵀ the second moment of the queries, PCA of Lᵀk, not orthogonal in k; for values it is
       ``"pca"``. ``"hadamard"`` learns only means and variances.
-    * ``centred`` keeps the mean apart, at no bits per token; ``False``, uncentred second moments, is the paper's.
-    * ``damping`` adds 5 % of the mean variance to all: a short sample's spectrum is too steep for the next text.
+    * ``centred`` stores the mean separately, without bits per token. ``False``, uncentred moments, is the paper's.
+    * ``damping`` adds 5 % of the mean variance to all, because a short sample's spectrum is too steep for other texts.
     * The paper stores the norm. ``mse`` stores ⟨y, ŷ⟩/‖ŷ‖² (in the metric of the basis) and is the default of keys too:
-      an ``unbiased`` scale would make up for coordinates without bits in those that are nearly exact.
+      an ``unbiased`` scale would compensate coordinates without bits by scaling those that are nearly exact.
     * No selective sketch (QJL): the paper's own ablation is better without.
 """
 
@@ -50,16 +50,16 @@ from veloxlab.kernels.vectors import VectorKernel
 
 BasisName = Literal["pca", "query", "hadamard"]
 
-_METRIC_DAMPING = 1e-2  # WUSH's γ: the share of the queries' mean energy that every direction is given
-_LARGEST_FACTOR = 4.0  # of an unbiased scale: a vector that lies where no bits are would ask for an infinite one
+_METRIC_DAMPING = 1e-2  # WUSH's γ: the share of the queries' mean energy that is added in every direction
+_LARGEST_FACTOR = 4.0  # of an unbiased scale: a vector in directions without bits would need an infinite one
 
 
 @dataclass(frozen=True, eq=False)
 class SpectralQuant(Codec):
     """SpectralQuant of keys or values; see the module. ``bits`` are the mean code bits per coordinate.
 
-    What is learned: the ``plan``, bits of each coordinate of the basis, descending; to the basis and back, ``forward``
-    with ``y = x @ forward``, ``[H, D, D]``, and ``backward``, None for the transpose; ``mean``, ``deviation`` of each
+    Learned: ``plan``, the bits of each coordinate of the basis, descending; ``forward`` ``[H, D, D]`` to the basis,
+    with ``y = x @ forward``, and ``backward`` from it, None for the transpose; ``mean`` and ``deviation`` of each
     coordinate ``[H, 1, D]``, for vectors of root-mean-square 1.
     """
 
@@ -110,17 +110,17 @@ class SpectralQuant(Codec):
         )
 
     def blank(self, kv_heads: int) -> Self:
-        """As many bits for every coordinate; see `Codec.blank`. A learned plan's table is up to 2 KB larger."""
+        """Equal bits for every coordinate; see `Codec.blank`. A learned plan's table is up to 2 KB larger."""
         matrix, row = mx.zeros((kv_heads, self.head_dim, self.head_dim)), mx.zeros((kv_heads, 1, self.head_dim))
         backward = matrix if self.basis == "query" else None
         plan = (self.bits,) * self.head_dim
         blank = replace(self, plan=plan, forward=matrix, backward=backward, mean=row, deviation=row)
         if current_backend() is not None:
-            _ = blank._encoder, blank._fit, blank._quantizer.kernel_plan  # what kernels make of a fitted one is kept
+            _ = blank._encoder, blank._fit, blank._quantizer.kernel_plan  # kernels keep the tables of a fitted codec
         return blank
 
     def _bases(self, moment: Floats, queries: mx.array | None) -> tuple[Floats, Floats | None]:
-        """Matrices to the basis ``[H, D, D]``, and back where that is not the transpose; in any order of columns."""
+        """Matrices to the basis ``[H, D, D]``, and back if that is not the transpose; columns are in any order."""
         if self.basis == "hadamard":
             rotation = SignedHadamard(self.head_dim, self.seed).forward(mx.eye(self.head_dim))
             return np.repeat(np.array(rotation, np.float64)[None], len(moment), 0), None
@@ -128,7 +128,7 @@ class SpectralQuant(Codec):
             return np.linalg.eigh(moment).eigenvectors, None
         if queries is None:
             raise InputError("A query-weighted basis needs the model's queries, which it does not show: take 'pca'.")
-        asked = per_head(queries).reshape(len(moment), -1, self.head_dim)  # those that read one KV head, together
+        asked = per_head(queries).reshape(len(moment), -1, self.head_dim)  # grouped by KV head
         metric = np.linalg.cholesky(damped(np.swapaxes(asked, 1, 2) @ asked / asked.shape[1], _METRIC_DAMPING))  # L
         vectors = np.linalg.eigh(np.swapaxes(metric, 1, 2) @ moment @ metric).eigenvectors  # U
         return metric @ vectors, np.swapaxes(np.linalg.solve(np.swapaxes(metric, 1, 2), vectors), 1, 2)
@@ -140,7 +140,7 @@ class SpectralQuant(Codec):
         return Code(computed(lambda _: self._encoder, self._encode_by_graph, x, y), start)
 
     def _encode_by_graph(self, x: mx.array, y: mx.array) -> dict[str, mx.array]:
-        """Codes and scales of ``x``, given as well in the basis, ``y``; both ``[B, H, S, D]``."""
+        """Codes and scales of ``x``, whose coordinates in the basis are ``y``; both ``[B, H, S, D]``."""
         _, _, mean, deviation = self._fitted(x.shape[1])
         rms = scales.root_mean_square(x)
         y = scales.over(y, rms)
@@ -162,7 +162,7 @@ class SpectralQuant(Codec):
         return y @ self._fitted(y.shape[1])[1]
 
     def query_to_codes(self, q: mx.array) -> mx.array:
-        """Into the dual basis, which is the basis itself where that is orthonormal."""
+        """Into the dual basis, which is the basis itself if it is orthonormal."""
         return q @ self._fitted(q.shape[1])[1].swapaxes(-1, -2)
 
     def reader(self, code: Code) -> PlanReader:
@@ -176,7 +176,7 @@ class SpectralQuant(Codec):
 
     @cached_property
     def _fit(self) -> mx.array:
-        """Deviation and mean of each coordinate ``[H, D, 2]``, side by side as a kernel reads them."""
+        """Deviation and mean of each coordinate ``[H, D, 2]``, in a kernel's form."""
         _, _, mean, deviation = self._fitted()
         return constant(mx.stack([deviation[:, 0], mean[:, 0]], axis=-1))
 
@@ -196,7 +196,7 @@ class EffectiveDimensions(NamedTuple):
 
 
 def effective_dimensions(x: mx.array) -> EffectiveDimensions:
-    """How many directions hold the energy of keys or values ``[B, H, S, D]``, per KV head, 1 to D; 0 of zeros."""
+    """The effective number of directions of keys or values ``[B, H, S, D]``, for each KV head, 1 to D; 0 for zeros."""
 
     def participation(y: Floats) -> Floats:
         moment = np.swapaxes(y, 1, 2) @ y
@@ -208,7 +208,7 @@ def effective_dimensions(x: mx.array) -> EffectiveDimensions:
 
 
 def _scale_factor(scale: scales.ScaleName, y: mx.array, quantized: mx.array) -> mx.array:
-    """What to multiply ``quantized`` with to stand for ``y``, both ``[..., D]``: ``[..., 1]``, finite and positive."""
+    """The factor of ``quantized`` that approximates ``y``, both ``[..., D]``: ``[..., 1]``, finite and positive."""
     if scale == "norm":
         return mx.ones((*y.shape[:-1], 1))
     inner = (y * quantized).sum(axis=-1, keepdims=True)
@@ -221,7 +221,7 @@ def _scale_factor(scale: scales.ScaleName, y: mx.array, quantized: mx.array) -> 
 
 
 def build(head_dim: int, bits: int, tensor: Tensor, **options: object) -> SpectralQuant:
-    """SpectralQuant for keys or values, to be fitted; for values a query-weighted basis is their own."""
+    """SpectralQuant for keys or values, to be fitted; for values ``basis="query"`` is ``"pca"``."""
     if tensor == "values" and options.get("basis") == "query":
         options["basis"] = "pca"
     return SpectralQuant(head_dim, bits, **options)  # type: ignore[arg-type]

@@ -10,11 +10,11 @@ Stored per vector of D coordinates
     ``mse`` with ``outliers=k``: b'·k + b·(D − k) bits of codes and two scales.
 
 Where we differ
-    * The rotation is signs and Hadamard by default, not a dense Haar matrix: D log D work, and the same distortion.
+    * The rotation is signs and Hadamard by default, not a dense Haar matrix: D log D work, with the same distortion.
     * The paper stores the norm (``norm``), which shrinks inner products by 1 − D(b), 12 % at 2 bits. ``unbiased``
-      stores ‖x‖²/⟨x, x̂⟩ and is the default of keys; ``mse`` stores ⟨x, x̂⟩/‖x̂‖² and is that of values.
+      stores ‖x‖²/⟨x, x̂⟩ and is the default for keys; ``mse`` stores ⟨x, x̂⟩/‖x̂‖² and is the default for values.
     * The sketch of ``prod`` may be orthogonal. At equal bits ``mse`` with the unbiased scale still has 4 to 6 times
-      less variance: ``prod`` is here to compare with.
+      less variance: ``prod`` is here for comparison.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from veloxlab.kernels.rotated import encode_kernel, nearest_level
 from veloxlab.kernels.vectors import VectorKernel
 
 _ONLY = {"scale": "mse", "outliers": "mse", "outlier_bits": "mse", "sketch": "prod"}  # options of one variant
-_SKETCH_SEED = 1_000_003  # keeps the sketch independent of a Haar rotation with the same seed
+_SKETCH_SEED = 1_000_003  # makes the sketch independent of a Haar rotation with the same seed
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def build(
     if variant == "prod":
         return TurboQuantProd(head_dim, bits, **options)  # type: ignore[arg-type]
     if outlier_bits is not None and not outliers:
-        raise InputError(f"outlier_bits={outlier_bits!r} was given without outliers: say how many, as outliers=32.")
+        raise InputError(f"outlier_bits={outlier_bits!r} was given without outliers: give both, as outliers=32.")
     settings = unbiased_keys(tensor, options)
     if not outliers:
         return TurboQuant(head_dim, bits, **settings)

@@ -1,4 +1,4 @@
-"""VecInfer: smooth the keys' outliers away, then one codebook of whole sub-vectors.
+"""VecInfer: smoothing of the keys' outliers, then one codebook of sub-vectors.
 
 Paper: *VecInfer: Efficient LLM Inference with Low-Bit KV Cache via Outlier-Suppressed Vector Quantization*, D. Yao,
 C. Yang, Z. Tong, Z. Lin, W. Liu, J. Luan, W. Wang, 2025 (ACL 2026), arXiv 2510.06175.
@@ -7,8 +7,8 @@ Stored per vector of D coordinates
     D/d indices of b bits into a codebook of 2ᵇ sub-vectors of d coordinates: b/d bits per value, no norm and no scale.
     Points are written ``d4b8``. The paper's 1.25 bits are ``point={"keys": "d8b12", "values": "d8b8"}``.
 
-Keys (after RoPE) are divided by λᵢ = √(max over tokens |Kᵢ|), per KV head and channel, and rotated by a Hadamard
-transform; queries are multiplied with λ and rotated alike. Values are coded as they are.
+Keys (after RoPE) are divided by λᵢ = √(max over tokens |Kᵢ|), for each KV head and channel, and rotated by a Hadamard
+transform. Queries are multiplied with λ and rotated in the same way. Values are coded unchanged.
 
 Where we differ
     * The Hadamard transform has random signs in front, and fits any head dimension.
@@ -39,16 +39,16 @@ from veloxlab.kernels.readers import TableReader
 
 POINTS = {1: "d8b8", 2: "d4b8", 3: "d4b12", 4: "d2b8"}
 _INDEX_BITS = (*range(1, 9), 10, 12)
-_LEAST_PER_CENTROID = 2  # different sub-vectors, below which a codebook would only repeat its sample
-_FEW_QUERIES = 8  # per KV head, up to which tables are faster than expanding by MLX operations: 5 times for one
+_LEAST_PER_CENTROID = 2  # different sub-vectors; with fewer a codebook would only repeat its sample
+_FEW_QUERIES = 8  # for each KV head, up to which tables are faster than expansion by MLX operations (5 times for one)
 
 
 @dataclass(frozen=True, eq=False)
 class VecInfer(Codec):
     """VecInfer's product vector quantizer (arXiv 2510.06175): ``sub_dim`` is d, ``index_bits`` b: 1 to 8, 10 or 12.
 
-    ``smooth`` divides each channel of each KV head by λ, ``hadamard`` rotates. What is learned: ``factors``, what a
-    channel is divided with ``[H, D]``, or ``[1, 1]`` without ``smooth``, float32; the codebook ``[2**b, d]``, float16.
+    ``smooth`` divides each channel of each KV head by λ, ``hadamard`` rotates. Learned: ``factors``, the divisors of
+    the channels ``[H, D]``, or ``[1, 1]`` without ``smooth``, float32; the codebook ``[2**b, d]``, float16.
     """
 
     head_dim: int
@@ -104,7 +104,7 @@ class VecInfer(Codec):
         if different < least:
             given = batch * tokens
             needed = max(-(-least // max(1, heads * self.parts)), given + 1)
-            if different > given:  # a longer text has as many that are alike, which one of a few words does not tell
+            if different > given:  # an estimate for a longer text; a text of a few words gives none
                 needed = max(needed, -(-least * given // different))
             raise InputError(
                 f"A codebook of {1 << self.index_bits} entries takes {least:,} different sub-vectors, and the sample's "
@@ -138,7 +138,7 @@ class VecInfer(Codec):
         return self._rotated(q * self._fitted[0])
 
     def inner_products(self, q: mx.array) -> Callable[[Code], mx.array]:
-        """Of few queries by look-up of their products with all centroids, of which each token sums D/d."""
+        """For few queries: look up their products with all centroids; each token sums D/d of them."""
         if q.shape[2] > _FEW_QUERIES:
             return super().inner_products(q)
         table = mx.unflatten(q, -1, (self.parts, self.sub_dim)) @ self._fitted[1].T  # [B, H, L, D/d, 2**b]
@@ -150,7 +150,7 @@ class VecInfer(Codec):
         return look_up
 
     def reader(self, code: Code) -> TableReader | None:
-        """The codebook as a table; None for sub-vectors that are no pairs of coordinates."""
+        """The codebook as a table; None for sub-vectors of odd length."""
         if self.sub_dim % 2:
             return None
         return TableReader(self.head_dim, code.arrays["indices"], None, None, self.index_bits, self._fitted[1])
@@ -163,28 +163,28 @@ class VecInfer(Codec):
 
 
 def _different(points: np.ndarray) -> int:
-    """How many of ``points`` ``[N, d]``, float32, differ, by 64-bit checksums: to sort rows takes ten times as long."""
+    """The number of different ``points`` ``[N, d]``, float32, by 64-bit checksums: a sort takes ten times as long."""
     factors = np.random.default_rng(0).integers(1 << 63, size=points.shape[1], dtype=np.uint64) | np.uint64(1)
     checksums = ((points + np.float32(0)).view(np.uint32) * factors).sum(axis=1, dtype=np.uint64)  # −0 + 0 is 0
     return len(np.unique(checksums))
 
 
 def smoothing_factors(x: mx.array) -> mx.array:
-    """What VecInfer divides each channel of ``x`` ``[B, H, S, D]`` with: λ = √(max over tokens |x|) ``[H, D]``."""
+    """VecInfer's divisor of each channel of ``x`` ``[B, H, S, D]``: λ = √(max over tokens |x|) ``[H, D]``."""
     factors = mx.sqrt(mx.abs(x).max(axis=(0, 2)))
-    return mx.where(factors == 0, 1.0, factors)  # a channel that is always 0 says nothing of its size
+    return mx.where(factors == 0, 1.0, factors)  # a channel of zeros has no size
 
 
 def build(
     head_dim: int, bits: int, tensor: Tensor, *, point: str | Mapping[str, str] | None = None, **options: object
 ) -> VecInfer:
-    """Unfitted, for keys (smoothed and rotated) or values (as they are); without ``point`` that of ``bits``."""
+    """VecInfer to be fitted, for keys (smoothed and rotated) or values (unchanged); ``point`` follows from ``bits``."""
     own = own_part("point", point, tensor)
     own = POINTS[bits] if own is None else own
     found = re.fullmatch(r"d(\d+)b(\d+)", own) if isinstance(own, str) else None
     if found is None:
         raise InputError(
-            f"point={own!r} is no point of VecInfer: write 'd4b8' for sub-vectors of 4 coordinates and indices of "
+            f"point={own!r} is not a point of VecInfer: write 'd4b8' for sub-vectors of 4 coordinates and indices of "
             "8 bits, or {'keys': 'd8b12', 'values': 'd8b8'}."
         )
     usual = {name: tensor == "keys" for name in ("smooth", "hadamard") if options.get(name) is None}

@@ -19,7 +19,7 @@ def constant(array: np.ndarray | mx.array, dtype: mx.Dtype = mx.float32) -> mx.a
 
 
 def in_turn(function: Callable[[mx.array], mx.array], x: mx.array, size: int) -> mx.array:
-    """``function`` of ``size`` rows of ``x`` ``[N, ...]`` at a time, joined: MLX would evaluate all of them abreast."""
+    """``function`` on ``size`` rows of ``x`` ``[N, ...]`` at a time, joined: MLX would evaluate all in parallel."""
     parts = [function(x[:size])]
     for start in range(size, len(x), size):
         (chunk,) = mx.depends([x[start : start + size]], [parts[-1]])

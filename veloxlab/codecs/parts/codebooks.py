@@ -48,7 +48,7 @@ def sphere_codebook(bits: int, dim: int) -> Codebook:
 
 @lru_cache
 def _lloyd_max(bits: int, dim: int | None) -> Codebook:
-    """By Newton's method on Lloyd's two conditions at once: levels are means of cells, boundaries halfway between."""
+    """Newton's method on both of Lloyd's conditions: levels are means of cells, boundaries are halfway between."""
     count, reach = 2**bits, reach_of(dim)
     grid = np.linspace(-reach, reach, 20_001)
     # Panter and Dite: at high rate the levels are evenly spaced quantiles of the cube root of the density
@@ -87,7 +87,7 @@ def coordinate_density(t: Floats, dim: int | None) -> Floats:
 
 
 def _cells(levels: Floats, dim: int | None, reach: float) -> tuple[Floats, Floats, Floats, Floats]:
-    """Edges of all cells, and of every cell mass, mean and squared error about its level, by Gauss and Legendre."""
+    """Edges of all cells, and the mass, mean and squared error of each, by Gauss–Legendre quadrature."""
     edges = np.concatenate([[-reach], (levels[1:] + levels[:-1]) / 2, [reach]])
     half, middle = np.diff(edges)[:, None] / 2, (edges[1:] + edges[:-1])[:, None] / 2
     t = middle + half * _NODES
@@ -115,7 +115,7 @@ def _lloyd(t: Floats, f: Floats, bits: int, power: float) -> Codebook:
     mass, first = (_integral(g, t) for g in (f, f * t))
     start = np.cumsum(f**power)
     levels = np.interp((np.arange(2**bits) + 0.5) / 2**bits, start / start[-1], t)
-    # the iteration closes a fiftieth or less of what is left: at 4 bits the levels then are right to a few 1e-6
+    # an iteration removes a fiftieth or less of the remaining error: at 4 bits levels are then right to a few 1e-6
     least = np.array([1e-10 * (t[-1] - t[0])])
     (levels,) = by_loop("settled_levels", _settled, levels, t, mass, first, least, trial=_trial(), rounds=_ROUNDS)
     boundaries = (levels[1:] + levels[:-1]) / 2
@@ -124,7 +124,7 @@ def _lloyd(t: Floats, f: Floats, bits: int, power: float) -> Codebook:
 
 
 def _settled(levels: Floats, t: Floats, mass: Floats, first: Floats, least: Floats, rounds: int) -> tuple[Floats]:
-    """Levels that move to the means of their cells until none moves by ``least``; integrals, at even steps ``t``."""
+    """Move levels to the means of their cells until none moves by ``least``; integrals at even steps ``t``."""
     for _ in range(rounds):
         edges = np.concatenate([t[:1], (levels[1:] + levels[:-1]) / 2, t[-1:]])
         inside = np.diff(np.interp(edges, t, mass))
@@ -137,7 +137,7 @@ def _settled(levels: Floats, t: Floats, mass: Floats, first: Floats, least: Floa
 
 
 def _trial() -> tuple[Floats, ...]:
-    """Levels for a density that is 0 at first, where a level stays, and then rises."""
+    """The inputs of a trial: a density that is 0 at first, where a level stays, and then rises."""
     t = np.linspace(-1.0, 2.0, 49)
     f = np.maximum(t, 0.0)
     return np.array([-0.9, -0.5, 1.0, 1.9]), t, _integral(f, t), _integral(f * t, t), np.array([1e-9])

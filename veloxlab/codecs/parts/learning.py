@@ -1,4 +1,4 @@
-"""What a method learns from: the vectors of each KV head, if they are enough and not all the same."""
+"""The vectors of each KV head that a method learns from, with a check that they suffice."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 from veloxlab.codecs.parts import Floats
 from veloxlab.errors import InputError
 
-_LEAST_TOKENS = 16  # of a statistic of a layer: that of fewer says little, its own error a quarter of the spread
-_SAME = 1e-6  # variance, of a mean square of 1, below which all vectors are one
+_LEAST_TOKENS = 16  # of a layer's statistic; with fewer its own error is above a quarter of the spread
+_SAME = 1e-6  # variance at a mean square of 1, below which vectors count as equal
 
 
 def per_head(x: mx.array) -> Floats:
@@ -33,6 +33,6 @@ def learnable(x: mx.array, method: str, least: int = _LEAST_TOKENS) -> Floats:
 
 
 def damped(moment: Floats, share: float) -> Floats:
-    """Matrices ``[H, D, D]`` with a share of their mean diagonal, or of 1 for zeros, in each direction."""
+    """Matrices ``[H, D, D]`` plus a share of their mean diagonal (of 1 for zero matrices) in each direction."""
     mean = np.trace(moment, axis1=1, axis2=2) / moment.shape[-1]
     return np.asarray(moment + share * np.where(mean == 0, 1.0, mean)[:, None, None] * np.eye(moment.shape[-1]))

@@ -1,4 +1,4 @@
-"""Outlier channels: two codecs share a vector, one for the channels of most energy and one for the others."""
+"""Outlier channels: one codec for the channels of a vector with most energy, and one for the others."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from veloxlab.codecs.parts.learning import learnable
 from veloxlab.codecs.parts.packing import Layout
 from veloxlab.errors import InputError
 
-_OUTLIER = "outlier_"  # how the names of their arrays begin
+_OUTLIER = "outlier_"  # prefix of their arrays
 
 
 class SplitCodec(Codec):
-    """A subclass is a frozen dataclass with these fields, and says which codecs share a vector.
+    """Two codecs that share a vector. A subclass is a frozen dataclass with these fields, and defines `parts`.
 
     ``channels`` are the indices of the outliers, k = ``outliers`` for each KV head in turn; empty before `fit`.
     """
@@ -36,7 +36,7 @@ class SplitCodec(Codec):
     @property
     @abstractmethod
     def counts(self) -> range:
-        """How many channels can be outliers."""
+        """The possible numbers of outliers."""
 
     @property
     @abstractmethod
@@ -44,7 +44,7 @@ class SplitCodec(Codec):
         """Codecs of the outliers, and of the other ``D − k`` channels, or of all ``D`` with zeros in their places."""
 
     def __post_init__(self) -> None:
-        # files of the last version hold those of QJL as an array
+        # files of version 0.1 hold those of QJL as an array
         channels = self.channels.reshape(-1).tolist() if isinstance(self.channels, mx.array) else self.channels or ()
         object.__setattr__(self, "channels", tuple(channels))
         whole()("outliers", self.outliers)

@@ -1,8 +1,8 @@
 """Tight bit packing: codes of any width from 1 to 8 bits, LSB first, in rows of uint32 words.
 
-Code ``i`` of a row with width ``b`` occupies bits ``i·b … i·b + b − 1`` of the row's little-endian bit string: a width
-that does not divide 32 straddles words. Eight codes of any width fill whole bytes, which both directions are built on.
-Only the end of a row is padded, to a whole word.
+Code ``i`` of a row with width ``b`` has bits ``i·b … i·b + b − 1`` of the row's little-endian bit string, so codes of a
+width that does not divide 32 can straddle words. Eight codes of any width fill whole bytes, and packing and unpacking
+use that. Only the end of a row is padded, to a whole word.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _WORD_BYTES, _WORD_BITS = 4, 32
 class Row:
     """One array of a code, ``[B, H, S, count]``, as a codec declares it in its `Codec.layout`.
 
-    Packed codes are unsigned, scales and norms floating; ``dtype`` is None for exact vectors as they came. If ``joint``
-    the KV heads of a token share one row: ``[B, 1, S, count]``.
+    Packed codes are unsigned, scales and norms floating; ``dtype`` is None for exact vectors. If ``joint``, the KV
+    heads of a token share one row: ``[B, 1, S, count]``.
     """
 
     dtype: mx.Dtype | None
@@ -39,7 +39,7 @@ class Row:
 
     @property
     def is_number(self) -> bool:
-        """Whether it holds scales or norms, and not codes or exact vectors."""
+        """Whether it holds scales or norms."""
         return self.dtype is not None and mx.issubdtype(self.dtype, mx.floating)
 
     def nbytes(self, exact_bytes: int = 2) -> int:
@@ -118,7 +118,7 @@ def _mover(wide: mx.Dtype, bits: int) -> Callable[[mx.array], mx.array]:
 class Places:
     """Numbers of ``widths`` bits each ``[n]``, 0 to 32, that begin at bits ``first`` ``[n]`` of a row of ``words``.
 
-    They may overlap, and lie in any order. LSB first; a number of no bits is 0, wherever it is.
+    They may overlap, in any order. LSB first; a number of no bits is 0.
     """
 
     def __init__(self, first: NDArray[np.int64], widths: NDArray[np.int64], words: int) -> None:
@@ -130,7 +130,7 @@ class Places:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """What is kept."""
+        """The stored arrays."""
         return [self._word, self._shift, self._mask]
 
     def read(self, words: mx.array) -> mx.array:

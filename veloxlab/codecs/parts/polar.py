@@ -22,13 +22,12 @@ _ROUNDS = 100  # of k-means in one dimension
 
 
 class PolarTree:
-    """Quantizes the directions of the blocks of ``2**len(levels)`` coordinates that ``dim`` is made of.
+    """Quantizes the directions of blocks of ``2**len(levels)`` coordinates; ``dim`` is a multiple of that.
 
-    For ``levels`` and ``centroids`` see `PolarQuant`; without learned centroids they are those of the known densities.
-    A ``block`` of coordinates shares a radius. ``layout`` are rows of bytes, that of level 1 first: levels of equal
-    width are packed together. Kernels take the tables of all levels one after the other, float32: ``circles``, cosine
-    and sine of the angles ``[entries, 2]``, and ``edges`` between angles, but those of level 1. ``nbytes`` are those of
-    the tables by level.
+    For ``levels`` and ``centroids`` see `PolarQuant`; by default centroids are those of the known densities. A
+    ``block`` of coordinates shares a radius. ``layout`` has rows of bytes, level 1 first; levels of equal width are
+    packed together. Kernels take the tables of all levels one after the other, float32: ``circles``, cosine and sine of
+    the angles ``[entries, 2]``, and ``edges`` between angles, without level 1. ``nbytes`` are the bytes of the tables.
     """
 
     def __init__(self, dim: int, levels: tuple[int, ...], centroids: tuple[float, ...] = ()) -> None:
@@ -91,7 +90,7 @@ class PolarTree:
         return {f"angles_{b}": pack_bytes(mx.concatenate(some, axis=-1), b) for b, some in by_width.items()}
 
     def unpack(self, arrays: dict[str, mx.array]) -> list[mx.array]:
-        """Codes by level, from what `pack` gave."""
+        """Codes by level, from the rows of `pack`."""
         rows = {bits: unpack(arrays[f"angles_{bits}"], bits, count) for bits, count in self._counts.items()}
         codes, used = [], dict.fromkeys(rows, 0)
         for level, bits in enumerate(self.levels, 1):
@@ -102,7 +101,7 @@ class PolarTree:
 
 @lru_cache
 def angle_codebook(level: int, bits: int) -> tuple[Floats, float]:
-    """Lloyd–Max angles of a level from 2 on, ascending ``[2**bits]``, and the mean of cos(ψ − ψ̂) that they reach."""
+    """Lloyd–Max angles of a level from 2 on, ascending ``[2**bits]``, and their mean of cos(ψ − ψ̂)."""
     t = np.linspace(0, math.pi / 2, 2**16 + 1)
     density = angle_density(t, level)
     angles = lloyd_max(lambda t: angle_density(t, level), 0, math.pi / 2, bits).levels
@@ -117,7 +116,7 @@ def angle_density(t: Floats, level: int) -> Floats:
 
 
 def fitted_angles(seen: Floats, level: int, bits: int) -> Floats:
-    """K-means of the angles ``seen``, sorted, from the level's Lloyd–Max angles; one that loses all numbers stays."""
+    """K-means of the angles ``seen``, sorted, from the level's Lloyd–Max angles; an empty centroid stays."""
     angles, total = angle_codebook(level, bits)[0], np.concatenate([[0.0], np.cumsum(seen)])
     for _ in range(_ROUNDS):
         ends = np.concatenate([[0], np.searchsorted(seen, (angles[1:] + angles[:-1]) / 2), [len(seen)]])

@@ -27,7 +27,7 @@ class Rope:
 
     @property
     def angles(self) -> np.ndarray:
-        """By how much each pair is turned from one position to the next ``[dims / 2]``, float64 radians."""
+        """The angle of each pair from one position to the next ``[dims / 2]``, float64 radians."""
         if self.freqs is not None:
             return self.scale / np.array(self.freqs.astype(mx.float32), np.float64)
         assert self.base is not None
@@ -35,7 +35,7 @@ class Rope:
         return np.asarray(self.scale * self.base ** (-np.arange(pairs) / pairs))
 
     def pairs(self, head_dim: int) -> NDArray[np.int64]:
-        """Both coordinates of each pair ``[head_dim / 2, 2]``; of those that are left alone, halves are paired too."""
+        """Both coordinates of each pair ``[head_dim / 2, 2]``; those that are not rotated are paired by halves."""
         turned, rest = np.arange(self.dims), np.arange(self.dims, head_dim)
         own = turned.reshape(-1, 2) if self.traditional else turned.reshape(2, -1).T
         return np.concatenate([own, rest.reshape(2, -1).T])
@@ -57,7 +57,7 @@ class Rope:
 
 @lru_cache(maxsize=4096)  # some hundred sequences of a batch, in every layer
 def angles_from(rope: Rope, head_dim: int, start: int) -> mx.array:
-    """For readers: the position of the first token, and by what each pair is turned at a token ``[1 + D/2]``."""
+    """For readers: the position of the first token, and the angle of each pair at a token ``[1 + D/2]``."""
     both = np.zeros(1 + head_dim // 2, np.float32)
     both[0], both[1 : 1 + rope.dims // 2] = start, rope.angles
     return mx.array(both)

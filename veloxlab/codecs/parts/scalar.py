@@ -1,7 +1,7 @@
-"""Scalar quantizers: one width for all coordinates, or a width for each.
+"""Scalar quantizers: one width for all coordinates, or one for each.
 
-MLX's gather takes 5 ns a value on a CPU. Where it can, a code's level is computed instead: through the levels of a
-narrow symmetric codebook there is a polynomial that is exact to the rounding of float32, and takes 0.6 ns for sixteen.
+MLX's gather takes 5 ns a value on a CPU. So the levels of a narrow symmetric codebook are computed by a polynomial,
+which is exact to the rounding of float32 and takes 0.6 ns for 16 levels.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from veloxlab.kernels.vectors import words_per_row
 
 _JOINT_INDEX_BITS = 12  # a joint table stays under 64 KB; at 16 bits it would be 1.4 times faster, and 2 MB
 _PAIRED_BITS = 4  # up to which kernels read two codes at once, from a table of at most 256 pairs
-_MOST = 16  # levels: sums of the powers of more are not exact, and cost what the gather does
-_ROUNDING = 1e-6  # of a few steps in float32, beside the largest level
+_MOST = 16  # levels: polynomials of more are not exact, and as slow as the gather
+_ROUNDING = 1e-6  # of a few float32 operations, relative to the largest level
 
 
 def _polynomial(levels: np.ndarray) -> Callable[[mx.array], mx.array] | None:
@@ -42,7 +42,7 @@ def _polynomial(levels: np.ndarray) -> Callable[[mx.array], mx.array] | None:
 
 @cache
 def _odd_polynomial(terms: int) -> Callable[..., mx.array]:
-    """Fused arithmetic for any polynomial of so many terms, by shape: MLX does not vectorise that for any shape."""
+    """Fused arithmetic for polynomials of this many terms, compiled by shape: MLX vectorises only known shapes."""
 
     @mx.compile
     def evaluated(codes: mx.array, given: list[mx.array]) -> mx.array:
@@ -70,13 +70,13 @@ def joint_levels(levels: np.ndarray, bits: int, together: int, parts: int = 1) -
 
 
 def paired_levels(levels: np.ndarray, bits: int, parts: int = 1) -> tuple[int, mx.array]:
-    """How kernels read codes: the width of an index, and the ``levels`` of one code or two ``[2**width, 1 or 2]``."""
+    """The table of a kernel: the width of an index, and the ``levels`` of one code or two ``[2**width, 1 or 2]``."""
     together = 2 if bits <= _PAIRED_BITS else 1
     return bits // parts * together, joint_levels(levels, bits, together, parts)
 
 
 class ScalarQuantizer:
-    """Each of ``dim`` unit-variance coordinates is replaced by the nearest of ``2**bits`` levels; see `quantizer_for`.
+    """Replaces each of ``dim`` unit-variance coordinates by the nearest of ``2**bits`` levels; see `quantizer_for`.
 
     Codes are packed whole, or in two halves apart, the high one first: ``fields`` are the arrays' names and widths.
     ``table`` is the codebook, ``boundaries`` and ``levels`` are its own in float32, ``paired`` is of `paired_levels`,
@@ -111,7 +111,7 @@ class ScalarQuantizer:
         return {name: pack(part, half) for name, part in zip(self.fields, parts, strict=True)}
 
     def expand(self, arrays: dict[str, mx.array]) -> mx.array:
-        """What `pack` gave to levels ``[..., dim]``, float32: by the polynomial, or several at once from a table."""
+        """Packed codes to levels ``[..., dim]``, float32: by the polynomial, or several at a time from a table."""
         if self._polynomial is not None:
             return self._polynomial(unpack_to_bytes(arrays[next(iter(self.fields))], self.bits, self.dim))
         together = self._joint.shape[-1]
@@ -122,7 +122,7 @@ class ScalarQuantizer:
 
 @lru_cache
 def quantizer_for(dim: int, bits: int, codebook: CodebookName = "sphere") -> ScalarQuantizer:
-    """Exact for a rotated vector of ``dim`` coordinates, or its limit, ``"gaussian"``; refuses impossible widths."""
+    """The quantizer of a rotated vector of ``dim`` coordinates, exact or for the limit, ``"gaussian"``."""
     table = sphere_codebook(bits, dim) if codebook == "sphere" else gaussian_codebook(bits)
     return ScalarQuantizer(dim, table, "codes")
 
@@ -130,8 +130,8 @@ def quantizer_for(dim: int, bits: int, codebook: CodebookName = "sphere") -> Sca
 class PlannedQuantizer:
     """Coordinate ``i``, of unit variance, is replaced by the nearest of the ``2**widths[i]`` Gaussian levels.
 
-    A width, up to 8, of 0 keeps nothing: the level is 0. All codes of a vector lie in one bit string of ``words``
-    uint32, in order and without a gap, LSB first. Every layer has a plan of its own: its tables are kept here.
+    Widths are 0 to 8; with width 0 the level is 0. All codes of a vector are in one bit string of ``words`` uint32, in
+    order and without gaps, LSB first. Every layer has its own plan, so the tables are kept here.
     """
 
     def __init__(self, widths: tuple[int, ...]) -> None:
@@ -145,7 +145,7 @@ class PlannedQuantizer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tables; of those that kernels take, where one has run."""
+        """Bytes of the tables, including those of kernels that have run."""
         own = [table for table in vars(self).values() if isinstance(table, mx.array)]
         return sum(t.nbytes for t in (*own, *self._places.arrays, *vars(self).get("encoder_tables", {}).values()))
 
@@ -178,7 +178,7 @@ class PlannedQuantizer:
 
     @cached_property
     def encoder_tables(self) -> dict[str, mx.array]:
-        """What `veloxlab.kernels.encode.plan_kernel` takes: where codes begin, boundaries and levels of all widths."""
+        """Tables for `veloxlab.kernels.encode.plan_kernel`: first bits of codes, boundaries and levels by width."""
         boundaries, levels = (np.zeros((2 << WIDEST) - 1) for _ in range(2))
         for width in set(self.widths) - {0}:
             table, first = gaussian_codebook(width), (1 << width) - 1

@@ -1,4 +1,4 @@
-"""What each vector keeps of its size: one 16-bit number, of which there are three kinds."""
+"""The stored scale of each vector: one 16-bit number, of three kinds."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from veloxlab.codecs.parts.packing import Row
 
 ScaleName = Literal["unbiased", "mse", "norm"]
 """``"unbiased"``: inner products right on average; ``"mse"``: least squared error; ``"norm"``: the vector's length."""
-SCALE = Row(mx.float16, 1)  # what `store_scale` keeps of a vector
+SCALE = Row(mx.float16, 1)  # of `store_scale`
 
 
 def unbiased_keys(tensor: str, options: Mapping[str, object]) -> dict[str, Any]:
-    """``options``, with the unbiased scale for keys and the MSE scale for values, unless they say otherwise."""
+    """``options``, with the unbiased scale for keys and the MSE scale for values as defaults."""
     return {"scale": "unbiased" if tensor == "keys" else "mse", **options}
 
 
 def scale_factor(scale: ScaleName, y: mx.array, quantized: mx.array) -> mx.array:
-    """What to multiply ``quantized`` with to stand for ``y``, both ``[..., D]`` with ``‖y‖ = √D``: ``[..., 1]``."""
+    """The factor of ``quantized`` that approximates ``y``, both ``[..., D]`` with ``‖y‖ = √D``: ``[..., 1]``."""
     dim = y.shape[-1]
     if scale == "norm":
         return mx.ones((*y.shape[:-1], 1))
     inner = (y * quantized).sum(axis=-1, keepdims=True)
-    # a zero vector's codes say nothing: its root-mean-square of 0 makes the scale 0, if the factor is finite
+    # the codes of a zero vector are arbitrary: its root-mean-square of 0 makes the scale 0, if the factor is finite
     inner = mx.where(inner == 0, float(dim), inner)
     return dim / inner if scale == "unbiased" else inner / mx.square(quantized).sum(axis=-1, keepdims=True)
 
@@ -42,7 +42,7 @@ def over(x: mx.array, size: mx.array) -> mx.array:
 
 
 def store_scale(scale: mx.array) -> mx.array:
-    """Keep a positive scale as the float16 of its square root: 10 bits of precision from 4e-9 to 4e9."""
+    """Store a positive scale as the float16 of its square root: 10 bits of precision from 4e-9 to 4e9."""
     return mx.sqrt(scale).astype(mx.float16)
 
 

@@ -23,7 +23,7 @@ RotationName = Literal["hadamard", "haar"]
 class SignedHadamard:
     """Random ``signs`` ``[dim]``, then an orthonormal Hadamard transform, for any ``dim`` = m·2^k.
 
-    Where m > 1 the 2^k-point Hadamard transforms of m blocks are mixed by an m-point Hartley transform, whose entries
+    If m > 1, the 2^k-point Hadamard transforms of m blocks are mixed by an m-point Hartley transform, whose entries
     are as flat as a real orthogonal matrix of odd size allows. Both are symmetric, so each is its own inverse.
     """
 
@@ -43,7 +43,7 @@ class SignedHadamard:
         return self._turned(y, inverse=True)
 
     def _turned(self, x: mx.array, *, inverse: bool) -> mx.array:
-        """By one kernel, if the device has it, where MLX's own transform alone does not do."""
+        """One kernel if the device has it, unless MLX's own transform is enough."""
 
         def by_graph(x: mx.array) -> dict[str, mx.array]:
             return {"out": self._transform(x) * self.signs if inverse else self._transform(x * self.signs)}
@@ -70,7 +70,7 @@ class Haar:
 
     def __init__(self, dim: int, seed: int) -> None:
         q, r = np.linalg.qr(np.random.default_rng(seed).standard_normal((dim, dim)))
-        self.matrix = constant(q * np.sign(np.diag(r)))  # without the signs QR's own choice shows
+        self.matrix = constant(q * np.sign(np.diag(r)))  # QR's choice of signs would not be uniform
         self.nbytes = self.matrix.nbytes
 
     def forward(self, x: mx.array) -> mx.array:
@@ -93,7 +93,7 @@ def make_rotation(name: RotationName, dim: int, seed: int) -> Rotation:
 
 
 class SignSketch:
-    """The signs of ``rows`` random projections, from which inner products are estimated without bias (QJL).
+    """The signs of ``rows`` random projections, which give unbiased estimates of inner products (QJL).
 
     ``"gaussian"`` draws them independently, as the papers do; ``"orthogonal"`` draws blocks of ``dim`` orthogonal rows
     of length √dim, with about 2.75 times less variance for the same bits. ``rows`` is a multiple of ``dim``. ``matrix``

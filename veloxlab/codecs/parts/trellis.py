@@ -1,11 +1,11 @@
-"""Bitshift trellises: levels of unit coordinates that are looked up by the last bits of a vector's string of bits.
+"""Bitshift trellises: the level of a unit coordinate depends on the last bits of a vector's bit string.
 
-Each coordinate adds its own width of bits to the string. The *state* is the last 8 (or 10) bits of the string, zeros
-before its begin, and the level is ``table[width][state]``: neighbouring coordinates share bits, so that the string has
-far more levels to choose from than the new bits alone could name (QTIP, A. Tseng et al., 2024, arXiv 2406.11235, whose
-trellis this is; there the level is computed, here it is trained). Encoding is a Viterbi search over all states.
+Each coordinate adds its own number of bits to the string. The *state* is the last 8 (or 10) bits of the string, with
+zeros before its start, and the level is ``table[width][state]``. Neighbouring coordinates share bits, so there are far
+more levels than the new bits alone can index. The trellis is QTIP's (A. Tseng et al., 2024, arXiv 2406.11235), with
+trained levels in place of computed ones. Encoding is a Viterbi search over all states.
 
-The tables for 1 to 5 bits are trained on Gaussians by ``python -m tests.train_trellis`` and kept in ``data``; wider
+The tables for 1 to 5 bits are trained on Gaussians by ``python -m tests.train_trellis`` and are in ``data``. Wider
 codes, and all codes of the scalar form, have the Lloyd–Max levels of a Gaussian.
 """
 
@@ -33,19 +33,19 @@ Widths = tuple[tuple[int, ...], ...]  # bits of each coordinate of each KV head
 
 FILE = "trellis.npz"
 TRAINED = 5  # bits up to which a table is trained
-SCALE_BITS, STEPS = 4, 4  # of a vector's scale, 1 or more: its code, and steps of an octave
-_HEADROOM, _FALLS = 3.2, 0.75  # steps of a scale above the root-mean-square of a head without bits, less with each bit
+SCALE_BITS, STEPS = 4, 4  # of a vector's scale: its bits, and steps in an octave
+_HEADROOM, _FALLS = 3.2, 0.75  # of a scale over the root-mean-square, in steps, and how it falls with each bit
 _LEAST_SQUARE = 1e-9  # of a vector, so that its logarithm is finite
-_ROWS = 2048  # vectors that are searched together
-_SHARES = 8  # of a vector, that threads of a kernel read
-_MOST = 3, 5, WIDEST  # bits a coordinate of the densest share: a kernel is built for each
+_ROWS = 2048  # vectors in one search
+_SHARES = 8  # parts of a vector, one for each thread of a kernel
+_MOST = 3, 5, WIDEST  # limits of the bits a coordinate in the densest part: a kernel is built for each
 
 
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """Levels ``table`` ``[9, states]`` by width and state, and what each width loses of a unit Gaussian ``[9]``.
+    """Levels ``table`` ``[9, states]`` by width and state, and the distortion of a unit Gaussian by width ``[9]``.
 
-    A state is the last ``reach`` bits, the newest of them highest; 0 if a level depends on a coordinate's own bits.
+    A state is the last ``reach`` bits, the newest highest; ``reach`` is 0 if a level depends only on its own bits.
     """
 
     reach: int
@@ -54,18 +54,18 @@ class Levels:
 
     @property
     def states(self) -> int:
-        """How many there are."""
+        """Number of states."""
         return int(self.table.shape[1])
 
     @cached_property
     def numbers(self) -> mx.array:
-        """The table as kernels have it ``[9 · states]``: one array, so that keys and values share a copy."""
+        """The table in a kernel's form ``[9 · states]``: one array, which keys and values share."""
         return constant(self.table.ravel())
 
 
 @lru_cache
 def levels_of(code: CodeName, entries: int = 256) -> Levels:
-    """Those of the scalar form, or of a trellis with tables of 256 or 1,024 ``entries``."""
+    """The levels of the scalar form, or of a trellis with tables of 256 or 1,024 ``entries``."""
     books = [gaussian_codebook(width) for width in range(1, WIDEST + 1)]
     distortion = np.array([1.0, *(book.distortion for book in books)])
     if code == "scalar":
@@ -85,22 +85,22 @@ def levels_of(code: CodeName, entries: int = 256) -> Levels:
 
 @lru_cache
 def reversed_bits(count: int) -> NDArray[np.int64]:
-    """All numbers of so many bits, each with its bits in the other order."""
+    """All numbers of ``count`` bits, each with its bits in reverse order."""
     numbers = np.arange(1 << count)
     return sum(((numbers >> i & 1) << (count - 1 - i) for i in range(count)), np.zeros_like(numbers))
 
 
 class TrellisRows:
-    """How the unit coordinates of a token's KV heads become one row of bits ``[B, 1, S, words]``, uint32.
+    """Codes the unit coordinates of a token's KV heads as one row of bits ``[B, 1, S, words]``, uint32.
 
-    First the scales of all heads, 4 bits each: a head's coordinates are divided by 2^(code / 4), their root-mean-square
-    with headroom, the less the more bits a head has, where that is above 1. Then each head's string of bits, without a
-    gap, LSB first. It begins with the last coordinate, to be that of the largest range. In the other order
-    squared errors are 2 to 5 % less on Gaussians, and yet SmolLM2's KL at 2.25 bits was .080 in place of .070.
-    ``windows`` ``[H, D, 4]`` say of each coordinate where the bits of its state begin in the row, the mask of those
-    that are there, by how much they are shifted up where older ones would be before the string's begin, and where the
-    levels of its width begin in ``table``. What a squared error of a unit coordinate costs, by which strings are
-    chosen, are ``weights`` ``[H, D]``. Unless ``scaled`` all scales are 1.
+    First come the scales of all heads, 4 bits each: a head's coordinates are divided by 2^(code / 4), at least 1, which
+    is near their root-mean-square plus a headroom that falls with the head's bits. Then each head's bit string follows,
+    without gaps, LSB first. It begins with the last coordinate, which has the largest range. In the other order squared
+    errors are 2 to 5 % smaller on Gaussians, but SmolLM2's KL at 2.25 bits was .080, against .070.
+    ``windows`` ``[H, D, 4]`` has for each coordinate: the first bit of its state in the row, the mask of its existing
+    bits, their shift if older bits are before the start of the string, and the index of its width's levels in
+    ``table``. ``weights`` ``[H, D]`` are the costs of squared errors of unit coordinates in the search. Unless
+    ``scaled``, all scales are 1.
     """
 
     def __init__(self, widths: Widths, levels: Levels, weights: Floats | None = None, scaled: bool = True) -> None:
@@ -132,7 +132,7 @@ class TrellisRows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tables, but for those that only encoding needs."""
+        """Bytes of the tables, without those that only encoding needs."""
         return self.windows.nbytes + self.table.nbytes
 
     def expand(self, rows: mx.array) -> mx.array:
@@ -144,7 +144,7 @@ class TrellisRows:
         return levels.reshape(shape).swapaxes(1, 2) * self.scales(rows)
 
     def reader(self, dim: int, rows: mx.array, shifts: mx.array | None, angles: mx.array | None) -> TrellisReader:
-        """How kernels read rows; see `TrellisReader`."""
+        """The reader of rows for kernels; see `TrellisReader`."""
         widest = int(self.widths.max(initial=0))
         tables = self.windows, self.table, shifts, angles
         return TrellisReader(dim, rows, None, None, *tables, self.levels.reach, self.most, widest)
@@ -171,7 +171,7 @@ class TrellisRows:
         return {"codes": self._codes.write(mx.concatenate(parts, axis=-1))}
 
     def _search(self, y: mx.array, head: int) -> mx.array:
-        """Codes ``[N, D]`` of a head's unit coordinates ``[N, D]``, both in the string's order: of the best string."""
+        """Codes ``[N, D]`` of the best string for a head's unit coordinates ``[N, D]``, both in the string's order."""
         widths, weights = _turned(self.widths)[head].tolist(), _turned(self.weights)[head].tolist()
         table, states, reach = self.table.reshape(WIDEST + 1, -1), self.levels.states, self.levels.reach
         if not reach:
@@ -182,11 +182,11 @@ class TrellisRows:
         costs = mx.broadcast_to(costs, (len(y), states))
         for i, width in enumerate(widths):
             if width:
-                before = mx.unflatten(costs, -1, (-1, 1 << width))  # states that differ in bits that are forgotten
+                before = mx.unflatten(costs, -1, (-1, 1 << width))  # states that differ in dropped bits
                 back[i] = before.argmin(axis=-1)
                 distances = (weights[i] * mx.square(y[:, i, None] - table[width])).reshape(len(y), 1 << width, -1)
                 least = before.min(axis=-1)
-                least = least - least.min(axis=-1, keepdims=True)  # rounding would lose what later ones cost
+                least = least - least.min(axis=-1, keepdims=True)  # or rounding would lose later costs
                 costs = mx.flatten(least[:, None] + distances, 1)
         state, codes = costs.argmin(axis=-1), [mx.zeros(len(y), mx.uint32)] * len(widths)
         for i in reversed(back):
@@ -198,7 +198,7 @@ class TrellisRows:
 
     @cached_property
     def encoder(self) -> VectorKernel:
-        """The same by a kernel."""
+        """The kernel of `encode`."""
         reach = self.levels.reach
         table = self.levels.table[:, reversed_bits(reach)] if reach else self.levels.table
         return trellis_kernel(

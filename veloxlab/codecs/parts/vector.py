@@ -1,7 +1,7 @@
 """Vector codebooks: k-means of sub-vectors, the nearest centroid, and packed indices of up to 16 bits.
 
-Distances are ``‖c‖²/2 − x·c``, which order centroids as ``‖x − c‖`` does, by matrix product and a chunk at a time. The
-first centroid is zero and stays there, so that a zero vector is coded without error.
+Distances are ``‖c‖²/2 − x·c``, which order centroids as ``‖x − c‖`` does. They are matrix products, one chunk at a
+time. The first centroid is fixed at zero, so that a zero vector is coded without error.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from veloxlab.progress import may_end
 
 Points = NDArray[np.float32]
 
-ITERATIONS = 30  # of Lloyd, as VecInfer; fewer where `_MOST_WORK` ends them
-RESTARTS, _TRIAL = 3, 5  # seedings that are tried, for so many iterations each; the best one is gone on with
-_MANY = 1024  # centroids from which on one seeding is as good as another, and is neither repeated nor tried
-MOST_POINTS = 1 << 16  # that one codebook is trained on
+ITERATIONS = 30  # of Lloyd, as VecInfer; fewer if `_MOST_WORK` ends them
+RESTARTS, _TRIAL = 3, 5  # seedings that are tried, and their iterations; training continues with the best one
+_MANY = 1024  # centroids from which on seedings hardly differ, so that only one is made
+MOST_POINTS = 1 << 16  # in the training of one codebook
 _MOST_PAIRS = 1 << 27  # of a point and a centroid, in one iteration: 32,768 points for 4096 centroids
 # pairs in all iterations: 4 for 4096 centroids. All 30 take 3 times as long, for 0.5 % less squared error on other text
 _MOST_WORK = 1 << 29
 _SEEDING_POINTS = 8  # per centroid, in a trial
-_KNOWN = 128  # seeds for each one that is drawn at a time: among so many, those of one draw rarely meet
+_KNOWN = 128  # known seeds for each one of a draw: the seeds of one draw are then rarely neighbours
 _SETTLED = 3e-4  # relative gain of an iteration below which Lloyd ends
-# multiply-adds of one product: its distances stay in a second-level cache, and BLAS does not wake its threads for it
+# multiply-adds of one product: its distances fit a second-level cache, and BLAS uses no threads for it
 _PRODUCT = 1 << 18
 _DISTANCES = 1 << 22  # floats in a chunk while encoding, of which MLX's CPU back end may hold ten
 
 
 def train_codebook(points: Points, count: int, seed: int) -> Points:
-    """K-means centroids ``[count, d]`` of ``points`` ``[N, d]``, the first of them zero, for more different points.
+    """K-means centroids ``[count, d]`` of ``points`` ``[N, d]``, more than ``count`` of them different; one is zero.
 
     Seeds by k-means++, several times on a part of the points, then Lloyd's iteration on all, or at most `MOST_POINTS`.
     """
@@ -85,7 +85,7 @@ def unpack_indices(words: mx.array, bits: int, count: int) -> mx.array:
 
 
 def _start(points: Points, count: int, rng: np.random.Generator) -> Points:
-    """Of several seedings, from a part of the points, the best one after a few iterations."""
+    """The best of several seedings, from a part of the points, after a few iterations."""
     size = min(len(points), max(_SEEDING_POINTS * count, 8192))
     trials = []
     for _ in range(RESTARTS):
@@ -99,7 +99,7 @@ def _start(points: Points, count: int, rng: np.random.Generator) -> Points:
 
 def _seeds(points: Points, count: int, rng: np.random.Generator) -> Points:
     """K-means++: zero, then points drawn with probability ∝ their squared distance to the nearest seed so far."""
-    # whole numbers: what is drawn next depends on all that was drawn before, and must not depend on rounding
+    # whole numbers: a draw depends on all earlier draws, and must not depend on rounding
     some = np.random.default_rng(0).integers(-8, 9, (8 * _KNOWN, points.shape[1])).astype(np.float32)
     trial = some, (np.arange(_KNOWN) + 0.37) / _KNOWN
     (chosen,) = by_loop("drawn_seeds", _drawn, points, rng.random(count - 1), trial=trial, known_each=_KNOWN)
@@ -107,7 +107,7 @@ def _seeds(points: Points, count: int, rng: np.random.Generator) -> Points:
 
 
 def _drawn(points: Points, uniform: Points, known_each: int) -> tuple[NDArray[np.int64]]:
-    """Which points are drawn, by numbers from 0 to 1, some at a time."""
+    """Indices of the drawn points, by ``uniform`` numbers from 0 to 1, some at a time."""
     norms = np.square(points).sum(axis=1)
     columns, left = np.ascontiguousarray(points.T), norms.copy()
     chosen, known = np.empty(len(uniform), np.int64), 0

@@ -1,4 +1,4 @@
-"""Water-filling: how components of different weight best share a budget of bits."""
+"""Water-filling: the best allocation of a budget of bits to components of different weight."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Integers = NDArray[np.int64]
 def greedy_bits(
     weights: Sequence[float], budget: int, *, rates: float | Sequence[float] = 4.0, least: int = 0, most: int = WIDEST
 ) -> tuple[int, ...]:
-    """Integer water-filling: the widths of total ``budget`` with the least Σ wᵢ·rᵢ^−bᵢ, one bit at a time.
+    """Integer water-filling: the widths of total ``budget`` with the least Σ wᵢ·rᵢ^−bᵢ, found one bit at a time.
 
-    Each bit goes where it saves most, wᵢ·rᵢ^−bᵢ·(1 − 1/rᵢ); ties to the lowest index. Optimal, as every term is convex
-    in its width. With r = 4 and variances as weights it is SpectralQuant's rule argmax λᵢ / 4^bᵢ; with fitted ``rates``
-    above 1, one for all or one each, RateQuant's. Raises `InputError` if the budget does not fit widths from ``least``
-    to ``most``.
+    Each bit goes where it saves most, wᵢ·rᵢ^−bᵢ·(1 − 1/rᵢ); ties go to the lowest index. This is optimal, because every
+    term is convex in its width. With r = 4 and variances as weights it is SpectralQuant's rule argmax λᵢ / 4^bᵢ. With
+    fitted ``rates`` above 1, one for all or one each, it is RateQuant's. Raises `InputError` if the budget does not fit
+    widths from ``least`` to ``most``.
     """
     count = len(weights)
     each = [float(r) for r in np.broadcast_to(rates, count)]
@@ -50,11 +50,11 @@ LEAST_WORDS = 2  # of a row: loops read eight bytes at a time
 
 
 def shared_words(savings: Sequence[Floats], overheads: Sequence[int], budget: int) -> list[Integers]:
-    """Widths of the coordinates of several rows of whole 32-bit words, ``budget`` words in all, that save most.
+    """The best widths of the coordinates of several rows of 32-bit words, with ``budget`` words in all.
 
-    ``savings`` are of each row what one more bit of a coordinate of 0, 1, … bits saves ``[n, most]``, falling along the
-    last axis, and ``overheads`` the bits that it has besides. Each row has `LEAST_WORDS` or more. The best bits of a
-    row come first, 32 at a time, and words go where they save most: that is the optimum, as every row is convex.
+    ``savings`` ``[n, most]`` of each row are the savings of one more bit for a coordinate of 0, 1, … bits, falling
+    along the last axis. ``overheads`` are the other bits of each row. Each row has `LEAST_WORDS` or more. The best bits
+    of a row come first, 32 at a time, and words go where they save most. This is optimal, because every row is convex.
     """
     orders, blocks, begins = [], [], []
     for own, overhead in zip(savings, overheads, strict=True):
@@ -77,9 +77,9 @@ def shared_words(savings: Sequence[Floats], overheads: Sequence[int], budget: in
 
 
 def equal_words(savings: Sequence[Floats], overhead: int, budget: int) -> list[Integers]:
-    """Widths where all heads share alike: of rows of words as in `shared_words`, ``savings`` ``[H, D, most]`` of each.
+    """Widths with equal bits for all heads; rows as in `shared_words`, each with ``savings`` ``[H, D, most]``.
 
-    Every head has ``overhead`` bits besides.
+    Every head has ``overhead`` other bits.
     """
     ends = np.rint(np.cumsum([own[..., 0].size for own in savings]) * budget / sum(own[..., 0].size for own in savings))
     widths = []
@@ -91,7 +91,7 @@ def equal_words(savings: Sequence[Floats], overhead: int, budget: int) -> list[I
 
 
 class RowCurve(NamedTuple):
-    """What a row's heads get of each number of 32-bit words, from the least to the most that it can use, and lose."""
+    """Bits and losses of a row's heads at each number of 32-bit words, from the least to the most that it can use."""
 
     words: Integers  # [W]
     bits: Integers  # [H, W], of all coordinates of a head
@@ -99,7 +99,7 @@ class RowCurve(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of 32-bit words: each has a token of all KV heads, and each head ``overhead`` bits besides its coordinates'.
+    """Rows of 32-bit words: a row has one token of all KV heads, each with ``overhead`` bits and its coordinates' bits.
 
     A coordinate of variance σ² and b bits loses ½·σ²·``distortion[b]``. Variances of a row are ``[H, D]``.
     """
@@ -108,7 +108,7 @@ class Rows(NamedTuple):
     overhead: int
 
     def curve(self, variances: Floats) -> RowCurve:
-        """What a row gets and loses with each number of words."""
+        """Bits and losses of a row at each number of words."""
         (savings,), overhead = self.savings([variances]), self.overhead * len(variances)
         order = np.argsort(-savings.reshape(-1), kind="stable")
         first = max(LEAST_WORDS, -(-overhead // _WORD_BITS))
@@ -116,18 +116,18 @@ class Rows(NamedTuple):
         counts = np.minimum(words * _WORD_BITS - overhead, savings.size)
         own = order // savings[0].size == np.arange(len(savings))[:, None]  # [H, bits of the row], in order
         saved = np.where(own, savings.reshape(-1)[order], 0.0)
-        # summed from the small end, so that losses of many bits are no rounding of those of few
+        # summed from the small end, so that losses of many bits are not lost in rounding
         left = np.cumsum(np.pad(saved, ((0, 0), (0, 1)))[:, ::-1], axis=1)[:, ::-1]
         least_lost = variances.sum(axis=1)[:, None] * self.distortion[-1] / 2
         bits = np.cumsum(np.pad(own, ((0, 0), (1, 0))), axis=1)
         return RowCurve(words, bits[:, counts], least_lost + left[:, counts])
 
     def savings(self, variances: Sequence[Floats]) -> list[Floats]:
-        """What one more bit of each coordinate saves ``[H, D, most]``."""
+        """Savings of one more bit for each coordinate ``[H, D, most]``."""
         return [own[..., None] * (self.distortion[:-1] - self.distortion[1:]) / 2 for own in variances]
 
     def widths(self, variances: Sequence[Floats], words: int) -> list[Integers]:
-        """Bits of all coordinates ``[H, D]`` of each row, so that rows lose least in so many words together."""
+        """Bits of all coordinates ``[H, D]`` of each row with the least loss in ``words`` words together."""
         savings = [own.reshape(-1, len(self.distortion) - 1) for own in self.savings(variances)]
         found = shared_words(savings, [self.overhead * len(own) for own in variances], words)
         return [bits.reshape(own.shape) for bits, own in zip(found, variances, strict=True)]
