@@ -69,8 +69,8 @@ def compare_caches(
     """Measure, print the tables, and write them as Parquet (unfinished at first), as Markdown and as a chart.
 
     With ``sinks`` there are no times and no tables. With ``peers`` other projects' caches are measured. With ``times``
-    only the times of an earlier comparison are measured again; the machine must be idle. ``methods`` selects ours. Files
-    of a ``seed`` other than 0 have their own names.
+    only the times of an earlier comparison are measured again; the machine must be idle. ``methods`` selects ours.
+    Files of a ``seed`` other than 0 have their own names.
     """
     if seed and (peers or times):
         raise InputError(f"With --peers or --times nothing has a seed: leave out --seed {seed}.")
