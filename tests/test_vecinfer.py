@@ -139,7 +139,7 @@ def test_a_point_for_each_side():
         (lambda: build(66, 2, "keys"), "Sub-vectors of 4 do not divide a head dimension of 66: .* point='d2b8'"),
         (lambda: build(81, 2, "keys"), "Sub-vectors of 4 do not divide a head dimension of 81: .* point='d1b8'"),
         (lambda: build(64, 2, "keys", point="d8b9"), "An index of 9 bits"),
-        (lambda: build(64, 2, "keys").encode(normal(1, 1, 4, 64)), "VecInfer has to see activations.*calibrate"),
+        (lambda: build(64, 2, "keys").encode(normal(1, 1, 4, 64)), "VecInfer must be fitted to activations.*calibrate"),
         (lambda: build(64, 2, "keys").fit(Sample(normal(1, 1, 20, 64))), "at least 32 tokens"),
         (lambda: build(64, 3, "keys").fit(Sample(normal(1, 3, 20, 64))), "at least 171 tokens"),
         (  # each token twice, as in a text, and a third more of it is a third more that differ
