@@ -96,7 +96,7 @@ def test_fits_of_keys_and_values_are_those_of_the_codebook(rates):
 
 
 def test_methods_that_have_to_be_fitted_are_measured_with_their_calibration(model, tmp_path):
-    with pytest.raises(InputError, match="VecInfer has to see activations"):
+    with pytest.raises(InputError, match="VecInfer must be fitted to activations"):
         vl.allocate.distortion_curves(model, Letters(), ["vecinfer"], TEXT, bits=[2], tokens=100)
     fit = vl.calibrate(model, Letters(), "spectralquant", TEXT, bits=2, tokens=300, folder=tmp_path)
     curves = vl.allocate.distortion_curves(

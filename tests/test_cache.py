@@ -384,7 +384,7 @@ def test_a_codec_that_cannot_encode_changes_nothing(side, chunks):
     *early, last = chunks
     feed(cache, tokens(sum(early)), tokens(sum(early)), early)
     before = cache.offset, cache.nbytes, [run.tokens for run in cache.runs], cache.key_codec, cache.value_codec
-    with pytest.raises(InputError, match="PolarQuant has to see activations"):
+    with pytest.raises(InputError, match="PolarQuant must be fitted to activations"):
         cache.update_and_fetch(tokens(last), tokens(last))
     assert before == (
         cache.offset,

@@ -287,7 +287,7 @@ def test_wrong_use_gets_a_sentence(model, tmp_path):
     for call, sentence in (
         (
             lambda: vl.make_cache(model, "spectralquant", bits=2),
-            r"SpectralQuant has to see activations .*vl\.calibrate",
+            r"SpectralQuant must be fitted to activations .*vl\.calibrate",
         ),
         (
             lambda: vl.make_cache(model, "spectralquant", bits=4, calibration=calibration),

@@ -403,7 +403,7 @@ def test_error_densities_count_every_vector(seen):
         (lambda c: densities(c, bins=1), "bins=1 cannot be used: give a whole number, 2 or more"),
         (lambda c: rope_pairs(c), "No layer of this capture has a rotary embedding"),
         (lambda c: level_densities(c, "none", bits=32), "'none' keeps vectors as they are"),
-        (lambda c: level_densities(c, "commvq", bits=2), "CommVQ has to see activations"),
+        (lambda c: level_densities(c, "commvq", bits=2), "CommVQ must be fitted to activations"),
         (lambda c: polar_angles(c, levels=5), "levels=5 does not fit a head dimension of 16: choose 1 to 4"),
         (lambda c: attention_map(c.layers[0], 0), "Layer 3 does not show its queries"),
         (lambda c: errors_along_position(token_frame([])), "There is nothing to pool"),
