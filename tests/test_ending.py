@@ -80,6 +80,16 @@ def test_windows_that_other_threads_read_end_too(model, tmp_path):
     assert len([*(tmp_path / "b").glob("*.safetensors")]) < len(windows)
 
 
+def test_errors_end_between_layers_and_caches_while_they_are_filled(model):
+    seen = vl.capture(model, Letters(), TEXT, tokens=40)
+    with ended_by(errors := Ends()):
+        vl.measure.token_errors(seen)
+    assert errors.asked == 2 * LAYERS  # of keys and of values
+    with ended_by(growth := Ends()):
+        vl.measure.memory_growth(seen, upto=400, points=2)
+    assert growth.asked == 2 * 400 // 40  # of ours and of the exact one
+
+
 @pytest.mark.parametrize(("method", "bits"), [("vecinfer", 1), ("commvq", 1)])
 def test_a_fit_ends_between_its_steps(method, bits):
     x = mx.array(np.random.default_rng(0).standard_normal((1, 2, 1024, 32)), mx.float32)

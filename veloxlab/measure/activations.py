@@ -26,7 +26,7 @@ from veloxlab.measure.frames import in_schema
 from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.hooks import Mask
 from veloxlab.mlxlm.ropes import ropes_of
-from veloxlab.progress import Progress, ended_by, silent
+from veloxlab.progress import Progress, ended_by, may_end, silent
 from veloxlab.texts import Tokenizer, excerpt
 
 NOT_FINITE = "load the model with dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
@@ -176,6 +176,7 @@ def by_head(
     frames = []
     for i, layer in enumerate(layers):
         for tensor in tensors or TENSORS:
+            may_end()
             for block in columns(layer, tensor):
                 arrays = {name: np.asarray(column) for name, column in block.items()}
                 shape = np.broadcast_shapes((1, 1), *(array.shape for array in arrays.values()))

@@ -21,7 +21,7 @@ from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.frames import in_schema, schema
 from veloxlab.mlxlm.probe import slots_of
-from veloxlab.progress import Progress, silent
+from veloxlab.progress import Progress, may_end, silent
 
 REPORT = schema("layer path reason key_bits value_bits tokens exact_tokens held_bytes fp16_bytes")
 """Columns of `report`: layer, null for tables that all layers share; "codes", "latents", "arrays", "own" (the model's
@@ -181,6 +181,7 @@ def _filled(
     rows = []
     for i, target in enumerate(lengths):
         while cache.offset < target:
+            may_end()
             count = min(target - cache.offset, keys.shape[2])
             cache.update_and_fetch(keys[:, :, :count], values[:, :, :count])
         mx.eval(cache.state)

@@ -29,8 +29,7 @@ TITLES = [
     "windows",
     "other first choice",
     "MB held",
-    "sinks",
-    "window",
+    "sinks + window",
     "seed",
     "measured, UTC",
 ]
@@ -169,8 +168,7 @@ def _line(number: int, run: Run) -> tuple[str, ...]:
         str(number + 1),
         run.name,
         *shares,
-        str(run.choice.sinks),
-        str(run.choice.window),
+        f"{run.choice.sinks} + {run.choice.window}",
         "none" if run.seed is None else str(run.seed),
         run.measured[:16].replace("T", " "),
     )
