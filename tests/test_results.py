@@ -91,7 +91,7 @@ def test_a_result_that_was_measured_again_is_seen(root):
     path = root / "data" / "results" / "times.json"
     path.write_text(path.read_text().replace("0.2501", "0.31"))
     assert list(problems(Index.read(root))) == [
-        "README.md: it does not say 'takes 0.31 times as long', as index.toml has it"
+        "README.md: it does not have the words 'takes 0.31 times as long' of index.toml"
     ]
     assert sources(root)["0.25"] == ""
 
@@ -101,7 +101,7 @@ def test_files_and_the_index_name_each_other(root):
     (folder / "table.md").rename(folder / "other.md")
     assert list(problems(Index.read(root))) == [
         "other.md: no command in index.toml writes it",
-        "table.md: index.toml names it, and it is not there",
+        "table.md: index.toml names it, but it is missing",
     ]
 
 
@@ -130,7 +130,7 @@ def test_all_commands_are_run_and_a_stopped_run_goes_on(root, monkeypatch, tmp_p
     status.clear()
     assert main(["results", "--all"]) == 0
     assert ran[2:] == [[sys.executable, "-m", "veloxlab.cli", "compare"]]
-    assert "done before: python -m measure times" in capsys.readouterr().out
+    assert "already done: python -m measure times" in capsys.readouterr().out
 
 
 def test_commands_of_some_files_are_run_alone(root, monkeypatch, tmp_path, capsys):
