@@ -296,7 +296,7 @@ def test_wrong_use_gets_a_sentence(model, tmp_path):
         (lambda: vl.make_cache(model, "turboquant", calibration=calibration), "for 'spectralquant' and not for"),
         (
             lambda: vl.make_cache(model, "spectralquant", bits=2, calibration=calibration, basis="pca"),
-            "basis was given beside a calibration",
+            "basis was given with a calibration",
         ),
         (lambda: vl.calibrate(model, Letters(), "spectral", TEXT), "Unknown method 'spectral'"),
         (lambda: calibrated(model, tmp_path, bits=99), "Keys at bits=99 are out of range"),

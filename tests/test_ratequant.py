@@ -112,7 +112,7 @@ def test_the_bases_options_are_turboquants_own():
         (lambda: build(64, 3, "keys", head_bits={"queries": [3]}), "no part 'queries'"),
         (lambda: build(64, 3, "keys", head_bits=(3, 2)).encode(vectors(1, 3, 4, 64)), "2 KV heads and was given 3"),
         (lambda: build(64, 3, "keys", head_bits=(True, 1)), "bits=True cannot be used"),
-        (lambda: build(64, 3, "keys", head_bits=3), "head_bits=3 is no list of widths"),
+        (lambda: build(64, 3, "keys", head_bits=3), "head_bits=3 is not a list of widths"),
     ],
 )
 def test_widths_that_do_not_fit_are_refused(call, sentence):
