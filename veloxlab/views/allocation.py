@@ -1,4 +1,4 @@
-"""Which KV head gets how many bits, what a layer is predicted to lose by it; what bits of keys and values are worth."""
+"""Charts of allocations: bits of each KV head, predicted losses, and the worth of bits for keys and for values."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from veloxlab.measure.frames import in_schema
 from veloxlab.views import columns, marks, theme
 
 EXACT = "none"
-KINDS = {  # of plans, with colour and shape; another kind is a method, of plans of that alone
+KINDS = {  # of plans: colour and shape; any other kind is the name of a method
     "allocated": (theme.CHOSEN, theme.METHODS["ratequant"][1]),
     "uniform": (theme.NEUTRAL, theme.METHODS["turboquant"][1]),
 }
-FAINTEST = 0.12  # opacity of the fewest bits: still a cell
+FAINTEST = 0.12  # opacity of the fewest bits, at which a cell is still visible
 
 
 def kinds_of(frame: pl.DataFrame) -> list[str]:
-    """Name the kinds of plans that a frame has."""
+    """Return the kinds of plans in a frame."""
     own = frame["kind"].unique(maintain_order=True).to_list()
     return [kind for kind in KINDS if kind in own] + [kind for kind in own if kind not in KINDS]
 
@@ -31,9 +31,9 @@ def allocation_map(
 ) -> alt.VConcatChart:
     """Draw the code bits of every layer and KV head, keys above values: the fuller the colour, the more bits.
 
-    Rows of ``layer``, ``head``, ``tensor`` (``"keys"`` or ``"values"``), ``method`` and ``bits``; cells of the method
-    ``"none"`` are kept exact, and grey. Tooltips show a column ``predicted_loss`` where there is one. ``least``,
-    ``most``: ends of the scale in code bits; give them to keep a slider's colours steady.
+    Rows of ``layer``, ``head``, ``tensor`` (``"keys"`` or ``"values"``), ``method`` and ``bits``. Cells of the method
+    ``"none"`` are kept exact, and are grey. Tooltips show the column ``predicted_loss`` if the frame has it. ``least``,
+    ``most``: ends of the scale in code bits; set them to keep the colours steady while a slider moves.
     """
     told = "predicted_loss" in frame.columns
     needed = "layer head tensor method bits" + " predicted_loss" * told
@@ -65,7 +65,7 @@ def allocation_map(
 
 
 def allocation_caption(frame: pl.DataFrame) -> str:
-    """Say the mean code bits of keys and of values, the least and most of each, and how many heads are exact."""
+    """State the mean code bits of keys and of values, the least and most of each, and how many heads are exact."""
     coded = frame.filter(pl.col("method") != EXACT)
     said = [
         f"{tensor} {sum(bits) / len(bits):.2f} bits on average, {min(bits):.3g} to {max(bits):.3g}"
@@ -76,7 +76,7 @@ def allocation_caption(frame: pl.DataFrame) -> str:
 
 
 def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: str = "") -> alt.VConcatChart:
-    """Draw what each layer is predicted to lose, allocated and with uniform bits side by side.
+    """Draw the predicted loss of each layer, allocated and with uniform bits side by side.
 
     Rows of ``layer``, ``kind`` (``"allocated"``, ``"uniform"`` or a method) and ``predicted_loss``; rows of a
     layer and kind add up. ``unit``: of the loss.
@@ -97,7 +97,7 @@ def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: s
 
 
 def loss_caption(frame: pl.DataFrame, *, unit: str = "nats a token") -> str:
-    """Say the predicted losses of all layers, and how many times as much uniform bits lose."""
+    """State the predicted losses of all layers, and the ratio of the loss of uniform bits to ours."""
     sums = dict(frame.group_by("kind").agg(pl.col("predicted_loss").sum()).iter_rows())
     said = [f"{kind} {sums[kind]:.3g}" for kind in kinds_of(frame)]
     ours = next((sums[kind] for kind in kinds_of(frame) if kind != "uniform"), 0.0)
@@ -105,7 +105,7 @@ def loss_caption(frame: pl.DataFrame, *, unit: str = "nats a token") -> str:
     return f"Predicted, {unit}: {', '.join(said)}{times}"
 
 
-STEPS = 160  # of the predicted line that are drawn: a page shows no more
+STEPS = 160  # points drawn of a predicted line; a page shows no more
 ROWS = {
     "role": pl.String,  # "line", "now" or "measured"
     "kind": pl.String,  # "allocated", "uniform" or a method
@@ -124,11 +124,11 @@ def budget_frontier(
     domain: columns.Domain | None = None,
     caption: str = "",
 ) -> alt.VConcatChart:
-    """Draw the least predicted loss at every number of bits and uniform bits' beside it, one plan, and measurements.
+    """Draw the least predicted loss at each number of bits, that of uniform bits, one plan, and measurements.
 
-    Dashed lines and hollow points are predicted; full points are measured. A loss of zero is drawn at the floor.
-    ``rows``: what `frontier_rows` gives. ``unit``: of the loss. ``bits``, ``domain``: ends of the scales of true bits
-    and of the loss; give them to keep them steady while a slider moves.
+    Dashed lines and hollow points are predicted. Full points are measured. A loss of zero is drawn at the floor.
+    ``rows``: from `frontier_rows`. ``unit``: of the loss. ``bits``, ``domain``: ends of the scales of true bits and of
+    the loss; set them to keep the scales steady while a slider moves.
     """
     columns.require(rows, "budget_frontier", *ROWS)
     scale = domain or columns.log_domain(rows["loss"])
@@ -168,11 +168,11 @@ def budget_frontier(
 def frontier_rows(
     lines: pl.DataFrame, now: pl.DataFrame | None = None, measured: pl.DataFrame | None = None
 ) -> pl.DataFrame:
-    """Put what the chart reads into one frame, `ROWS`.
+    """Put the data of `budget_frontier` into one frame with the columns `ROWS`.
 
-    ``lines``: rows of ``kind``, ``true_bits`` and ``predicted_loss``, such as `veloxlab.RateBudget.frontier`; of more
-    than `STEPS` steps of a kind, about as many are taken, evenly spread, with the first and the last. ``now``: the same
-    columns, of the plan that is looked at, and of uniform bits in its bytes. ``measured``: rows of ``kind``,
+    ``lines``: rows of ``kind``, ``true_bits`` and ``predicted_loss``, such as `veloxlab.RateBudget.frontier`. A kind
+    with more than `STEPS` rows is thinned to about that many, evenly, with the first and the last. ``now``: the same
+    columns for the selected plan, and for uniform bits in the same bytes. ``measured``: rows of ``kind``,
     ``true_bits``, ``kl_mean`` (nats) and ``name``.
     """
     columns.require(lines, "frontier_rows", "kind true_bits predicted_loss")
@@ -191,10 +191,10 @@ def frontier_rows(
 def sensitivity_by_layer(
     frame: pl.DataFrame, *, unit: str = "nats a unit of error", domain: columns.Domain | None = None, caption: str = ""
 ) -> alt.VConcatChart:
-    """Draw the sensitivities of each layer's KV heads: their mean as a point, from the least head to the greatest.
+    """Draw the sensitivities of each layer's KV heads: a point at the mean, and a line from the least to the greatest.
 
-    Rows of ``layer``, ``head``, ``tensor`` (``"keys"`` or ``"values"``) and ``sensitivity``. What is not above zero has
-    no place on the scale and is counted in the caption. ``unit``: of a sensitivity; an error's unit is ½·E‖x − x̂‖²/D.
+    Rows of ``layer``, ``head``, ``tensor`` (``"keys"`` or ``"values"``) and ``sensitivity``. Values that are not above
+    zero are not drawn, and the caption counts them. ``unit``: of a sensitivity; the unit of an error is ½·E‖x − x̂‖²/D.
     ``domain``: least and greatest value of the scale.
     """
     columns.require(frame, "sensitivity_by_layer", "layer head tensor sensitivity")
@@ -223,7 +223,7 @@ def sensitivity_by_layer(
 
 
 def sensitivity_caption(frame: pl.DataFrame) -> str:
-    """Say how uneven each tensor's heads are, as the ratio of the mean to the geometric mean, and the greatest."""
+    """State the unevenness of each tensor's heads (mean over geometric mean), and the greatest sensitivity."""
     value, said = pl.col("sensitivity"), []
     for tensor, own in marks.by_tensor(frame.filter(value.is_finite(), value > 0)):
         ratio = own.select(value.mean() / value.log().mean().exp()).item()
@@ -241,9 +241,9 @@ SIZE = 900  # square pixels
 def bit_plane(frame: pl.DataFrame, *, domain: columns.Domain | None = None, caption: str = "") -> alt.VConcatChart:
     """Draw the divergence of each pair of widths, and outline the best pair of each budget.
 
-    Rows of ``key_bits`` and ``value_bits`` (bits of a code) and ``kl`` (nats), one for each pair. Pairs with one sum of
-    bits share a budget. A divergence of zero has the colour of the floor; one that is not finite is left out.
-    ``domain``: least and greatest KL of the scale; give one to compare charts.
+    Rows of ``key_bits`` and ``value_bits`` (bits of a code) and ``kl`` (nats), one for each pair. Pairs with the same
+    sum of bits share a budget. A divergence of zero is drawn at the floor; a value that is not finite is left out.
+    ``domain``: least and greatest KL of the scale; set it to compare charts.
     """
     needed = columns.require(frame, "bit_plane", "key_bits value_bits kl")
     best = best_pairs(needed).select("key_bits", "value_bits", best=True)
@@ -258,7 +258,7 @@ def bit_plane(frame: pl.DataFrame, *, domain: columns.Domain | None = None, capt
     outlined = base.transform_filter("datum.best").mark_square(
         size=SIZE, filled=False, stroke=theme.PICKED, strokeWidth=3, strokeOpacity=1
     )
-    # below its square: no one colour of words reads on all colours of a scale
+    # below the square: no text colour is legible on all colours of the scale
     words = base.mark_text(fontSize=11, dy=24).encode(text=alt.Text("kl:Q", format=".2~g"))
     widths = [needed[name].n_unique() for name in ("value_bits", "key_bits")]
     plot = marks.sized(marks.layered(cells, outlined, words), *(CELL * count for count in widths))
@@ -266,14 +266,14 @@ def bit_plane(frame: pl.DataFrame, *, domain: columns.Domain | None = None, capt
 
 
 def best_pairs(frame: pl.DataFrame) -> pl.DataFrame:
-    """Give the pair with the least finite ``kl`` of each sum of bits that more than one pair has: rows, by the sum."""
+    """Return the pair with the least finite ``kl`` for each sum of bits that several pairs have, sorted by the sum."""
     sums = frame.filter(pl.col("kl").is_finite()).with_columns(sum=pl.col("key_bits") + pl.col("value_bits"))
     several = sums.filter(pl.len().over("sum") > 1)
     return several.sort("sum", "kl").group_by("sum", maintain_order=True).first()
 
 
 def plane_caption(frame: pl.DataFrame) -> str:
-    """Say which pair is best at each budget, and how many are not drawn."""
+    """State the best pair of each budget, and the number of pairs that are not drawn."""
     pairs = [f"K{key} V{value}" for key, value in best_pairs(frame).select("key_bits", "value_bits").iter_rows()]
     said = f"Outlined, the best pair of each sum of bits: {', '.join(pairs)}" if pairs else ""
     return marks.sentence(said, *columns.not_drawn(frame["kl"]))

@@ -8,17 +8,17 @@ import polars as pl
 from veloxlab.views import columns, marks, theme
 from veloxlab.views.distributions import SPACE_WORDS
 
-CELLS, COORDINATES = 1_920, 1_900  # at most: more channels are drawn in groups, each by its largest or its mean
-STEP, TALLEST, TALLEST_OF_TWO = 11, 330, 220  # pixels of a layer, and of a map
-DOMAIN = (0.5, 20.0)  # of root-mean-square over the median channel's, clamped
+CELLS, COORDINATES = 1_920, 1_900  # at most; more channels are drawn in groups, by the largest or the mean
+STEP, TALLEST, TALLEST_OF_TWO = 11, 330, 220  # pixels: height of a layer, and of maps
+DOMAIN = (0.5, 20.0)  # RMS over the RMS of the median channel, clamped
 RATIO = pl.when(pl.col("rms") == 0).then(0.0).otherwise(pl.col("rms") / pl.col("rms").median().over("layer"))
 
 
 def channel_map(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw the size (RMS) of each channel of one head in every layer, over the median channel of that layer.
+    """Draw the RMS of each channel of one head in every layer, over the median channel of that layer.
 
-    Rows of one head, tensor and space of `veloxlab.measure.distributions.CHANNELS`, of many layers. A channel with
-    tokens that are not finite has a cross.
+    Rows of one head, tensor and space of `veloxlab.measure.distributions.CHANNELS`, of many layers. A cross marks a
+    channel with tokens that are not finite.
     """
     columns.require(frame, "channel_map", "layer channel rms not_finite", one="head tensor space")
     group, words = marks.grouped(frame.height, CELLS, "channel")
@@ -46,7 +46,7 @@ def channel_map(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
 
 
 def channel_map_caption(frame: pl.DataFrame) -> str:
-    """Say which channel is largest and by how much, how many values are not finite, and how many channels not drawn."""
+    """State the largest channel and its ratio, and the numbers of values that are not finite and channels not drawn."""
     ratios = frame.with_columns(ratio=RATIO)
     finite = ratios.filter(pl.col("ratio").is_finite()).sort("ratio", "layer", "channel")
     said = [
@@ -60,8 +60,8 @@ def channel_map_caption(frame: pl.DataFrame) -> str:
 def coordinate_map(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw the code bits of every layer and coordinate, keys above values.
 
-    Rows of `veloxlab.measure.levels.COORDINATE_BITS`, or of `veloxlab.RateBudget.coordinates`, of which means over the
-    heads are drawn.
+    Rows of `veloxlab.measure.levels.COORDINATE_BITS`, or of `veloxlab.RateBudget.coordinates`, which is averaged over
+    heads.
     """
     columns.require(frame, "coordinate_map", "layer tensor coordinate bits")
     cells = frame.select("layer", "tensor", "coordinate").n_unique()
@@ -89,18 +89,18 @@ def coordinate_map(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChar
 
 
 def coordinate_caption(frame: pl.DataFrame) -> str:
-    """Say the mean bits of keys and of values, the most, and what share of coordinates gets none."""
+    """State the mean and the most bits of keys and of values, and the share of coordinates without bits."""
     bits = pl.col("bits")
     told = frame.group_by("tensor").agg(mean=bits.mean(), most=bits.max(), none=(bits == 0).mean() * 100)
     said = "{tensor} {mean:.2f} on average, {most:g} at most, none for {none:.0f} %"
     return marks.sentence(*(said.format(**own.row(0, named=True)) for _, own in marks.by_tensor(told)))
 
 
-OUTLIER_RATIO = pl.col("loudest_ratio").filter(pl.col("loudest_ratio").is_finite()).mean()  # of the heads that have one
+OUTLIER_RATIO = pl.col("loudest_ratio").filter(pl.col("loudest_ratio").is_finite()).mean()  # of heads with a ratio
 
 
 def outliers_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw the largest channel of each layer over its median channel, a line for each space; mean over KV heads.
+    """Draw the largest channel of each layer over the median channel, a line for each space; mean over KV heads.
 
     Rows of `veloxlab.measure.distributions.OUTLIERS`.
     """
@@ -131,7 +131,7 @@ def outliers_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatC
 
 
 def outlier_caption(frame: pl.DataFrame) -> str:
-    """Say the mean ratio of the keys' largest channel in each space, and how many coordinates are not finite."""
+    """State the mean ratio of the keys' largest channel in each space, and the number of values that are not finite."""
     tensor, own = next(marks.by_tensor(frame))
     ratios = dict(own.group_by("space").agg(OUTLIER_RATIO).iter_rows())
     said = [f"{SPACE_WORDS[space]} {ratios[space]:.1f}" for space in theme.SPACES if ratios.get(space) is not None]

@@ -60,7 +60,7 @@ TITLES = {
     "window": "window (tokens)",
     "windows": "windows of text measured",
 }
-"""Titles of columns in tooltips, with the unit; that of any other is its name."""
+"""Titles of columns in tooltips, with the unit; for any other column, its name."""
 
 _FORMATS = {
     ".3~g": "bits density dimensions error high key_bits least low mean median most ratio rms value value_bits x y",
@@ -77,7 +77,7 @@ _FORMATS = {
     ".3~%": "share",
 }
 FORMATS = {name: form for form, names in _FORMATS.items() for name in names.split()}
-"""d3 formats of columns in tooltips; any other is written as it is."""
+"""d3 formats of columns in tooltips; any other column has no format."""
 
 AXES: dict[str, str | list[str]] = {
     "angle": "angle, radians",
@@ -97,7 +97,7 @@ AXES: dict[str, str | list[str]] = {
     "true_bits": "true bits per value, scales included",
     "value": "coordinate in the space of the codes, over the stored scale",
 }
-"""Titles of axes that say more than a tooltip, with the unit."""
+"""Titles of axes that are longer than the tooltip's, with the unit."""
 
 _PLACES = {
     "axis": "format grid labelAngle labelExpr labelLimit labelOverlap labels minExtent tickCount tickMinStep ticks "
@@ -108,9 +108,9 @@ _PLACE = {name: place for place, names in _PLACES.items() for name in names.spli
 
 Domain = tuple[float, float]
 
-LABEL = "format(datum.value, datum.value < 0.001 ? '~e' : '~g')"  # of a tick, in Vega: 0.002 and 2e-5
-NEAR = 1e-9  # relative room for rounding errors
-DEEP = 1e-6  # what lies further under the greatest value is drawn at the floor
+LABEL = "format(datum.value, datum.value < 0.001 ? '~e' : '~g')"  # of a tick, a Vega expression: 0.002 and 2e-5
+NEAR = 1e-9  # relative tolerance for rounding errors
+DEEP = 1e-6  # values below this share of the greatest are drawn at the floor
 
 
 def _axis(channel: type[Axis], name: str, title: str | list[str] | None = "", **settings: Any) -> Axis:
@@ -122,16 +122,16 @@ def _axis(channel: type[Axis], name: str, title: str | list[str] | None = "", **
 
 
 x, y = partial(_axis, alt.X), partial(_axis, alt.Y)
-"""Give a column's axis, with settings of its scale and axis by their names; "" stands for the column's title."""
+"""Return a column's axis. Settings of its scale and axis are keywords; the title "" is the column's own title."""
 
 
 def field(name: str) -> str:
-    """Give a column with its Vega-Lite type."""
+    """Return a column name with its Vega-Lite type."""
     return name if ":" in name else f"{name}:{KINDS.get(name, 'Q')}"
 
 
 def tips(*fields: str | tuple[str, str] | tuple[str, str, str]) -> list[alt.Tooltip]:
-    """Give a tooltip's lines: columns, or one with another title and format than in every chart."""
+    """Return the lines of a tooltip: a column, or a tuple of column, title and format that replace the usual ones."""
     lines = []
     for given in fields:
         for name, *said in map(str.split, given.split()) if isinstance(given, str) else [given]:
@@ -141,9 +141,9 @@ def tips(*fields: str | tuple[str, str] | tuple[str, str, str]) -> list[alt.Tool
 
 
 def require(frame: pl.DataFrame, chart: str, *names: str, one: str = "") -> pl.DataFrame:
-    """Give the columns that a chart needs; `InputError` if one is missing or of another kind, or there are no rows.
+    """Return the columns that a chart needs; `InputError` if one is missing or has another type, or there are no rows.
 
-    The columns ``one`` are needed too, and refused where they have more than one value.
+    The columns ``one`` are needed too, and must have a single value each.
     """
     columns = " ".join(names).split()
     for name in [*one.split(), *columns]:
@@ -166,10 +166,10 @@ require_head = partial(require, one="layer head")
 
 
 def on_log_scale(chart: alt.Chart, field: str, domain: Domain | None = None) -> alt.Chart:
-    """Give the rows of a chart the field ``{field}_drawn``, which a log scale can show; the page computes it.
+    """Add the field ``{field}_drawn``, which a log scale can show, to the rows of a chart; Vega computes it.
 
-    Rows in which the field is null, NaN or infinite are left out; `not_drawn` counts them for a caption. What is below
-    ``domain``, the ends of the scale, is drawn at its floor; without a domain, zero and less is left out.
+    Rows in which the field is null, NaN or infinite are left out; `not_drawn` counts them for a caption. A value below
+    ``domain``, the ends of the scale, is drawn at its floor. Without a domain, rows of zero or less are left out.
     """
     value = f"datum.{field}"
     there = chart.transform_filter(f"isValid({value}) && isFinite({value})" + ("" if domain else f" && {value} > 0"))
@@ -177,7 +177,7 @@ def on_log_scale(chart: alt.Chart, field: str, domain: Domain | None = None) -> 
 
 
 def not_drawn(values: pl.Series, *, zero: bool = False) -> list[str]:
-    """Say how many values are null, NaN or infinite, or, with ``zero``, not above zero; nothing if there are none."""
+    """State how many values are null, NaN or infinite, or, with ``zero``, not above zero; empty if there are none."""
     numbers = values.cast(pl.Float64)
     drawn = numbers.is_finite() & ((numbers > 0) | (not zero))
     count = len(numbers) - int(drawn.sum())
@@ -185,9 +185,9 @@ def not_drawn(values: pl.Series, *, zero: bool = False) -> list[str]:
 
 
 def log_domain(values: Iterable[float | None]) -> Domain:
-    """Give round ends of a log scale, at least a factor of five apart, that hold the finite values above zero.
+    """Return round ends of a log scale, at least a factor of five apart, around the finite values above zero.
 
-    What lies under a millionth of the greatest value does not count.
+    Values below a millionth of the greatest do not count.
     """
     drawn = [value for value in values if value is not None and 0 < value < math.inf]
     greatest = max(drawn, default=1.0)
@@ -200,25 +200,25 @@ def log_domain(values: Iterable[float | None]) -> Domain:
 
 
 def log_ticks(domain: Domain) -> list[float]:
-    """Give round values within a domain, decades alone where there are more than three."""
+    """Return round values within a domain; only powers of ten if it has more than three decades."""
     low, high = (math.floor(math.log10(end) + NEAR) for end in domain)
     values = log_steps(*((1, 2, 5) if high - low <= 3 else (1,)), low=low, high=high)
     return [value for value in values if domain[0] * (1 - NEAR) <= value <= domain[1] * (1 + NEAR)]
 
 
 def log_steps(*steps: float, low: int = -12, high: int = 6) -> list[float]:
-    """Give such steps of decades, for an axis whose ends its rows make: only those between them are drawn."""
+    """Return these steps of each decade, for an axis with ends from its rows: only steps between them are drawn."""
     return [float(f"{step}e{power}") for power in range(low, high + 1) for step in steps]
 
 
 def log_y(field: str, title: list[str], domain: Domain) -> alt.Y:
-    """Give the y axis of a field of `on_log_scale`, with round labels."""
+    """Return the y axis of a field of `on_log_scale`, with round labels."""
     axis = {"values": log_ticks(domain), "labelExpr": LABEL}
     return y(f"{field}_drawn", title, type="log", domain=domain, nice=False, clamp=True, **axis)
 
 
 def log_colour(field: str, title: str | list[str], domain: Domain, **look: Any) -> alt.Color:
-    """Give the colour of a field of `on_log_scale`, with a gradient as its legend, which may have a look of its own."""
+    """Return the colour of a field of `on_log_scale`; its legend is a gradient with the settings ``look``."""
     shown: dict[str, Any] = {"gradientLength": 110, "gradientThickness": 10, "values": log_ticks(domain)}
     legend = alt.Legend(labelExpr=LABEL, **shown | look)
     return alt.Color(f"{field}_drawn:Q", title=title, legend=legend).scale(type="log", domain=domain, clamp=True)

@@ -1,4 +1,4 @@
-"""What each cache costs and what it changes: divergence against bits or bytes, and time and memory by length."""
+"""Cost and effect of each cache: divergence against bits or bytes, and time and memory by length."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import polars as pl
 from veloxlab.checks import choice
 from veloxlab.views import columns, marks, theme
 
-# what a cache costs: words for an axis, the number drawn, and the words of the heading
+# cost of a cache: axis title, Vega expression, and words of the heading
 COSTS = {
     "bits": (
         "true bits per value, mean of keys and values",
-        # a cache that is not ours states no bits of its own: what it holds, over what it keeps, says the same
+        # a cache of another project has no bits of its own: held bytes over stored values take their place
         "isValid(datum.key_bits) ? (datum.key_bits + datum.value_bits) / 2 : datum.held_bits",
         "true bits per value",
     ),
     "held_bytes": ("bytes held (MB)", "datum.held_bytes / 1e6", "bytes held"),
 }
-FEW = 12  # points: beyond these only the tooltip says what each one is
+FEW = 12  # points; with more, only the tooltip names each one
 EXACT = "none"
 STEPS: dict[str, Any] = {"interpolate": "step-after", "color": theme.NEUTRAL, "strokeWidth": 4, "opacity": 0.3}
 
@@ -34,15 +34,15 @@ def frontier(
     exact_bytes: int | None = None,
     caption: str = "",
 ) -> alt.VConcatChart:
-    """Draw each measured cache by its cost and by how far it moves the model's predictions.
+    """Draw each measured cache by its cost and by the divergence of the model's predictions.
 
     Rows of ``name``, ``key_bits``, ``value_bits``, ``kl_mean`` (nats), ``held_bytes``, ``top1_flips`` (0 to 1) and
-    ``perplexity``. A name starts with its method's id; a column ``method`` is used where there is one. Where bits are
-    null, a column ``held_bits`` stands in. The exact cache (``"none"``) is told of in the caption, and a divergence of
-    zero is drawn at the floor. ``x``: ``"bits"`` for true bits per value, or ``"held_bytes"``. ``domain``: least and
-    greatest KL of the scale; give one to keep it steady while points are added. ``tokens``: the context that bytes are
-    predicted for. ``exact_bytes``: what the exact cache then holds, a line; bytes are then on a log scale. With a
-    column ``point``, the number of a cache, a click picks it.
+    ``perplexity``. A name starts with the method's id, unless there is a column ``method``. Where bits are null, the
+    column ``held_bits`` is used. The exact cache (``"none"``) appears in the caption only. A divergence of zero is
+    drawn at the floor. ``x``: ``"bits"`` for true bits per value, or ``"held_bytes"``. ``domain``: least and greatest
+    KL of the scale; set it to keep the scale steady while points are added. ``tokens``: the context of the predicted
+    bytes. ``exact_bytes``: bytes of the exact cache at that context, drawn as a line; the byte scale is then
+    logarithmic. With a column ``point``, the number of a cache, a click picks a cache.
     """
     choice(*COSTS)("x", x)
     needed = "name key_bits value_bits kl_mean held_bytes top1_flips perplexity"
@@ -85,7 +85,7 @@ def frontier(
 
 
 def _names(base: alt.Chart, *, in_heaps: bool) -> alt.Chart:
-    """What each cache is beside its method; of caches of one width that lie in a heap, one name says it."""
+    """Write the settings of each cache beside its point; one name stands for a group of close points of one width."""
     named = base.transform_calculate(short="slice(datum.name, length(datum.method) + 1)")
     if in_heaps:
         order: list[Any] = [alt.SortField("cost"), alt.SortField("kl_mean_drawn")]
@@ -101,14 +101,14 @@ def _names(base: alt.Chart, *, in_heaps: bool) -> alt.Chart:
 
 
 def _lines_down(drawn: pl.DataFrame) -> list[str]:
-    """Methods as their lines lie, from the top down, so that the legend reads like the chart."""
+    """Return the methods in the order of their lines from the top down, for the legend."""
     height = pl.col("kl_mean").filter(pl.col("kl_mean").is_finite() & (pl.col("kl_mean") > 0)).log().mean()
     lines = drawn.group_by("method").agg(height).sort("kl_mean", "method", descending=[True, False], nulls_last=True)
     return lines["method"].to_list()
 
 
 def _exact_line(exact_bytes: int) -> list[marks.Plot]:
-    """A line at the bytes of the exact cache, and its words."""
+    """Draw a labelled line at the bytes of the exact cache."""
     line = alt.Chart().transform_aggregate(caches="count()").transform_calculate(cost=str(exact_bytes / 1e6))
     label: marks.Look = {"text": "exact, in 16 bits", "align": "right", "baseline": "top", "dx": -4, "dy": 4}
     rule = line.mark_rule(strokeDash=[4, 3]).encode(y=alt.value(0), y2=alt.value("height"))
@@ -116,7 +116,7 @@ def _exact_line(exact_bytes: int) -> list[marks.Plot]:
 
 
 def fidelity_caption(frame: pl.DataFrame, x: Literal["bits", "held_bytes"] = "bits") -> str:
-    """Say which way is better, what the exact cache gives where it was measured, and what could not be drawn."""
+    """State which direction is better, the values of the exact cache if measured, and what is not drawn."""
     said = ["Lower left is better; grey steps join the Pareto front."]
     exact = frame.filter(pl.col("name") == EXACT).head(1).iter_rows(named=True)
     said += [f"Exact cache: KL {row['kl_mean']:.1g}, perplexity {row['perplexity']:.2f}." for row in exact]
@@ -150,10 +150,10 @@ SEARCHED = "method state row key_bits value_bits sinks window bytes_per_token wi
 
 
 def pareto_front(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw candidates by the bytes they hold for a token and by how far they move the model's predictions.
+    """Draw candidates by held bytes per token and by the divergence of the model's predictions.
 
-    Rows of a search (``SEARCHED``). Those of the state ``"front"`` are joined, with their intervals; others that were
-    measured are faint; those that were not are counted in the caption.
+    Rows of a search (``SEARCHED``). Rows of the state ``"front"`` are joined, and have intervals. Other measured rows
+    are faint. The caption counts the rows that were not measured.
     """
     columns.require(frame, "pareto_front", SEARCHED)
     protected = pl.col("protected").cast(pl.List(pl.String)).list.join(", ")
@@ -178,7 +178,7 @@ def pareto_front(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
 
 
 def pareto_caption(frame: pl.DataFrame) -> str:
-    """Say how many candidates are on the front, how many stopped early, and how many were not run."""
+    """State how many candidates are on the front, stopped early, and were not run."""
     finite = frame.filter(pl.col("kl").is_finite())
     counts = {
         "dropped early": finite.filter(pl.col("windows") < frame["windows"].max()).height,
@@ -190,17 +190,17 @@ def pareto_caption(frame: pl.DataFrame) -> str:
     return "; ".join([front, *told]) + ". Lower left is better; bars are intervals."
 
 
-ROW = 17  # pixels of a cache's bar
+ROW = 17  # pixels: height of a cache's bar
 
 
 def attention_times(
     frame: pl.DataFrame, *, heading: str = "Attention of one token", caption: str = ""
 ) -> alt.VConcatChart:
-    """Draw the time of attention as bars, a panel for each length of the context, and as a tick what memory would take.
+    """Draw the time of attention as bars, a panel for each context length, with a tick for the time of memory traffic.
 
     Rows of one shape of `veloxlab.measure.bench.timing.decode_attention`: ``cache``, ``tokens``, ``microseconds``,
-    ``roofline_microseconds`` (the call's bytes at the device's copying speed) and ``ratio`` (to the exact cache).
-    ``heading``: what is seen, such as the device.
+    ``roofline_microseconds`` (bytes of the call over the device's copying speed) and ``ratio`` (to the exact cache).
+    ``heading``: for instance the device.
     """
     needed = columns.require(frame, "attention_times", "cache tokens microseconds roofline_microseconds ratio")
     shown = needed.sort("tokens", maintain_order=True)
@@ -226,7 +226,7 @@ def attention_times(
 
 
 def times_caption(frame: pl.DataFrame) -> str:
-    """Say how the fastest cache that is neither exact nor mlx-lm's compares at the longest context."""
+    """Compare the fastest cache that is neither exact nor mlx-lm's with the exact one, at the longest context."""
     longest = frame.filter(pl.col("tokens") == pl.col("tokens").max())
     ours = longest.filter(~pl.col("cache").str.contains("^(exact|mlx-lm)")).sort("microseconds")
     if ours.is_empty():
@@ -251,7 +251,7 @@ def costs_by_length(
     """Draw peaks of memory and the time of a token against the tokens of the text, a line for each cache.
 
     Rows of `veloxlab.measure.bench.models.LENGTHS`: ``cache``, ``tokens`` and the three measures of `PANELS`.
-    ``heading``: what is seen, such as the model.
+    ``heading``: for instance the model.
     """
     shown = columns.require(frame, "costs_by_length", "cache tokens", *PANELS).sort("tokens", maintain_order=True)
     caches, values = shown["cache"].unique(maintain_order=True).to_list(), _lengths(shown)
@@ -273,7 +273,7 @@ def costs_by_length(
 
 
 def lengths_caption(frame: pl.DataFrame) -> str:
-    """Say how the last cache's peaks compare with the first one's at the longest text that both have."""
+    """Compare the peaks of the last cache with those of the first at the longest text that both have."""
     caches = frame["cache"].unique(maintain_order=True).to_list()
     peaks = ("prefill_peak_bytes", "decode_peak_bytes")
     whole = frame.drop_nulls(["tokens", *peaks])
@@ -291,6 +291,6 @@ def lengths_caption(frame: pl.DataFrame) -> str:
 
 
 def _lengths(frame: pl.DataFrame) -> list[int]:
-    """Numbers of tokens that have a place on a log scale."""
+    """Return the numbers of tokens for a log scale."""
     tokens = frame["tokens"].unique().sort()
     return tokens.filter(tokens.is_finite() & (tokens > 0)).to_list()

@@ -1,4 +1,4 @@
-"""How the coordinates of one head are distributed: channel by channel, all together, and under a method's levels."""
+"""Distributions of one head's coordinates: by channel, of all coordinates, and with a method's levels."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ SPACE_WORDS = {
     "eigenbasis": "eigenbasis",
 }
 UNITS = {"smoothed": "in λ", "smoothed_rotated": "in λ", "eigenbasis": "in the vector's RMS"}
-MARKS = 1_800  # at most: more would make a slider stutter, so channels are then drawn in groups
-MOST_SAID = 2  # panels of which a caption speaks one by one
-SHARES_SHOWN = 8  # levels at most beside which their share is written
+MARKS = 1_800  # at most; more make a slider slow, so channels are then drawn in groups
+MOST_SAID = 2  # a caption names each of at most this many panels
+SHARES_SHOWN = 8  # the share of codes is written beside at most this many levels
 
 
 def channel_ranges(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw where each channel of one head lies over the tokens, a panel for each space and tensor.
+    """Draw the range over the tokens of each channel of one head, a panel for each space and tensor.
 
-    Rows of one head of `veloxlab.measure.distributions.CHANNELS`. A channel with tokens that are not finite has a
-    cross.
+    Rows of one head of `veloxlab.measure.distributions.CHANNELS`. A cross marks a channel with tokens that are not
+    finite.
     """
     numbers = "channel mean rms least low high most"
     needed = columns.require_head(frame, "channel_ranges", f"tensor space {numbers} not_finite")
@@ -62,7 +62,7 @@ def channel_ranges(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChar
 
 
 def channel_caption(frame: pl.DataFrame) -> str:
-    """Say how much the largest channel of a panel exceeds the median one, and what is not finite."""
+    """State the ratio of the largest channel to the median one in each panel, and the values that are not finite."""
     ratios, both = {}, frame["tensor"].n_unique() > 1
     rms = frame.group_by("space", "tensor", maintain_order=True).agg(usual=pl.median("rms"), largest=pl.max("rms"))
     for space, tensor, usual, largest in rms.iter_rows():
@@ -86,7 +86,7 @@ def density(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
 
     def draw(space: str, _: bool) -> marks.Plot:
         unit = UNITS.get(space, "in the unit of the activations")
-        # a square root lets the tails be seen, and has a place for 0
+        # a square root shows the tails, and 0
         title = [*SPACE_WORDS[space].split(", "), "density, √ scale"]
         area: alt.Chart = marks.only(space=space).mark_area(**marks.STEP_AREA)
         return area.encode(
@@ -101,7 +101,7 @@ def density(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
 
 
 def density_caption(frame: pl.DataFrame) -> str:
-    """Say what share of coordinates lies beyond the ends, at most, and how many are not finite."""
+    """State the greatest share of coordinates outside the range, and how many are not finite."""
     outside = max((100 * (frame["below"] + frame["above"])).drop_nulls(), default=0.0)
     heads = frame.group_by("tensor", "space").agg(pl.col("not_finite").first())
     said = f"{marks.head_words(frame)}. Beyond the ends lie {outside:.2f} % of coordinates at most"
@@ -109,10 +109,10 @@ def density_caption(frame: pl.DataFrame) -> str:
 
 
 def levels_on_density(frame: pl.DataFrame, *, method: str = "", caption: str = "") -> alt.VConcatChart:
-    """Draw the density of what a method quantizes, and its levels as lines upon it; keys and values apart.
+    """Draw the density of the quantized coordinates, with the levels of the method as lines; keys and values apart.
 
-    Rows of one head of `veloxlab.measure.levels.LEVELS`. Of vector codes, which have no levels of single coordinates,
-    the density of the decoded ones is a line. ``method``: its name, for the caption.
+    Rows of one head of `veloxlab.measure.levels.LEVELS`. Vector codes have no levels of single coordinates: there, a
+    line is the density of the decoded coordinates. ``method``: its name, for the caption.
     """
     shown = columns.require_head(frame, "levels_on_density", "tensor kind bits value width density share outside")
     shown = shown.drop("outside")
@@ -144,7 +144,7 @@ def levels_on_density(frame: pl.DataFrame, *, method: str = "", caption: str = "
 
 
 def levels_caption(frame: pl.DataFrame, method: str = "") -> str:
-    """Say of which method and head, and how many levels stand for the coordinates of keys and of values."""
+    """State method and head, and the number of levels for the coordinates of keys and of values."""
     counts = {tensor: own.filter(pl.col("kind") == "level").height for tensor, own in marks.by_tensor(frame)}
     said = [f"{tensor}: {f'{n} levels' if n else 'no common levels, a line'}" for tensor, n in counts.items()]
     bits = frame["bits"][0]
@@ -153,7 +153,7 @@ def levels_caption(frame: pl.DataFrame, method: str = "") -> str:
 
 
 def angle_densities(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw the density of one head's polar angles, a panel for each level; dashed, what the codebooks expect.
+    """Draw the density of one head's polar angles, a panel for each level; dashed is the density of the codebooks.
 
     Rows of one head of `veloxlab.measure.levels.ANGLES`.
     """
@@ -175,7 +175,7 @@ def angle_densities(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatCha
 
 
 def angle_caption(frame: pl.DataFrame) -> str:
-    """Say which share of each level's angles lies elsewhere than expected: ½ Σ|density − expected| over the bins."""
+    """State each level's share of angles outside the expected density: ½ Σ|density − expected| over the bins."""
     apart = 100 * (pl.col("density") - pl.col("expected")).abs().sum() / (pl.col("density").sum() * 2)
     shares = marks.by_tensor(frame.group_by("level", "tensor").agg(apart=apart).sort("level"))
     said = [f"{tensor} {', '.join(f'{share:.0f}' for share in own['apart'])} %" for tensor, own in shares]

@@ -1,4 +1,4 @@
-"""What compression changes: errors by layer, head, position and width, and where one head's attention goes."""
+"""Effects of compression: errors by layer, head, position and width, and the attention of one head."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from veloxlab.checks import choice
 from veloxlab.errors import InputError
 from veloxlab.views import columns, marks, theme
 
-# column: words for a tooltip, the unit for an axis, and the heading
+# column: words for a tooltip, unit for an axis, and heading
 METRICS = {
     "rel_mse": ("relative MSE", "relative MSE", "Relative squared error of decoded keys and values"),
     "cosine": ("1 − cosine", "1 − cosine", "1 − cosine between decoded and exact keys and values"),
@@ -27,11 +27,11 @@ def error_map(
 ) -> alt.VConcatChart:
     """Draw the error of every layer and KV head.
 
-    Rows of ``layer``, ``head``, ``tensor`` (``"keys"`` or ``"values"``) and the metric's column. A value that is not
-    finite is marked with a cross; one that is null is left out. ``metric``: ``"rel_mse"``, ``"cosine"``,
-    ``"logit_error"`` or ``"output_error"``. ``domain``: least and greatest loss of the scales; give one to compare
-    charts or to keep a slider's colours steady. Raises `InputError` if the frame does not fit, or holds no value of
-    the metric.
+    Rows of ``layer``, ``head``, ``tensor`` (``"keys"`` or ``"values"``) and the metric's column. A cross marks a value
+    that is not finite; a null value is left out. ``metric``: ``"rel_mse"``, ``"cosine"``,
+    ``"logit_error"`` or ``"output_error"``. ``domain``: least and greatest loss of the scales; set it to compare charts
+    or to keep the colours steady while a slider moves. Raises `InputError` if the frame has a wrong column, or no value
+    of the metric.
     """
     choice(*METRICS)("metric", metric)
     needed = columns.require(frame, "error_map", "layer head tensor", metric)
@@ -40,7 +40,7 @@ def error_map(
         raise InputError(f"error_map has no {metric} to draw: take 'rel_mse', which every model shows.")
     grid, scale = marks.HeadMap(shown), domain or error_domain(frame, metric)
     name, unit, heading = METRICS[metric]
-    # nothing is lost at a cosine of 1
+    # a cosine of 1 is no loss
     loss = {"loss": "isValid(datum.cosine) ? 1 - datum.cosine : null" if metric == "cosine" else f"datum.{metric}"}
 
     def cells(tensor: str, last: bool) -> marks.Plot:
@@ -76,12 +76,12 @@ def error_map(
 
 
 def error_domain(frame: pl.DataFrame, metric: str = "rel_mse") -> columns.Domain:
-    """Give the ends of a scale that holds every loss in a frame, for instance of all budgets of a slider."""
+    """Return the ends of a scale for all losses in a frame, for instance of all budgets of a slider."""
     return columns.log_domain(_finite(frame, metric)["loss"])
 
 
 def error_caption(frame: pl.DataFrame, metric: str = "rel_mse") -> str:
-    """Say the mean loss of keys and of values, which layer loses most, and how many values are not finite."""
+    """State the mean loss of keys and of values, the layer with the most, and how many values are not finite."""
     said, lost = [], 0
     for tensor, own in marks.by_tensor(frame):
         finite = _finite(own, metric)
@@ -100,10 +100,10 @@ def _finite(frame: pl.DataFrame, metric: str) -> pl.DataFrame:
 
 
 def errors_along_position(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw the relative error of keys and values along the text: medians, and bands that hold eight tenths.
+    """Draw the relative error of keys and values along the text: medians, and bands of the middle 80 %.
 
-    Rows of `veloxlab.measure.errors.PROFILE`; a panel for each width. Blocks with an error that is not finite are
-    marked with a cross.
+    Rows of `veloxlab.measure.errors.PROFILE`; a panel for each width. A cross marks a block with an error that is not
+    finite.
     """
     needed = "tensor bits position position_end low median high not_finite"
     shown = columns.require(frame, "errors_along_position", needed)
@@ -130,14 +130,14 @@ def errors_along_position(frame: pl.DataFrame, *, caption: str = "") -> alt.VCon
 
 
 def profile_caption(frame: pl.DataFrame) -> str:
-    """Say the mean of the blocks' medians for each width, and how many vectors have no finite error."""
+    """State the mean of the blocks' medians for each width, and how many vectors have no finite error."""
     medians = frame.group_by("bits", "tensor").agg(pl.col("median").mean()).sort("bits", "tensor").drop_nulls("median")
     said = [f"{tensor} at {marks.bits_said(bits)} {median:.2g}" for bits, tensor, median in medians.iter_rows()]
     return "Median: " + marks.sentence(*said, marks.broken(frame["not_finite"].sum()))
 
 
 def error_distribution(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw how the relative errors of single vectors are distributed, a panel for each width.
+    """Draw the distribution of the relative errors of single vectors, a panel for each width.
 
     Rows of `veloxlab.measure.errors.ERROR_DENSITIES`.
     """
@@ -145,7 +145,7 @@ def error_distribution(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcat
     shown = shown.drop("zero", "not_finite")
     widths = shown["bits"].unique().sort().to_list()
     axis: marks.Look = {"values": columns.log_steps(1, 2, 5)}
-    if len(widths) > 1:  # one axis for all; alone, a width's own rows make its axis, whichever come
+    if len(widths) > 1:  # one axis for all widths; a single width has an axis from its rows
         bins = shown.filter(pl.col("least").is_finite() & pl.col("most").is_finite() & (pl.col("least") > 0))
         ends = [*bins["least"], *bins["most"]]
         domain = (min(ends), max(ends)) if ends else columns.log_domain(ends)
@@ -168,7 +168,7 @@ def error_distribution(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcat
 
 
 def distribution_caption(frame: pl.DataFrame) -> str:
-    """Say how many vectors are without error, which a log scale cannot show, and how many have none that is finite."""
+    """State the numbers of vectors without error, which a log scale cannot show, and without a finite error."""
     zeros, broken = frame.group_by("tensor", "bits").agg(pl.col("zero", "not_finite").first()).sum().row(0)[2:]
     zero = f"{zeros} vectors without error are not drawn" if zeros else ""
     left_out = columns.not_drawn(frame["least"] * frame["most"], zero=True)
@@ -176,9 +176,9 @@ def distribution_caption(frame: pl.DataFrame) -> str:
 
 
 def errors_by_bits(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw how the error of keys and of values falls with the true bits of a value.
+    """Draw the error of keys and of values against true bits per value.
 
-    Rows of `veloxlab.measure.errors.ERRORS_BY_BITS`; errors of 0 have no place on a log scale.
+    Rows of `veloxlab.measure.errors.ERRORS_BY_BITS`; errors of 0 are not drawn, because the scale is logarithmic.
     """
     shown = columns.require(frame, "errors_by_bits", "tensor bits error true_bits not_finite")
     axis: marks.Look = {"type": "log", "values": columns.log_steps(1), "labelExpr": columns.LABEL}
@@ -194,7 +194,7 @@ def errors_by_bits(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChar
 
 
 def by_bits_caption(frame: pl.DataFrame) -> str:
-    """Say by what factor an error falls with a bit, on average, how many are not finite, and how many not drawn."""
+    """State the mean factor by which one bit reduces the error, and the numbers of errors not finite and not drawn."""
     said, above = [], frame.filter(pl.col("error").is_finite(), pl.col("error") > 0)
     for tensor, own in marks.by_tensor(above.sort("true_bits")):
         spent = own["true_bits"][-1] - own["true_bits"][0]
@@ -207,7 +207,7 @@ def by_bits_caption(frame: pl.DataFrame) -> str:
 
 
 def _of_width(bits: float, widths: list[float]) -> alt.Chart:
-    """The rows of one width: all rows where there is no other, so that rows of another may take their place."""
+    """Return the rows of one width; all rows if there is one width, so that rows of another width can replace them."""
     return marks.only(bits=bits) if len(widths) > 1 else alt.Chart().transform_filter("true")
 
 
@@ -225,8 +225,8 @@ def attention_maps(
 ) -> alt.VConcatChart:
     """Draw attention weights of blocks of queries over blocks of keys, exact and compressed, and the difference.
 
-    Rows of `veloxlab.measure.errors.ATTENTION_MAP`. A weight that is not finite is marked with a cross.
-    ``heading``: what is seen, such as layer, head and method.
+    Rows of `veloxlab.measure.errors.ATTENTION_MAP`. A cross marks a weight that is not finite. ``heading``: for
+    instance layer, head and method.
     """
     shown = columns.require(frame, "attention_maps", "kind query query_end key key_end weight moved").drop("moved")
 
@@ -234,7 +234,7 @@ def attention_maps(
         own, first, words = marks.only(kind=kind), kind == "exact", KINDS[kind]
         size = own.transform_calculate(size="isValid(datum.weight) ? abs(datum.weight) : null")
         left = {"nice": False, "reverse": True, "tickCount": 4, "labels": first, "minExtent": 40 if first else 0}
-        # no words on each of 630 cells for a screen reader: the caption says what matters
+        # no text for a screen reader on each of 630 cells; the caption has the important numbers
         cells = columns.on_log_scale(size, "size", WEIGHTS).mark_rect(cursor="pointer", aria=False)
         cells = cells.encode(
             x=columns.x("key", "" if kind == "compressed" else None, nice=False, tickCount=4),
@@ -263,7 +263,7 @@ def attention_maps(
 
 
 def attention_caption(frame: pl.DataFrame) -> str:
-    """Say what share of attention goes to other keys than before, on average over queries, and of the worst block."""
+    """State the share of attention that moves to other keys: the mean over queries, and the worst block."""
     lost = marks.broken(frame.height - frame.filter(pl.col("weight").is_finite()).height)
     rows = frame.filter(pl.col("kind") == "exact").group_by("query", "query_end").agg(pl.col("moved").first())
     rows = rows.filter(pl.col("moved").is_finite())

@@ -1,4 +1,4 @@
-"""What one cache changes in a model's predictions, along a text and by window, and what its layers hold and take."""
+"""Effects of one cache on a model's predictions, along a text and by window, and bytes and times of its layers."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from veloxlab.views import columns, marks, theme
 from veloxlab.views.generation import SIDES
 
 POOLS = 64  # marks along a window
-NAME = 320  # pixels of a cache's name in a legend: with two layers of their own
+NAME = 320  # pixels of a cache's name in a legend: room for settings of two layers
 MB = 1e6
 LOOKS = ((theme.NEUTRAL, "circle"), (theme.CHOSEN, "diamond"))  # of the first cache, and of the second
 STEP = 44  # pixels of a window
 
 
 def kl_along(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw the divergence of predictions along the text, and the mean of each window.
+    """Draw the divergence of predictions along the window, as means over all windows of the text.
 
-    Rows of `veloxlab.measure.quality.TOKEN_FIDELITY`: ``window``, ``position``, ``kl`` (nats) and ``flip``. Neighbours
-    are pooled: a point is their mean, over all windows.
+    Rows of `veloxlab.measure.quality.TOKEN_FIDELITY`: ``window``, ``position``, ``kl`` (nats) and ``flip``. A point is
+    the mean of neighbouring positions of all windows.
     """
     needed = columns.require(frame, "kl_along", "window position kl").with_columns(frame["flip"])
     step = max(1, -(-(1 + int(needed["position"].max())) // POOLS))  # type: ignore[arg-type]  # positions are numbers
@@ -43,7 +43,7 @@ def kl_along(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
 
 
 def kl_caption(frame: pl.DataFrame) -> str:
-    """Say the mean over windows with its interval, and the share of first choices that changed."""
+    """State the mean over windows with its interval, and the share of top-1 tokens that changed."""
     windows = by_window(frame)
     found = Mean.of(windows["kl_mean"].to_list())
     flips = frame["flip"].sum() / frame.height
@@ -51,9 +51,9 @@ def kl_caption(frame: pl.DataFrame) -> str:
 
 
 def window_losses(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw the mean divergence of two caches in each window, those of one window joined.
+    """Draw the mean divergence of two caches in each window, with a line between the two points of a window.
 
-    Rows of `veloxlab.measure.paired.WINDOWS` with a column ``cache``, a name of each.
+    Rows of `veloxlab.measure.paired.WINDOWS` with a column ``cache``, the name of the cache.
     """
     shown = columns.require(frame, "window_losses", "window positions kl_mean top1_flips cache")
     scale = columns.log_domain(shown["kl_mean"])
@@ -75,17 +75,17 @@ def window_losses(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart
 
 
 def window_caption(frame: pl.DataFrame) -> str:
-    """Say the mean of each cache over its windows."""
+    """State the mean of each cache over its windows."""
     needed = columns.require(frame, "window_caption", "kl_mean cache")
     means = needed.group_by("cache", maintain_order=True).agg(pl.col("kl_mean").mean())
     return f"Mean KL in nats: {', '.join(f'{name} {kl:.3g}' for name, kl in means.iter_rows())}."
 
 
 def bytes_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw what each layer holds beside exact keys and values in 16 bits, and the true bits of its keys and values.
+    """Draw the held bytes of each layer beside those of exact keys and values in 16 bits; tooltips have the true bits.
 
     Rows of `veloxlab.measure.memory.REPORT`: ``layer``, ``path``, ``reason``, ``key_bits``, ``value_bits``,
-    ``held_bytes`` and ``fp16_bytes``; shared tables are told of in the caption.
+    ``held_bytes`` and ``fp16_bytes``. Shared tables appear in the caption only.
     """
     needed = "layer path reason key_bits value_bits held_bytes fp16_bytes"
     shown = columns.require(frame, "bytes_by_layer", needed).drop_nulls("layer")
@@ -105,7 +105,7 @@ def bytes_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChar
 
 
 def bytes_caption(frame: pl.DataFrame) -> str:
-    """Say what all layers hold, how many times less that is than 16 bits, and which do not read codes."""
+    """State the held bytes of all layers, their ratio to 16 bits, and the layers on other paths than ``"codes"``."""
     layers, tables = frame.drop_nulls("layer"), int(frame.filter(path="shared")["held_bytes"].sum())
     held, exact = (int(layers[name].sum()) for name in ("held_bytes", "fp16_bytes"))
     less = f", {exact / held:.2f} times less than exact in 16 bits" if 0 < held <= exact else ""
@@ -121,7 +121,7 @@ PARTS = {"store": ["store,", "µs a token"], "decode": ["decode,", "µs a token"
 
 
 def times_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw what storing, decoding and attending take in every layer, exact and compressed.
+    """Draw the times of storing, decoding and attention in every layer, exact and compressed.
 
     Rows of `veloxlab.measure.times.LAYER_TIMES`.
     """
@@ -144,7 +144,7 @@ def times_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChar
 
 
 def times_by_layer_caption(frame: pl.DataFrame) -> str:
-    """Say how many times the exact cache's time all layers together take."""
+    """State the time of all layers together over that of the exact cache."""
     needed = columns.require(frame, "times_by_layer_caption", "part side microseconds")
     sums = needed.group_by("part", "side").agg(pl.col("microseconds").sum())
     told = []

@@ -1,4 +1,4 @@
-"""What is generated: two texts from one prompt, token by token, passkeys found, and right answers task by task."""
+"""Charts of generation: two texts from one prompt, token by token, passkeys found, and right answers by task."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLUMNS = 84  # characters of a line
 ADVANCE = 7.25  # pixels of a character at a size of 12
 LINE = 25  # pixels
 PLACED = {"shown": pl.String, "line": pl.Int32, "column": pl.Int32, "end": pl.Int32}
-PLACES = {"top": 0.08, "middle": 0.45, "low": 0.8, "high": 0.95}  # in a line
+PLACES = {"top": 0.08, "middle": 0.45, "low": 0.8, "high": 0.95}  # vertical places, as shares of a line
 LOST = (1e-3, 10.0)  # nats: KL that is drawn
 BREAK = "\u21b5"  # stands for a new line
 HEADING = "Text from one prompt, exact and compressed, with the KL divergence of each token"
@@ -32,13 +32,13 @@ def token_strip(
     heading: str = HEADING,
     caption: str = "",
 ) -> alt.VConcatChart:
-    """Draw texts as their tokens, with a bar under each of the compressed cache's, coloured by divergence.
+    """Draw texts as tokens. A bar under each token of the compressed cache has the colour of its divergence.
 
-    A click on one of these picks it.
+    A click on a token of the compressed cache picks it.
 
     Rows of `veloxlab.measure.generation.GENERATION`: ``side``, ``position``, ``text``, ``probability``,
-    ``exact_probability`` and ``kl`` (nats). ``parting``: the first position at which the texts differ, which is framed.
-    ``lines``: lines to leave room for at least; give them to keep the chart steady while text comes.
+    ``exact_probability`` and ``kl`` (nats). ``parting``: the first position at which the texts differ; it has a frame.
+    ``lines``: least number of lines in the chart; set it to keep the height steady while tokens arrive.
     """
     needed = columns.require(frame, "token_strip", "side text position probability exact_probability kl")
     parted = pl.lit(None, pl.Boolean) if parting is None else pl.col("position") == parting
@@ -76,12 +76,12 @@ def token_strip(
     plots = marks.panels([side for side, _ in _by_side(frame)], draw, COLUMNS * ADVANCE, LINE * count)
     said = caption or strip_caption(frame, parting)
     chart = marks.framed(plots, rows, heading, said, picks=[marks.PICKED_TOKEN])
-    chart.usermeta = {"veloxlab": {"fixed": True}}  # letters have the width that they have
+    chart.usermeta = {"veloxlab": {"fixed": True}}  # the width of letters is fixed
     return chart
 
 
 def _lost_bars(base: alt.Chart, low: alt.Y) -> Any:  # noqa: ANN401 - one of Altair's charts
-    """A bar under each token, coloured by its divergence."""
+    """Draw a bar under each token, coloured by its divergence."""
     look: marks.Look = {"orient": "bottom", "format": "~g", "gradientLength": 220, "tickCount": 4}
     legend = alt.Legend(title="KL from the exact cache (nats)", **look)
     colour = alt.Color("kl_drawn:Q", legend=legend).scale(type="log", domain=LOST, clamp=True)
@@ -90,14 +90,14 @@ def _lost_bars(base: alt.Chart, low: alt.Y) -> Any:  # noqa: ANN401 - one of Alt
 
 
 def _pickable(base: alt.Chart, top: alt.Y) -> list[marks.Plot]:
-    """A ground behind the picked token, and what a click on any token meets."""
+    """Draw a background behind the picked token, and a transparent layer that receives clicks on all tokens."""
     picked = base.transform_filter(f"datum.place === {marks.PICKED_TOKEN}")
     ground = picked.mark_rect(color=theme.PICKED, opacity=0.25, xOffset=-2, x2Offset=2)
     return [each.encode(y=top, y2=alt.Y2("high:Q")) for each in (ground, base.mark_rect(opacity=0, cursor="pointer"))]
 
 
 def strip_caption(frame: pl.DataFrame, parting: int | None) -> str:
-    """Say where the texts part, and the mean divergence until there and behind."""
+    """State where the texts first differ, and the mean divergence up to there, or over all predictions."""
     ours = frame.filter(pl.col("side") == "compressed")
     kls = ours["kl"].drop_nulls()
     total = kls.filter(kls.is_finite()).mean()
@@ -109,11 +109,11 @@ def strip_caption(frame: pl.DataFrame, parting: int | None) -> str:
 
 
 def held_while_generating(frame: pl.DataFrame, *, tokens: int | None = None, caption: str = "") -> alt.VConcatChart:
-    """Draw the bytes that the compressed cache holds while texts are generated, beside those of the exact one.
+    """Draw the bytes that the compressed cache holds during generation, beside those of the exact cache.
 
     Rows of `veloxlab.measure.generation.GENERATION`: ``side``, ``position``, ``held_bytes`` and ``fp16_bytes``. The
-    exact cache is drawn at 16 bits a number, for the tokens that there are. ``tokens``: tokens to leave room for; by
-    default those that there are. Give it to keep the axis steady while text comes.
+    exact cache is drawn at 16 bits a number, for the generated tokens. ``tokens``: length of the axis; by default the
+    tokens in the frame. Set it to keep the axis steady while tokens arrive.
     """
     shown = columns.require(frame, "held_while_generating", "side position held_bytes fp16_bytes")
     exact = pl.col("side") == "exact"
@@ -133,7 +133,7 @@ def held_while_generating(frame: pl.DataFrame, *, tokens: int | None = None, cap
 
 
 def held_caption(frame: pl.DataFrame) -> str:
-    """Say what the compressed cache holds, how many times less that is than 16 bits, and what mlx-lm allocates."""
+    """State the held bytes of the compressed cache, their ratio to 16 bits, and the allocation of mlx-lm's cache."""
     last = {side: own.sort("position").row(-1, named=True) for side, own in _by_side(frame)}
     allocated = f"mlx-lm allocates {last['exact']['held_bytes'] / 1e6:,.3g} MB, in steps" if "exact" in last else ""
     if "compressed" not in last:
@@ -145,12 +145,12 @@ def held_caption(frame: pl.DataFrame) -> str:
 
 
 def lines_for(tokens: int) -> int:
-    """Lines that so many tokens of ordinary text need, and some more."""
+    """Return the number of lines for so many tokens of ordinary text, with a margin."""
     return math.ceil(tokens * 5.5 / COLUMNS) + 2
 
 
 def passkey_map(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw which hidden numbers were found, by depth and cache.
+    """Draw which hidden passkeys were found, by depth and cache.
 
     Rows of `veloxlab.measure.generation.PASSKEY`: ``depth`` (0 to 1), ``side``, ``passkey``, ``answer``, ``hit``.
     """
@@ -174,7 +174,7 @@ def passkey_map(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
 
 
 def passkey_caption(frame: pl.DataFrame) -> str:
-    """Say how many numbers each cache found, and in how long a text."""
+    """State how many passkeys each cache found, and the length of the text."""
     found = [f"{side} {own['hit'].sum()} of {len(own)}" for side, own in _by_side(frame)]
     return f"Found in {frame['context'][0]:,} tokens: {', '.join(found)}."
 
@@ -184,7 +184,7 @@ def _by_side(frame: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
 
 
 def _places(texts: pl.Series) -> Iterator[tuple[str, int, int, int]]:
-    """Give each token's text, the line and column of its first character, and the column behind the last."""
+    """Yield for each token its text, the line and first column, and the column after its last character."""
     line = column = 0
     for text in texts:
         shown = text.replace("\n", BREAK).replace("\t", " ")
@@ -203,7 +203,7 @@ SHARES = {"domain": [0, 1], "nice": False, "format": "%", "tickCount": 5}
 
 
 def task_scores(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw the shares of right answers with both caches, and below their difference with its interval.
+    """Draw the shares of right answers with both caches, and below that their difference with its interval.
 
     Rows of `veloxlab.measure.tasks.EVALUATION`: ``task``, ``questions``, ``chance``, ``exact``, ``compressed``,
     ``difference``, ``low``, ``high``, ``same``, ``nll_exact``, ``nll`` (nats) and ``coded_share``; shares are 0 to 1.
@@ -243,7 +243,7 @@ def task_scores(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
 
 
 def task_caption(frame: pl.DataFrame) -> str:
-    """Say where a difference is decisive, and where the exact cache itself is no better than a guess."""
+    """State the tasks with a significant difference, and those where the exact cache is no better than a guess."""
     rows = columns.require(frame, "task_caption", "task chance exact low high").to_dicts()
     worse = [row["task"] for row in rows if row["high"] is not None and row["high"] < 0]
     better = [row["task"] for row in rows if row["low"] is not None and row["low"] > 0]

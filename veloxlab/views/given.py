@@ -1,4 +1,4 @@
-"""What may be given to a chart: each argument is of the type that the signature says, and frames have rows."""
+"""Checks of a chart's arguments: each has the type in the signature, and frames have rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CHECKS = {
     "tuple[float, float]": PAIR,
     "Literal['bits', 'held_bytes']": choice("bits", "held_bytes"),
 }
-"""By annotations, as they stand in signatures; ``| None`` behind one allows that too."""
+"""By annotations as written in signatures; ``| None`` after one allows None too."""
 
 
 def _check(parameter: Parameter) -> Check:
@@ -38,10 +38,10 @@ def _check(parameter: Parameter) -> Check:
 
 @cache
 def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, which raises `InputError` for arguments of other types, and for frames that it cannot read."""
+    """Return the function with checks: it raises `InputError` for wrong types, and for frames that it cannot read."""
     parameters = signature(function).parameters
     known = checked(**{name: _check(p) for name, p in parameters.items()})(function)
-    first = next(iter(parameters))  # what is drawn, or told
+    first = next(iter(parameters))  # the data
 
     @wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401

@@ -1,4 +1,4 @@
-"""Parts that charts share: frames of charts, panels, axes, colours, common marks, and words of captions."""
+"""Shared parts of charts: headings and captions, panels, axes, colours, common marks, and words of captions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PICKED, PICKED_HEAD, PICKED_TOKEN, PICKED_POINT = "picked_layer", "picked_head",
 IS_PICKED = f"datum.layer === {PICKED}"
 ALTAIR_ROWS = 5_000
 OWN_SCALES = ("color", "opacity", "shape", "strokeDash")
-CELLS = 1_600  # of a map at most: more would make a slider stutter, so heads are then drawn in groups
+CELLS = 1_600  # of a map at most; more make a slider slow, so heads are then drawn in groups
 CROSS: Look = {"text": "×", "fontSize": 13, "fontWeight": "bold", "color": theme.PICKED}  # not finite
 ABOVE: Look = {"text": "\u25b2", "fontSize": 9, "color": theme.PICKED, "baseline": "bottom", "dy": -1}
 STEP_AREA: Look = {"interpolate": "step", "opacity": 0.3, "line": {"interpolate": "step", "strokeWidth": 1.5}}
@@ -37,11 +37,11 @@ def framed(
     picks: Sequence[str] = (),
     shared: Sequence[str] = (),
 ) -> alt.VConcatChart:
-    """Stack plots of the same rows under a heading and the param ``caption``; ``pickable`` ones mark `PICKED`.
+    """Stack plots of the same rows under a heading and ``caption``; clicks in ``pickable`` plots set `PICKED`.
 
-    ``picks``: params of what else a click picks, such as `PICKED_TOKEN`.
+    ``picks``: params that other clicks set, such as `PICKED_TOKEN`.
 
-    Scales of colours and of shapes are each plot's own, unless scales of ``shared`` channels are common to all.
+    Each plot has its own scales of colour and shape, except for ``shared`` channels, which have one scale for all.
     """
     params = {"caption": caption} | dict.fromkeys([PICKED] * pickable + [*picks])
     plots[0].title = alt.TitleParams(text=alt.expr("caption"), style="caption")
@@ -49,13 +49,13 @@ def framed(
     chart: alt.VConcatChart = stacked(alt.VConcatChart, plots, 10)
     chart.title, chart.resolve = alt.TitleParams(text=heading), alt.Resolve(scale=alt.ScaleResolveMap(**scales))
     chart.params = [alt.VariableParameter(name, value=value) for name, value in params.items()]
-    # Altair refuses longer frames for the marks they might become; ours are pooled before they are drawn
+    # Altair refuses long frames because of too many marks; our charts pool rows before they draw
     chart.data = data if data.height <= ALTAIR_ROWS else alt.InlineData(values=data.to_dicts())
     return chart
 
 
 def stacked(kind: type[Stack], plots: Sequence[Plot], spacing: int) -> Stack:
-    """Put plots below or beside each other. Altair's own functions would copy each, with all that is in it, thrice."""
+    """Put plots below or beside each other. Altair's own functions copy each plot and its contents three times."""
     chart = kind(spacing=spacing)
     setattr(chart, "vconcat" if kind is alt.VConcatChart else "hconcat", [*plots])
     return chart
@@ -69,42 +69,42 @@ def layered(*marks: Plot, **encodings: Any) -> alt.LayerChart:
 
 
 def sized(plot: Sized, width: object, height: object) -> Sized:
-    """Give a new plot its size; ``plot.properties`` would copy its layers."""
+    """Set the size of a new plot in place; ``plot.properties`` would copy its layers."""
     plot.width, plot.height = width, height
     return plot
 
 
 def panels(items: Sequence[Any], draw: Callable[[Any, bool], Plot], width: object, height: object) -> list[Plot]:
-    """Draw a panel for each item, of one size; ``draw`` is told whether it is the last, which has the x axis."""
+    """Draw a panel of one size for each item; ``draw`` gets True for the last item, whose panel has the x axis."""
     return [sized(draw(item, item == items[-1]), width, height) for item in items]
 
 
 def only(**values: object) -> alt.Chart:
-    """Give a chart of the rows that have these values in these columns."""
+    """Return a chart of the rows that have these values in these columns."""
     tests = (f"datum.{name} === {value!r}" for name, value in values.items())
     return alt.Chart().transform_filter(" && ".join(tests))
 
 
 def scaled(channel: type[Channel], field: str, looks: Mapping[str, Any], *, legend: bool = True) -> Channel:
-    """Give each name in a field its own look, with or without a legend."""
+    """Return an encoding that maps each name in a field to its own look, with or without a legend."""
     scale: Channel = channel(f"{field}:N", title=None).scale(domain=list(looks), range=list(looks.values()))
     return scale if legend else scale.legend(None)
 
 
 def cache_colour(caches: Sequence[str]) -> alt.Color:
-    """Give caches the colours of their methods, without a legend."""
+    """Return the colour encoding of caches by their methods, without a legend."""
     return scaled(alt.Color, "cache", {name: theme.look_of(name)[0] for name in caches}, legend=False)
 
 
 def tensor_colour(*, legend: bool = True) -> alt.Color:
-    """Give keys and values the colours that they have in every chart."""
+    """Return the colour encoding of keys and values, which is the same in every chart."""
     return scaled(alt.Color, "tensor", theme.TENSORS, legend=legend)
 
 
 def method_look(methods: Sequence[str]) -> dict[str, alt.Color | alt.Shape]:
-    """Give methods the colours and shapes that they have in every chart, with one legend, in this order.
+    """Return the colour and shape encodings of methods, the same in every chart, with one legend in this order.
 
-    Caches of other projects share a colour, and have the `theme.OTHER_MARKS` in turn.
+    Caches of other projects share a colour, and take the shapes `theme.OTHER_MARKS` in turn.
     """
     legend = alt.Legend(symbolOpacity=1, symbolSize=60)
     looks = {method: theme.look_of(method) for method in methods}
@@ -116,7 +116,7 @@ def method_look(methods: Sequence[str]) -> dict[str, alt.Color | alt.Shape]:
 
 
 def part_opacity(field: str, parts: Mapping[str, float], colour: str) -> alt.Opacity:
-    """Give the parts of a bar their shares of its colour, with a legend."""
+    """Return the opacity encoding of the parts of a bar, with a legend."""
     opacity = scaled(alt.Opacity, field, parts)
     return opacity.legend(symbolFillColor=colour, symbolStrokeWidth=0, symbolType="square")
 
@@ -144,30 +144,30 @@ def above(base: alt.Chart, field: str, most: float, **encodings: Any) -> alt.Cha
 
 
 def labels(base: alt.Chart, label: str, **more: Any) -> alt.Chart:
-    """Write a text at the right of what is drawn: a Vega expression; ``more`` are encodings."""
+    """Write a text to the right of each mark; ``label`` is a Vega expression, ``more`` are encodings."""
     text = base.transform_calculate(label=label).mark_text(align="left", dx=6, fontWeight=600)
     return text.encode(text=alt.Text("label:N"), **more)  # type: ignore[no-any-return]
 
 
 def layer_step(layers: int) -> float:
-    """Give the width of one layer in pixels, so that a chart of any model is about as wide."""
+    """Return the width of one layer in pixels; charts of all models have about the same width."""
     return min(theme.WIDTH / max(layers, 1), 40)
 
 
 def layer_axis(*, labelled: bool = True, gap: float = 0, **look: Any) -> alt.X:
-    """Give the x axis that all plots by layer share, with a gap between layers as a share of a step."""
+    """Return the x axis of all plots by layer, with a gap between layers as a share of a step."""
     shown = look if labelled else look | {"labels": False}
     return columns.x("layer", "" if labelled else None, **shown, paddingInner=gap, paddingOuter=gap / 2)
 
 
 def layer_columns() -> alt.Chart:
-    """Make every layer's full height something that can be clicked, whatever is drawn there."""
+    """Return a transparent mark over the full height of each layer, which receives clicks."""
     each = alt.Chart().transform_aggregate(groupby=["layer"])
     return each.mark_rect(opacity=0, cursor="pointer", tooltip=None).encode(x=alt.X("layer:O"))  # type: ignore[no-any-return]
 
 
 def picked_outline() -> alt.Chart:
-    """Draw a frame around the picked layer, over the full height of a plot and inside it, so that nothing moves."""
+    """Draw a frame around the picked layer, inside the full height of the plot, so that the plot keeps its size."""
     picked = alt.Chart().transform_filter(IS_PICKED).transform_aggregate(groupby=["layer"])
     look: Look = {"stroke": theme.PICKED, "strokeWidth": 2, "y2Offset": -2, "cornerRadius": 2, "cursor": "pointer"}
     outline = picked.mark_rect(filled=False, fill=None, **look)
@@ -182,20 +182,20 @@ def token_rule(channel: type[alt.X | alt.Y] = alt.X) -> alt.Chart:
 
 
 def over_layers(*marks: alt.Chart) -> alt.LayerChart:
-    """Lay marks over clickable layers, and a frame around the picked one over them."""
+    """Lay marks over clickable layers, and the frame of the picked layer on top."""
     return layered(layer_columns(), *marks, picked_outline())
 
 
 def beside_layers(layers: int, height: int, *marks: alt.Chart) -> alt.LayerChart:
-    """Lay marks that stand side by side in a layer over clickable layers, in a plot of this height."""
-    width = layer_step(layers) * max(layers, 1)  # a step would be of one mark
+    """Lay marks that stand side by side in a layer over clickable layers, in a plot of ``height`` pixels."""
+    width = layer_step(layers) * max(layers, 1)  # `alt.Step` would be the width of one mark
     return sized(over_layers(*marks), width, height)
 
 
 def lines_by_layer(
     base: alt.Chart, tooltip: list[alt.Tooltip], size: int = 30, *more: alt.Chart, **encodings: Any
 ) -> alt.LayerChart:
-    """Lay lines and points over clickable layers and the frame around the picked one; ``encodings`` are the points'."""
+    """Lay lines and points over clickable layers and the frame of the picked layer; ``encodings`` are of the points."""
     dots = base.mark_point(filled=True, size=size, opacity=1, cursor="pointer").encode(tooltip=tooltip, **encodings)
     return layered(layer_columns(), picked_outline(), base.mark_line(strokeWidth=1.5), dots, *more)
 
@@ -221,9 +221,9 @@ class HeadMap:
         gap: float = 0,
         words: str = "",
     ) -> alt.Chart:
-        """Give one tensor's rows with ``calculated`` fields, ``pooled`` over the heads of a group.
+        """Return one tensor's rows with ``calculated`` fields, ``pooled`` over the heads of a group.
 
-        ``words``: what the tensor is called on the axis.
+        ``words``: name of the tensor on the axis.
         """
         first = f"floor(datum.head / {self.group}) * {self.group}"
         rows = only(tensor=tensor).transform_calculate(group=first, **calculated)
@@ -233,37 +233,37 @@ class HeadMap:
 
 
 def grouped(count: int, most: int, what: str) -> tuple[int, str]:
-    """Say by how many neighbours ``count`` marks are drawn, so that there are ``most``, and the axis title for it."""
+    """Return the group size that draws ``count`` items as at most ``most`` marks, and the axis title for it."""
     group = math.ceil(count / most)
     return group, what if group == 1 else f"{what}s, by {group}"
 
 
 def tensors_of(frame: pl.DataFrame) -> list[str]:
-    """Name the tensors that a frame has, keys before values."""
+    """Return the tensors in a frame, keys before values."""
     return [tensor for tensor in theme.TENSORS if tensor in frame["tensor"]]
 
 
 def by_tensor(frame: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
-    """Give the rows of keys and of values, where there are any."""
+    """Yield each tensor in a frame, keys before values, with its rows."""
     for tensor in tensors_of(frame):
         yield tensor, frame.filter(pl.col("tensor") == tensor)
 
 
 def head_words(frame: pl.DataFrame) -> str:
-    """Name the one layer and KV head of a frame."""
+    """Return the name of the only layer and KV head of a frame."""
     return f"Layer {frame['layer'][0]}, KV head {frame['head'][0]}"
 
 
 def sentence(*parts: str) -> str:
-    """Join the parts of a caption that say something."""
+    """Join the parts of a caption that are not empty."""
     return "; ".join(part for part in parts if part)
 
 
 def bits_said(bits: float) -> str:
-    """Say a number of bits, such as ``"1 bit"``."""
+    """Return a number of bits in words, such as ``"1 bit"``."""
     return f"{bits:g} {'bit' if bits == 1 else 'bits'}"
 
 
 def broken(count: object) -> str:
-    """Say how many values are not finite; nothing if there are none."""
+    """State how many values are not finite; empty if there are none."""
     return f"× {count} not finite" if count else ""

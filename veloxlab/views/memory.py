@@ -1,4 +1,4 @@
-"""Bytes that are really held as a context grows, bytes that a plan will hold, and the bits spent on a value."""
+"""Charts of memory: held bytes as a context grows, predicted bytes of a plan, and the bits spent on a value."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ SIZE = "format(datum.megabytes, ',.3~r') + ' MB'"
 def memory_growth(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw the bytes held against the tokens of the context.
 
-    Rows of ``tokens``, ``cache``, ``bytes`` and ``kind`` (``"measured"`` or ``"predicted"``), whose bytes add up to
-    what a cache holds. With a column ``layer``, a row is one layer's share, or where it is null what all layers share,
-    and the picked layer's bytes are drawn too.
+    Rows of ``tokens``, ``cache``, ``bytes`` and ``kind`` (``"measured"`` or ``"predicted"``). The bytes of a cache are
+    the sum of its rows. With a column ``layer``, a row is the share of one layer, or, where ``layer`` is null,
+    bytes that all layers share; the bytes of the picked layer are then drawn too.
     """
     needed = columns.require(frame, "memory_growth", "tokens cache bytes kind")
     layer = frame["layer"] if "layer" in frame.columns else pl.lit(None, pl.Int64)
     shown = needed.with_columns(layer=layer).sort("cache", "layer", "tokens")
     caches = shown["cache"].unique(maintain_order=True).to_list()
-    # each cache: solid with points where measured, dashed where predicted, its name and size at the end
+    # each cache: solid with points if measured, dashed if predicted; name and size at the end
     base = _growth(alt.Chart()).encode(color=marks.cache_colour(caches))
     measured, end = base.transform_filter(MEASURED), base.transform_filter("datum.tokens === datum.end")
-    # the picked layer's part of each, and in the empty corner how much it is
+    # the picked layer's share of each cache, with its size in the empty corner
     picked = _growth(alt.Chart().transform_filter(marks.IS_PICKED))
     part = picked.transform_filter(f"{MEASURED} || {AHEAD}").mark_line(color=theme.PICKED, strokeWidth=1.5)
     look: dict[str, Any] = {"align": "left", "baseline": "top", "color": theme.PICKED, "fontWeight": 600}
@@ -56,7 +56,7 @@ def memory_growth(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart
 
 
 def memory_caption(frame: pl.DataFrame) -> str:
-    """Say how much smaller each cache is than 16 bits at the longest context, and whether that was measured."""
+    """State the ratio of 16 bits to each cache at the longest context, and whether it was measured."""
     end = frame.filter(pl.col("tokens") == pl.col("tokens").max())
     held = end.group_by("cache", maintain_order=True).agg(pl.col("bytes").sum(), pl.col("kind").first())
     exact = next(iter(held.filter(cache=EXACT)["bytes"]), 0)
@@ -69,7 +69,7 @@ def memory_caption(frame: pl.DataFrame) -> str:
 
 
 def _growth(chart: alt.Chart) -> alt.Chart:
-    """Add up a cache's layers, and note how far it was measured and where it ends."""
+    """Add up a cache's layers, and add the last measured length and the last length of each cache."""
     return (
         chart.transform_aggregate(bytes="sum(bytes)", groupby=["tokens", "cache", "kind"])
         .transform_calculate(megabytes="datum.bytes / 1e6", seen=f"{MEASURED} ? datum.tokens : 0")
@@ -77,7 +77,7 @@ def _growth(chart: alt.Chart) -> alt.Chart:
     )
 
 
-# what a part is, in the order of the bars, and its colour
+# parts of a cache in the order of the bars: name and colour
 PARTS = {
     "codes": ("codes", theme.KEYS),
     "scales": ("scales and norms", "#2b93b8"),
@@ -87,19 +87,19 @@ PARTS = {
     "states": ("states", "#8e63ce"),
     "tables": ("tables", "#3f9142"),
 }
-ROW = 30  # pixels of a cache
+ROW = 30  # pixels: height of a cache's row
 UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
 
 
 def memory_plan(
     planned: pl.DataFrame, largest: pl.DataFrame, *, trained: int = 0, caption: str = ""
 ) -> alt.VConcatChart:
-    """Draw the bytes of each cache by part beside the memory there is, and below, the largest context that fits.
+    """Draw the bytes of each cache by part beside the available memory, and below, the largest context that fits.
 
     ``planned``: rows of `veloxlab.measure.planned_memory.PLANNED` at one context: ``cache``, ``tokens``, ``batch``,
     ``part``, ``bytes``. ``largest``: rows of `veloxlab.measure.planned_memory.LARGEST` of the same caches: ``cache``,
-    ``memory_bytes``, ``tokens``. ``trained``: tokens that the model was made for, a line; 0 for none. Raises
-    `InputError`: A column or a row is missing, or the plan is of more than one context.
+    ``memory_bytes``, ``tokens``. ``trained``: the model's trained context in tokens, drawn as a line; 0 for none.
+    Raises `InputError` if a column or a row is missing, or if the plan has more than one context.
     """
     columns.require(planned, "memory_plan", "cache part batch bytes", one="tokens")
     columns.require(largest, "memory_plan", "cache memory_bytes tokens")
@@ -133,7 +133,7 @@ def memory_plan(
 
 
 def plan_caption(planned: pl.DataFrame, largest: pl.DataFrame) -> str:
-    """Say whether the first cache fits, and how far it and the exact one go."""
+    """State whether the first cache fits, and its largest context beside that of the exact cache."""
     name, tokens, batch = planned.select("cache", "tokens", "batch").row(0)
     held, limit = sum(planned.filter(cache=name)["bytes"]), largest["memory_bytes"][0]
     furthest = dict(largest.select("cache", "tokens").rows())
@@ -143,7 +143,7 @@ def plan_caption(planned: pl.DataFrame, largest: pl.DataFrame) -> str:
 
 
 def amount(nbytes: float) -> str:
-    """Say a number of bytes in three digits and a unit of a power of 1,000."""
+    """Return a number of bytes as text, with three digits and a unit of a power of 1,000."""
     unit = next((unit for unit, size in UNITS.items() if nbytes >= size), "B")
     return f"{nbytes / UNITS[unit]:.3g} {unit}"
 
@@ -173,7 +173,7 @@ def _held(y: alt.Y, colours: dict[str, str], unit: str) -> marks.Plot:
     )
 
 
-# what bits are spent on, from the base of a bar upwards: the fainter, the less of it says something about a value
+# parts of the bits from the base of a bar up, and their opacity: fainter parts have less information on a value
 SPENT = {"codes": 1.0, "scales": 0.55, "exact tokens": 0.3, "tables": 0.2}
 
 
@@ -182,7 +182,7 @@ def bit_allocation(frame: pl.DataFrame, *, greatest: float | None = None, captio
 
     Rows of ``layer``, ``tensor`` (``"keys"`` or ``"values"``), ``part`` and ``bits_per_value``; the parts of a layer
     add up. ``"codes"`` and ``"scales"`` come first; any other part is drawn above them. ``greatest``: top of the scale
-    in bits; give one to compare charts or to keep a slider's bars steady.
+    in bits; set it to compare charts or to keep the bars steady while a slider moves.
     """
     needed = columns.require(frame, "bit_allocation", "layer tensor part bits_per_value")
     found = set(frame["part"])
@@ -215,7 +215,7 @@ def bit_allocation(frame: pl.DataFrame, *, greatest: float | None = None, captio
 
 
 def bit_caption(frame: pl.DataFrame) -> str:
-    """Say the mean bits per value of keys and of values, with the part that is not codes."""
+    """State the mean bits per value of keys and of values, and how many of them are codes."""
     said, layers = [], frame["layer"].n_unique()
     for tensor, own in marks.by_tensor(frame):
         total, codes = (rows["bits_per_value"].sum() / layers for rows in (own, own.filter(part="codes")))

@@ -1,4 +1,4 @@
-"""Charts as outputs, made without a browser or a network: pictures by vl-convert, one HTML page, a notebook's cell."""
+"""Output of charts without a browser or a network: images by vl-convert, an HTML page, and notebook outputs."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from veloxlab.views.spec import Spec, compact, describe, finite, join, split, ti
 WIDTH = 700  # pixels: as wide as GitHub and nbviewer show an output
 CHANNELS = 4  # bytes of a pixel: vl-convert writes RGBA
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-DIGITS = 6  # of a number in a plain chart: more than a screen can show, and a third of a saved notebook's size less
-LIVE = "application/vnd.vegalite.v5+json"  # the newest that JupyterLab 4.6 draws; what our charts use is in v5 and v6
+DIGITS = 6  # of a number in a plain chart: more than a screen can show; saved notebooks are a third smaller
+LIVE = "application/vnd.vegalite.v5+json"  # the newest that JupyterLab 4.6 draws; our charts are valid in v5 and v6
 V5 = "https://vega.github.io/schema/vega-lite/v5.json"
 
 
@@ -55,7 +55,7 @@ def stacked(specs: Sequence[Spec]) -> bytes:
 
 
 def _apart(drawing: str, prefix: str) -> str:
-    """Keep the names in the tags of one drawing, such as its clip paths, apart from those of its neighbours."""
+    """Make the ids in the tags of one drawing, such as its clip paths, different from those of other drawings."""
     return re.sub(r"<[^>]*>", lambda tag: re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", tag[0]), drawing)
 
 
@@ -66,9 +66,9 @@ def _size(drawing: str) -> tuple[float, float]:
 
 
 def repacked(picture: bytes) -> bytes:
-    """Compress a PNG's pixels again: vl-convert packs for speed, and zlib makes a chart about ten times smaller.
+    """Compress a PNG's pixels again with zlib: about ten times smaller than vl-convert's fast compression.
 
-    Rows of filter "Sub" (1), as vl-convert writes them, get filter "None" (0): flat colours pack smaller so.
+    Rows with filter "Sub" (1), which vl-convert writes, get filter "None" (0), which packs flat colours better.
     """
     chunks: dict[bytes, bytes] = {}
     at = len(SIGNATURE)
@@ -79,7 +79,7 @@ def repacked(picture: bytes) -> bytes:
     rows = zlib.decompress(chunks[b"IDAT"])
     lines = np.frombuffer(rows, np.uint8).reshape(png_size(picture)[1], -1)
     if (lines.shape[1] - 1) % CHANNELS == 0 and (lines[:, 0] == 1).all():
-        # modulo 256, as PNG says
+        # modulo 256, as PNG defines it
         pixels = lines[:, 1:].reshape(len(lines), -1, CHANNELS).cumsum(axis=1, dtype=np.uint8)
         rows = np.insert(pixels.reshape(len(lines), -1), 0, 0, axis=1).tobytes()
     kept = {b"IHDR": chunks[b"IHDR"], b"IDAT": zlib.compress(rows, 9), b"IEND": b""}
@@ -95,17 +95,18 @@ def png_size(picture: bytes) -> tuple[int, int]:
 
 
 def lit(spec: Spec) -> Spec:
-    """Give a spec the colours of the light theme and a white ground."""
+    """Return a spec with the colours of the light theme and a white background."""
     config = update_nested(spec.get("config", {}), theme.colours("light") | {"background": "white"}, copy=True)
     return {**spec, "config": config}
 
 
 @dataclass(frozen=True)
 class Section:
-    """Part of a report, each piece of which may be missing.
+    """A part of a report. Each field may be empty.
 
-    ``heading``: what is seen; empty where a chart says it. ``words``: a paragraph. ``chart``: a Vega-Lite spec with its
-    data. ``table``: a frame, drawn whole, or, with words for ``folded``, behind these. ``code``: text to be copied.
+    ``heading``: empty if the chart has one. ``words``: a paragraph. ``chart``: a Vega-Lite spec with its data.
+    ``table``: a frame, shown in full, or, if ``folded`` has a text, in a fold with that summary. ``code``: text to
+    copy.
     """
 
     heading: str = ""
@@ -117,10 +118,10 @@ class Section:
 
 
 def report(title: str, sections: Sequence[Section], script: str, notebook: bytes = b"") -> str:
-    """Give the text of an HTML page.
+    """Return the text of an HTML page.
 
-    ``title``: what the page is about. ``sections``: its parts, from top to bottom. ``script``: an ES module that
-    exports ``vegaEmbed``; it goes into the page, and so does a ``notebook``, which a link saves.
+    ``title``: the title of the page. ``sections``: its parts, from top to bottom. ``script``: an ES module that exports
+    ``vegaEmbed``, included in the page. ``notebook``: included too, with a link that saves it.
     """
     charts = [section.chart for section in sections if section.chart is not None]
     numbers, lines = count(), list[str]()
@@ -147,7 +148,7 @@ def report(title: str, sections: Sequence[Section], script: str, notebook: bytes
 
 
 def table_of(frame: pl.DataFrame) -> str:
-    """What is said of a table that a click shows."""
+    """Return the summary of a folded table."""
     return f"Table of {frame.height} row{'s' * (frame.height != 1)}"
 
 
@@ -157,10 +158,10 @@ def _table(frame: pl.DataFrame, folded: str) -> str:
 
 
 def html_table(titles: Sequence[str], rows: Iterable[Sequence[object]], cell: str = "", left: int = 1) -> str:
-    """Return an HTML table, in which all text is escaped; a float has four digits, and what is missing is left out.
+    """Return an HTML table. All text is escaped, a float has four digits, and None is an empty cell.
 
-    ``cell``: CSS of every cell where the page has none of its own; all columns but the first ``left`` ones are then on
-    the right.
+    ``cell``: CSS of every cell, for a page without a style sheet; columns after the first ``left`` ones are then
+    aligned right.
     """
     sides = [*["left"] * left, *["right"] * (len(titles) - left)]
     styles = [f' style="text-align: {side}; {cell}"' if cell else "" for side in sides]
@@ -178,19 +179,19 @@ def html_table(titles: Sequence[str], rows: Iterable[Sequence[object]], cell: st
 
 
 def _inert(value: object) -> str:
-    """JSON in which HTML sees no mark of its own: neither ``</script`` nor ``<!--``, for there is no ``<``."""
+    """Return JSON without ``<``, so that HTML finds neither ``</script`` nor ``<!--`` in it."""
     return compact(value).replace("<", "\\u003c")
 
 
 def enable() -> None:
-    """Make this Altair's theme and renderer; its own renderers need a network, or an older Vega-Lite in JupyterLab."""
+    """Make this theme and renderer Altair's; other renderers need a network, or an older Vega-Lite in JupyterLab."""
     alt.theme.register("veloxlab", enable=True)(lambda: alt.theme.ThemeConfig(config=theme.structure()))  # type: ignore[typeddict-item]
     alt.renderers.register("veloxlab", render)
     alt.renderers.enable("veloxlab")
 
 
 def render(spec: Spec, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Give a mime bundle (live chart, picture, text) of a spec with its data, and its metadata; it needs no kernel."""
+    """Return a mime bundle (live chart, image, text) of a spec with its data, and its metadata; it needs no kernel."""
     bare, rows, params = split(spec)
     rows = {name: [{key: _shortened(value) for key, value in row.items()} for row in own] for name, own in rows.items()}
     whole = join(bare, rows, params)
@@ -199,7 +200,7 @@ def render(spec: Spec, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         "image/png": b64encode(png(whole)).decode(),
         "text/plain": describe(bare, rows),
     }
-    compact(bundle[LIVE])  # a notebook with what JSON does not have could not be saved
+    compact(bundle[LIVE])  # raises for values that JSON does not have: such a notebook could not be saved
     said = ". ".join(filter(None, (title_of(bare), params.get("caption"))))
     return bundle, {LIVE: {"embed_options": {"renderer": "svg", "actions": False}}, "image/png": {"alt": said}}
 

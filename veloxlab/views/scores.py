@@ -1,4 +1,4 @@
-"""Why a head is hurt: which pairs of channels and which coordinates of the codes make the error of its logits."""
+"""Causes of one head's logit error: RoPE pairs of channels, and coordinates of the codes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import polars as pl
 from veloxlab.views import columns, marks, theme
 
 KINDS = {"pair": "RoPE pair, the fastest first", "coordinate": "coordinate of the codes' space"}
-BARS = 160  # of a panel at most: more coordinates are drawn in groups
+BARS = 160  # of a panel at most; more coordinates are drawn in groups
 
 
 def logit_errors(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw what RoPE pairs and coordinates of the codes add to the error of one head's logits, and the bits they got.
+    """Draw the shares of RoPE pairs and code coordinates in the logit error of one head, and the bits of coordinates.
 
-    Rows of one head of `veloxlab.measure.scores.SCORE_ERRORS`. A share below 0 undoes some of the others'.
+    Rows of one head of `veloxlab.measure.scores.SCORE_ERRORS`. A share below 0 cancels part of the other shares.
     """
     shown = columns.require_head(frame, "logit_errors", "kind place wavelength bits share rms")
     kinds = [kind for kind in KINDS if kind in shown["kind"]]
@@ -49,7 +49,7 @@ def logit_errors(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
 
 
 def logits_data(frame: pl.DataFrame) -> pl.DataFrame:
-    """Rows of that chart: a bar each, from ``begin`` to ``end``."""
+    """Return the rows of `logit_errors`: one for each bar, from ``begin`` to ``end``."""
     group, _ = _grouped(frame)
     size, place = pl.when(pl.col("kind") == "coordinate").then(group).otherwise(1), pl.col("place")
     pooled = frame.group_by("kind", place // size * size, maintain_order=True).agg(
@@ -63,7 +63,7 @@ def _grouped(frame: pl.DataFrame) -> tuple[int, str]:
 
 
 def logits_caption(frame: pl.DataFrame) -> str:
-    """Say how few pairs and coordinates make half of the error, and whether these got more bits than the others."""
+    """State how few pairs and coordinates make half of the error, and whether they have more bits than the others."""
     said = []
     for kind in KINDS:
         own = frame.filter(pl.col("kind") == kind, pl.col("share").is_finite()).sort("share", descending=True)

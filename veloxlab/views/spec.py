@@ -1,4 +1,4 @@
-"""A Vega-Lite spec taken apart into what stays (the spec) and what changes (data and params), and put together."""
+"""Split a Vega-Lite spec into a fixed part (the spec) and a variable part (data and params), and join them again."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Rows = list[dict[str, Any]]
 
 
 def split(spec: Spec) -> tuple[Spec, dict[str, Rows], dict[str, Any]]:
-    """Take the rows, and the values of plain params, out of what ``chart.to_dict()`` gives.
+    """Take the rows, and the values of plain params, out of the result of ``chart.to_dict()``.
 
     Returns the spec without them; the rows by dataset name; the values by param name. NaN and infinities become
     ``None``. Altair names a dataset by a hash of its rows; here the names are ``data-0``, ``data-1``, ... in order of
-    appearance, so that two charts that differ in numbers alone have one spec.
+    appearance, so that two charts that differ only in numbers have the same spec.
     """
     hashed: Mapping[str, Rows] = spec.get("datasets", {})
     names: dict[str, str] = {}
@@ -47,7 +47,7 @@ def split(spec: Spec) -> tuple[Spec, dict[str, Rows], dict[str, Any]]:
 
 
 def join(spec: Spec, datasets: Mapping[str, Rows], params: Mapping[str, Any]) -> Spec:
-    """Put rows and values of params back into a spec, for a picture that stands alone."""
+    """Put rows and values of params back into a spec, for a standalone chart."""
     placed = [
         param | ({"value": params.get(param["name"])} if _is_value(param) else {}) for param in spec.get("params", [])
     ]
@@ -55,7 +55,7 @@ def join(spec: Spec, datasets: Mapping[str, Rows], params: Mapping[str, Any]) ->
 
 
 def data_names(spec: object) -> Iterator[str]:
-    """Name every dataset that a spec reads."""
+    """Yield the name of every dataset that a spec reads."""
     if isinstance(spec, list):
         for child in spec:
             yield from data_names(child)
@@ -67,7 +67,7 @@ def data_names(spec: object) -> Iterator[str]:
 
 
 def title_of(spec: Spec) -> str:
-    """Give the first title that a spec states in words, or an empty string."""
+    """Return the first title with text in a spec, or an empty string."""
     title = spec.get("title", "")
     text = title.get("text", "") if isinstance(title, dict) else title
     if isinstance(text, list):
@@ -77,12 +77,12 @@ def title_of(spec: Spec) -> str:
 
 
 def describe(spec: Spec, datasets: Mapping[str, Rows]) -> str:
-    """Say in one line what a chart shows, for text output."""
+    """Describe in one line what a chart shows, for text output."""
     return f"{title_of(spec) or 'Chart'} ({sum(map(len, datasets.values()))} rows)"
 
 
 def finite(value: Any) -> Any:  # noqa: ANN401 - any JSON
-    """Replace NaN and infinities, which JSON does not have, by ``None``, however deep they lie."""
+    """Replace NaN and infinities, which JSON does not have, by ``None``, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -91,10 +91,10 @@ def finite(value: Any) -> Any:  # noqa: ANN401 - any JSON
 
 
 def compact(value: object) -> str:
-    """Write JSON without spaces, and refuse what JSON does not have."""
+    """Return JSON without spaces; raises `ValueError` for values that JSON does not have."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def _is_value(param: Spec) -> bool:
-    """Tell a param that holds a plain value from a selection or an expression."""
+    """Return whether a param holds a plain value, and is no selection or expression."""
     return "select" not in param and "expr" not in param

@@ -1,4 +1,4 @@
-"""How many directions keys and values take up: the spectrum of one head, and effective dimensions by layer."""
+"""Effective dimensions of keys and values: the spectrum of one head, effective dimensions by layer, and RoPE pairs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from veloxlab.views import columns, marks, theme
 ABOUT = {"origin": "with the mean vector", "mean": "without it"}
 DASHES = dict(zip(ABOUT.values(), ([4, 3], [1, 0]), strict=True))
 WITH_MEAN = marks.scaled(alt.StrokeDash, "seen", DASHES).legend(symbolType="stroke")
-SEEN = "datum.{} ? '{origin}' : '{mean}'".format("{}", **ABOUT)  # a Vega expression of the words, from a test
-FLOOR = 1e-4  # shares below are drawn there
+SEEN = "datum.{} ? '{origin}' : '{mean}'".format("{}", **ABOUT)  # a Vega expression that chooses the words by a test
+FLOOR = 1e-4  # smaller shares are drawn here
 MEANS = [pl.col(n).filter(pl.col(n).is_finite()).mean() for n in ("uncentred", "centred", "mean_share")]
 
 
@@ -40,7 +40,7 @@ def spectrum(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
 
 
 def spectrum_caption(frame: pl.DataFrame) -> str:
-    """Say the effective dimensions (Σλ)² / Σλ² of keys and of values, with the mean vector and without."""
+    """State the effective dimensions (Σλ)² / Σλ² of keys and of values, with the mean vector and without."""
     said = []
     for tensor, own in marks.by_tensor(frame.filter(pl.col("share").is_finite())):
         squares = [own.filter(pl.col("about") == about)["share"].pow(2).sum() for about in ABOUT]
@@ -51,7 +51,7 @@ def spectrum_caption(frame: pl.DataFrame) -> str:
 
 
 def dimensions_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw effective dimensions of every layer with and without the mean vector, and what the mean vector holds.
+    """Draw the effective dimensions of every layer, with and without the mean vector, and the mean vector's share.
 
     Rows of `veloxlab.measure.spectra.DIMENSIONS`; heads are averaged.
     """
@@ -80,7 +80,7 @@ def dimensions_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConca
 
 
 def dimensions_caption(frame: pl.DataFrame) -> str:
-    """Say the mean effective dimensions over all heads, and the share of energy that is the mean vector."""
+    """State the mean effective dimensions over all heads, and the mean vector's share of energy."""
     means = frame.group_by("tensor").agg(*MEANS).drop_nulls()
     rows = [own.row(0, named=True) for _, own in marks.by_tensor(means)]
     counts = ("{tensor} {uncentred:.1f} with the mean, {centred:.1f} without".format(**row) for row in rows)
@@ -95,7 +95,7 @@ PARTS = {"mean vector": 1.0, "around it": 0.4}
 
 
 def pair_energy(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw the energy of each RoPE pair of one head's keys, and how much of it is their mean before RoPE.
+    """Draw the energy of each RoPE pair of one head's keys, and the share of it in the keys' mean before RoPE.
 
     Rows of one head of `veloxlab.measure.spectra.PAIRS`.
     """
@@ -122,7 +122,7 @@ def pair_energy(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
 
 
 def pair_caption(frame: pl.DataFrame) -> str:
-    """Say which pair holds most, and what the slower half of the pairs holds together."""
+    """State the pair with the most energy, and the energy of the slower half of the pairs."""
     most = frame.sort("energy_share", "pair").row(-1, named=True)
     slow = frame.filter(pl.col("pair") >= pl.col("pair").max() / 2)["energy_share"].sum()
     return (
@@ -135,9 +135,9 @@ def pair_caption(frame: pl.DataFrame) -> str:
 def pair_turns(
     frame: pl.DataFrame, *, heading: str = "One pair of channels of the keys", caption: str = ""
 ) -> alt.VConcatChart:
-    """Draw one pair of channels over the tokens, before and after RoPE, side by side in one scale.
+    """Draw one pair of channels over the tokens, before and after RoPE, side by side on one scale.
 
-    Rows of `veloxlab.measure.spectra.PAIR_POINTS`. Later tokens are stronger. ``heading``: what is seen, such as layer,
+    Rows of `veloxlab.measure.spectra.PAIR_POINTS`. Later tokens have stronger colours. ``heading``: for instance layer,
     head and pair.
     """
     shown = columns.require(frame, "pair_turns", "stage position x y")

@@ -1,4 +1,4 @@
-"""From a token to its causes: where predictions moved, in which heads a token lost, and which keys it attends to."""
+"""From a token to its causes: moved predictions, the errors of each head at a token, and the keys it attends to."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from veloxlab.measure.tokens import pooled_keys
 from veloxlab.views import columns, marks, theme
 from veloxlab.views.generation import BREAK, LOST, SIDES
 
-BLOCKS = 160  # of keys that are drawn along the text: each with its greatest weight
-KEYS = 10  # that are listed
-CHOICES = 8  # of tokens that are listed
+BLOCKS = 160  # blocks of keys drawn along the text, each with its greatest weight
+KEYS = 10  # in the list
+CHOICES = 8  # tokens in the list
 WEIGHTS = (1e-4, 1.0)
 ERRORS = (1e-6, 1.0)  # relative squared
 PARTS = {"output": "output", "values": "its value", "keys": "its key"}
@@ -19,11 +19,11 @@ WEIGHED = {"exact": "exact_weight", "compressed": "weight"}
 LIKELY = {"exact": "exact_probability", "compressed": "probability"}
 ATTENDED = "key key_end weight exact_weight error state text"  # columns that are drawn
 ROW = 17  # pixels of a line of a list
-WHITE = {" ": "\u2423", "\n": BREAK, "\t": "\u21e5"}  # what stands for white space
+WHITE = {" ": "\u2423", "\n": BREAK, "\t": "\u21e5"}  # signs for white space
 
 
 def seen(text: str) -> str:
-    """A token's text as a name: without spaces at its ends, and with signs for white space where it is nothing else."""
+    """Return a token's text as a name without outer spaces; signs replace line breaks, and a text of spaces only."""
     signs = WHITE if not text.strip() else {"\n": BREAK}
     return "".join(signs.get(letter, letter) for letter in text).strip(" ")
 
@@ -31,7 +31,7 @@ def seen(text: str) -> str:
 def losses_along(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw the KL divergence of predictions along a text; a click picks a token, which a line marks.
 
-    Rows of `veloxlab.measure.tokens.PREDICTIONS`; of a long text those of `veloxlab.measure.tokens.worst_of_blocks`.
+    Rows of `veloxlab.measure.tokens.PREDICTIONS`; for a long text, of `veloxlab.measure.tokens.worst_of_blocks`.
     """
     shown = columns.require(frame, "losses_along", "position text kl probability exact_probability").sort("position")
     place = pl.col("position")
@@ -50,7 +50,7 @@ def losses_along(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
         marks.above(drawn, "kl", LOST[1]),
         lost.encode(x=alt.X("position:Q"), y=alt.value(6)),
         marks.token_rule(),
-        every.mark_rect(opacity=0, cursor="pointer").encode(tooltip=told),  # above all: a click hits a token anywhere
+        every.mark_rect(opacity=0, cursor="pointer").encode(tooltip=told),  # on top: clicks at any height pick
     )
     heading = "What each prediction of the text lost: click a token"
     said, plots = caption or losses_caption(frame), [marks.sized(plot, theme.WIDTH - 60, 90)]
@@ -58,7 +58,7 @@ def losses_along(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
 
 
 def losses_caption(frame: pl.DataFrame) -> str:
-    """Say which token lost most, and how many divergences are not finite."""
+    """State which token lost most, and how many divergences are not finite."""
     finite = frame.filter(pl.col("kl").is_finite()).sort("kl", "position")
     said = [
         f"Most: {row['kl']:.3g} nats at token {row['position']} ({seen(row['text'])!r}), whose probability went from "
@@ -69,7 +69,7 @@ def losses_caption(frame: pl.DataFrame) -> str:
 
 
 def token_heads(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw what one token lost in every layer and KV head: attention's output, its value, its key; a click picks both.
+    """Draw the errors at one token in every layer and KV head: output of attention, value, key; a click picks a head.
 
     Rows of `veloxlab.measure.tokens.ERRORS_OF_TOKEN`.
     """
@@ -101,7 +101,7 @@ def token_heads(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
 
 
 def heads_caption(frame: pl.DataFrame) -> str:
-    """Say in which layer and head each part lost most."""
+    """State the layer and head with the most error for each part."""
     finite = frame.filter(pl.col("error").is_finite()).sort("error", "layer", "head")
     worst = {row["tensor"]: row for row in finite.iter_rows(named=True)}  # the last of each
     said = [
@@ -115,10 +115,10 @@ def heads_caption(frame: pl.DataFrame) -> str:
 
 
 def attended_keys(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw the keys that a token attends to, with exact and with compressed weights: along the text, and the first ten.
+    """Draw the keys that a token attends to, with exact and compressed weights: along the text, and the first ten.
 
-    Rows of `veloxlab.measure.tokens.ATTENDED`, with a column ``text``: what the key's token is. Many keys are drawn in
-    blocks, each with its greatest weight.
+    Rows of `veloxlab.measure.tokens.ATTENDED`, with a column ``text``, the text of the key's token. Many keys are drawn
+    in blocks, each with its greatest weight.
     """
     shown = attended_data(columns.require(frame, "attended_keys", ATTENDED))
     drawn = {f"{side}_side": f"max(datum.{weight}, {WEIGHTS[0]})" for side, weight in WEIGHED.items()}
@@ -126,7 +126,7 @@ def attended_keys(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart
     along = along.encode(x=columns.x("key", nice=False), x2=alt.X2("key_end:Q"))
     axis = {"type": "log", "domain": WEIGHTS, "nice": False, "values": columns.log_ticks(WEIGHTS)}
     exact, ours = (columns.y(f"{side}_side:Q", "weight", labelExpr=columns.LABEL, **axis) for side in SIDES)
-    line = marks.layered(  # no words on each block for a screen reader: those of the keys below say what matters
+    line = marks.layered(  # no text for a screen reader on each block; the list below has it
         along.mark_rect(color=SIDES["exact"], opacity=0.4, aria=False).encode(y=exact, y2=alt.value("height")),
         along.mark_rule(color=SIDES["compressed"], strokeWidth=2, aria=False).encode(y=ours),
         along.mark_rect(opacity=0, aria=False).encode(tooltip=columns.tips("key weight exact_weight error")),
@@ -138,7 +138,7 @@ def attended_keys(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart
 
 
 def attended_data(frame: pl.DataFrame) -> pl.DataFrame:
-    """Rows of that chart: blocks of keys along the text, and the keys that are listed."""
+    """Return the rows of `attended_keys`: blocks of keys along the text, and the listed keys."""
     needed = frame.select(ATTENDED.split())
     blocks = pooled_keys(needed, BLOCKS).with_columns(kind=pl.lit("block"))
     most = needed.sort(pl.max_horizontal("weight", "exact_weight"), descending=True).head(KEYS)
@@ -148,7 +148,7 @@ def attended_data(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def attended_caption(frame: pl.DataFrame) -> str:
-    """Say how much attention moved, the most from and to one key, and how many keys are in codes."""
+    """State the share of attention that moved, the key with the greatest change, and how many keys are in codes."""
     change = frame["weight"] - frame["exact_weight"]
     moved = float(change.abs().sum()) / 2
     row = frame.row(int(change.abs().arg_max() or 0), named=True)
@@ -158,9 +158,9 @@ def attended_caption(frame: pl.DataFrame) -> str:
 
 
 def alternatives(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
-    """Draw the most likely tokens at one place of a text, with the exact and with the compressed cache.
+    """Draw the most likely tokens at one position of a text, with the exact and with the compressed cache.
 
-    Rows of one position of `veloxlab.measure.tokens.ALTERNATIVES`; the token that came is marked.
+    Rows of one position of `veloxlab.measure.tokens.ALTERNATIVES`; the token of the text is marked.
     """
     columns.require(frame, "alternatives", "rank text probability exact_probability", one="position")
     shown = alternatives_data(frame)
@@ -172,17 +172,17 @@ def alternatives(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
 
 
 def alternatives_data(frame: pl.DataFrame) -> pl.DataFrame:
-    """Rows of that chart: the tokens that are listed, and what they are called."""
+    """Return the rows of `alternatives`: the listed tokens and their names."""
     name = pl.col("text").map_elements(seen, pl.String)
     came = pl.col("came")
     said = pl.format("{}. {}", "rank", pl.when(came).then(pl.format("{}  \u25c0 text", name)).otherwise(name))
-    # two tokens may have one text; as many rows for every token keep the chart steady
+    # two tokens may have the same text; the same number of rows for every token keeps the chart's height
     shown = frame.sort(~came, "rank").head(CHOICES).sort("rank")
     return shown.select("position", "rank", "text", "probability", "exact_probability", said=said)
 
 
 def alternatives_caption(frame: pl.DataFrame) -> str:
-    """Say what each cache would have chosen, and what the token's own probability became."""
+    """State the choice of each cache, and how the probability of the text's own token changed."""
     first = [seen(frame.sort(column, "rank", descending=[True, False])["text"][0]) for column in LIKELY.values()]
     chosen = (
         f"Both choose {first[0]!r}" if first[0] == first[1] else f"Exact chooses {first[0]!r}, compressed {first[1]!r}"
@@ -193,7 +193,7 @@ def alternatives_caption(frame: pl.DataFrame) -> str:
 
 
 def _beside(rows: alt.Chart, fields: dict[str, str], title: str, told: list[alt.Tooltip]) -> alt.LayerChart:
-    """Names ``said`` in the order of ``rank``, each with an exact and a compressed number, and a line between them."""
+    """Draw names ``said`` in the order of ``rank``, each with an exact and a compressed number joined by a line."""
     exact, ours = fields.values()
     y = columns.y("said", None, sort=alt.SortField("rank"), labelLimit=150)
     x = columns.x(exact, title, zero=True, tickCount=5)
