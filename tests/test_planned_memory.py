@@ -321,8 +321,8 @@ def test_frames_have_their_columns_and_say_that_they_are_predictions(model):
         (LLAMA, {"value_bits": 0}, "Values at bits=0 are out of range"),
         (LLAMA, {"context": 5, "decoded": 6}, "context=5 has fewer tokens than decoded=6: give no less than those"),
         (LLAMA, {"colour": "red"}, "TurboQuant has no option 'colour'"),
-        ({"model_type": "nothing"}, {}, "mlx-lm makes no model of this configuration .model_type 'nothing'"),
-        ({}, {}, "mlx-lm makes no model of this configuration"),
+        ({"model_type": "nothing"}, {}, "mlx-lm cannot make a model of this configuration .model_type 'nothing'"),
+        ({}, {}, "mlx-lm cannot make a model of this configuration"),
         ("/nowhere/config.json", {}, "There is no file or folder /nowhere/config.json"),
     ],
 )
@@ -343,7 +343,7 @@ def test_a_folder_without_a_configuration_is_called_that(tmp_path):
 
 def test_an_mlx_lm_that_shows_no_classes_of_models_is_a_sentence(monkeypatch):
     monkeypatch.delattr("mlx_lm.utils._get_classes")
-    with pytest.raises(InputError, match="mlx-lm makes no model of this configuration .*ImportError"):
+    with pytest.raises(InputError, match="mlx-lm cannot make a model of this configuration .*ImportError"):
         shape_of(LLAMA)
 
 

@@ -1,4 +1,4 @@
-"""All that touches mlx-lm: hooks, the dry run of a model, and what tells models apart."""
+"""Everything that touches mlx-lm: hooks, the dry run of a model, and the identity of models."""
 
 import lazy_loader
 

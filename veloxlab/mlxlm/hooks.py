@@ -1,9 +1,10 @@
-"""How a compressed cache gets into a model's attention.
+"""Hooks that let a model's attention read a compressed cache.
 
-Models call ``models.base.scaled_dot_product_attention``, most of them by a name of their own. It is replaced in every
-module of mlx-lm that holds it. For modules that we do not see, so is ``quantized_scaled_dot_product_attention``, to
-which it sends any cache that has ``bits``. Given a `Handle` both let it attend, given anything else the original runs.
-mlx-vlm has functions of the same names, which are replaced too once it is imported.
+Models call ``models.base.scaled_dot_product_attention``, most of them by a name in their own module. `attach` replaces
+it in every module of mlx-lm that holds it. It also replaces ``quantized_scaled_dot_product_attention``, for modules
+that `attach` does not see: the original sends any cache with ``bits`` there. With a `Handle`, both replacements call
+`Handle.attend`; with anything else, the original runs. mlx-vlm has functions of the same names, which are replaced
+too after its import.
 """
 
 from __future__ import annotations
@@ -20,69 +21,69 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from veloxlab.progress import is_endable, may_end
 
-LONG = 16  # tokens in a call from which on each layer is worth a look at whether the work may end
+LONG = 16  # least tokens of a call for which each layer checks whether the work may end
 Mask = mx.array | Literal["causal"] | None
 Kind = TypeVar("Kind", bound=type)
 
 _LOADABLE: list[type] = []
-_OWN: dict[str, Callable[..., mx.array]] = {}  # by what it stands in for: see `stands_in_for`
-_replaced: dict[str, tuple[Callable[..., mx.array], Callable[..., mx.array]]] = {}  # the same: an original, and ours
-_pairs: dict[str, list[tuple[Callable[..., mx.array], Callable[..., mx.array]]]] = {}  # by name: originals, and ours
+_OWN: dict[str, Callable[..., mx.array]] = {}  # by the name of the original: see `stands_in_for`
+_replaced: dict[str, tuple[Callable[..., mx.array], Callable[..., mx.array]]] = {}  # original and replacement, by name
+_pairs: dict[str, list[tuple[Callable[..., mx.array], Callable[..., mx.array]]]] = {}  # originals and replacements
 
 
 class Handle(ABC):
-    """Stands for keys and values in attention, and answers what models ask of them before that.
+    """Takes the place of keys and values in attention, and answers what models ask of them before that.
 
-    It has no other methods of arrays, so that arithmetic on keys fails loudly.
+    It has no other methods of arrays, so that arithmetic on keys raises an error.
     """
 
     @property
     @abstractmethod
     def dtype(self) -> mx.Dtype:
-        """Of keys and values as they came."""
+        """Dtype of keys and values as they came."""
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """``(B, H, S, D)``; raises AttributeError where keys and values have other dimensions."""
+        """``(B, H, S, D)``; raises AttributeError if keys and values have different head dimensions."""
 
     def astype(self, dtype: mx.Dtype) -> Self:
-        """Give itself: attention computes in the queries' dtype or a wider one."""
+        """Return itself: attention computes in the queries' dtype or a wider one."""
         return self
 
     @abstractmethod
     def attend(
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None
     ) -> mx.array:
-        """Softmax attention of queries ``q`` ``[B, Hq, L, Dk]``: ``[B, Hq, L, Dv]`` in ``q``'s dtype.
+        """Softmax attention of queries ``q`` ``[B, Hq, L, Dk]``; returns ``[B, Hq, L, Dv]`` in ``q``'s dtype.
 
         ``mask`` is what mlx-lm passes: None, ``"causal"``, or an array that broadcasts to ``[B, Hq, L, S]``, boolean
-        (True: attend) or additive. ``sinks`` ``[Hq]`` are logits beside those of the tokens, which have no value.
-        A logit x becomes ``cap · tanh(x / cap)``, before the mask.
+        (True: attend) or additive. ``sinks`` ``[Hq]`` are logits in addition to those of the tokens; they have no
+        value. A logit x becomes ``cap · tanh(x / cap)``, before the mask.
         """
 
 
 class InPlace:
-    """A cache that stands in the place of a model's own, for attention that a family computes by itself to know."""
+    """Base of caches that replace a model's own, so that a family's own attention can recognise them."""
 
 
 def loadable(kind: Kind) -> Kind:
-    """Let mlx-lm find a cache's class by its name when it loads a saved cache; a decorator of the class."""
+    """Class decorator: lets mlx-lm find a cache's class by its name when it loads a saved cache."""
     _LOADABLE.append(kind)
     return kind
 
 
 def shape_in_common(lead: tuple[int, ...], key_dim: int, value_dim: int) -> tuple[int, ...]:
-    """``(B, H, S, D)`` of a handle, of ``(B, H, S)`` and both head dimensions; AttributeError if these differ."""
+    """``(B, H, S, D)`` of a handle from ``(B, H, S)`` and both head dimensions; AttributeError if these differ."""
     if key_dim != value_dim:
         raise AttributeError(f"Keys of {key_dim} and values of {value_dim} dimensions have no shape in common.")
     return *lead, key_dim
 
 
 def stands_in_for(name: str) -> Callable[[Callable[..., mx.array]], Callable[..., mx.array]]:
-    """Let a function answer for one of mlx-lm that attends by arithmetic of its own; it gets that one before the rest.
+    """Register a replacement for an mlx-lm function that computes attention itself; its first argument is the original.
 
-    ``name`` is of a function or method in ``mlx_lm.models``, as ``"gemma2.Attention.__call__"``.
+    ``name``: of a function or method in ``mlx_lm.models``, such as ``"gemma2.Attention.__call__"``.
     """
 
     def kept(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -93,11 +94,11 @@ def stands_in_for(name: str) -> Callable[[Callable[..., mx.array]], Callable[...
 
 
 def _reading_handles(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    names = list(signature(original).parameters)[3:]  # behind queries, keys and values
+    names = list(signature(original).parameters)[3:]  # after queries, keys and values
 
     def attention(queries: mx.array, keys: Any, values: Any, *more: Any, **named: Any) -> mx.array:  # noqa: ANN401
         if queries.shape[-2] >= LONG and is_endable():
-            mx.eval(queries)  # all layers before this one: a model over a long text is one step otherwise
+            mx.eval(queries)  # all earlier layers; otherwise a long text is one step, which cannot end early
             may_end()
         if not isinstance(keys, Handle):
             return original(queries, keys, values, *more, **named)
@@ -110,14 +111,14 @@ def _reading_handles(original: Callable[..., mx.array]) -> Callable[..., mx.arra
 
 
 def attach() -> None:
-    """Let attention read `Handle` objects, as `make_cache` does; raises RuntimeError where mlx-lm has no such."""
+    """Let attention read `Handle` objects, as `make_cache` does; raises RuntimeError if mlx-lm lacks a function."""
     for name in ("scaled_dot_product_attention", "quantized_scaled_dot_product_attention"):
         if not hasattr(base, name):
             raise RuntimeError(f"This mlx-lm has no models.base.{name}: veloxlab needs mlx-lm 0.32.2 or a later 0.32.")
         pairs = _pairs.setdefault(name, [])
         for held in (getattr(module, name, None) for module in (base, sys.modules.get("mlx_vlm.models.base"))):
             known = any(held in pair for pair in pairs)
-            if held is not None and not known:  # theirs, or what another library put there
+            if held is not None and not known:  # the original, or a replacement by another library
                 pairs.append((held, _reading_handles(held)))
         for original, ours in pairs:
             _rebind(original, ours)
@@ -134,7 +135,7 @@ def attach() -> None:
 
 
 def detach() -> None:
-    """Undo `attach`, but where another library has replaced a function since. Caches made before stop working."""
+    """Undo `attach`, except where another library replaced a function later. Earlier compressed caches stop working."""
     for pairs in _pairs.values():
         for original, ours in reversed(pairs):
             _rebind(ours, original)
@@ -145,7 +146,7 @@ def detach() -> None:
 
 
 def _owner(name: str) -> tuple[object, str]:
-    """What has the function of that name, or None if that module is not imported, and its name there."""
+    """Return the owner of the named function (None if its module is not imported), and the function's name in it."""
     module, *inner = name.split(".")
     owner: object = sys.modules.get(f"mlx_lm.models.{module}")
     for attribute in inner[:-1]:

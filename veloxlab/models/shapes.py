@@ -1,7 +1,7 @@
-"""Shapes of a model's caches: of one that is loaded, of a configuration on disk, or typed in. Nothing is downloaded.
+"""Shapes of a model's caches: of a loaded model, of a configuration on disk, or typed in. Nothing is downloaded.
 
-A configuration becomes a model of mlx-lm's own class whose weights are never made. It gets the same dry run as any
-other (`veloxlab.mlxlm.probe`), which finds the layers that slide, share, or keep something else than keys and values.
+A configuration becomes a model of mlx-lm's own class whose weights are not computed. The same dry run as for any model
+(`veloxlab.mlxlm.probe`) finds layers that slide, that share, or that keep something other than keys and values.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from veloxlab.mlxlm.probe import REPLACED, LayerFacts, after_one_token, dry_run,
 from veloxlab.mlxlm.weightless import weightless
 from veloxlab.models.loading import DEMO_MODEL, load
 
-PREDICTED = (*REPLACED, ArraysCache.__name__)  # mlx-lm's caches, the last of states
+PREDICTED = (*REPLACED, ArraysCache.__name__)  # mlx-lm's caches; the last one holds states
 _NUMBERS = ("layers", "kv_heads", "head_dim", "value_dim", "sliding_window", "full_every")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a model's caches hold of a token."""
+    """Shapes and sizes of a model's caches."""
 
     name: str
     caches: tuple[LayerFacts, ...]  # each of its caches, with KV heads and head dimensions
-    exact_bytes: int = 2  # of a value in the model's own cache: 4 where the model computes in float32
-    state_bytes: int = 0  # of the states of one sequence that do not grow with it, in all layers
-    parameters: int = 0  # numbers in the weights of a configuration; 0 where they are not known
-    trained_tokens: int = 0  # the longest text that it was made for, as its configuration says; 0 where it does not
+    exact_bytes: int = 2  # of a value in the model's own cache: 4 if the model computes in float32
+    state_bytes: int = 0  # of the states of one sequence in all layers; they do not grow with its length
+    parameters: int = 0  # number of weights of a configuration; 0 if unknown
+    trained_tokens: int = 0  # trained context length by the configuration; 0 if it has none
 
     def __post_init__(self) -> None:
         check_fields(self, name=WORDS, caches=many(instance(LayerFacts, "facts of a cache")))
@@ -58,8 +58,8 @@ class ModelShape:
     ) -> Self:
         """A model of ``layers`` equal layers; raises `InputError` for a number below 1.
 
-        ``value_dim`` is the head dimension of the values where it is another than that of the keys. ``sliding_window``:
-        tokens that a layer sees; ``full_every``: every so many-th layer sees all, as every 6th of Gemma 3.
+        ``value_dim``: the head dimension of the values if it differs from that of the keys. ``sliding_window``:
+        tokens that a layer sees. ``full_every``: every so many layers, one sees all tokens; 6 for Gemma 3.
         """
         if full_every is not None and sliding_window is None:
             raise InputError(f"full_every={full_every} has no meaning without sliding_window: give that too.")
@@ -73,7 +73,7 @@ class ModelShape:
 
 
 _WORDS = re.compile(r"\d+[a-z]\b|[a-z]+|\d+")
-_SIZES = {  # layers, KV heads, head dimension, weights, tokens that it was trained for (0: not stated here)
+_SIZES = {  # layers, KV heads, head dimension, weights, trained context in tokens (0: unknown)
     "1B, as Llama 3.2": (16, 8, 64, 1_235_814_400, 131_072),
     "3B, as Llama 3.2": (28, 8, 128, 3_212_749_824, 131_072),
     "8B, as Llama 3.1": (32, 8, 128, 8_030_261_248, 131_072),
@@ -89,13 +89,13 @@ SIZES = {
     )
     for name, (layers, heads, head_dim, parameters, trained) in _SIZES.items()
 }
-"""Shapes of models by their usual sizes, for those who have none of them here."""
+"""Shapes of models of usual sizes, for planning without a model."""
 
 
 def usual_size(words: str | Path) -> str:
-    """The name of the only one of `SIZES` that has all of these words, as ``"llama 3 8b"``; empty if there is none.
+    """Return the name of the only one of `SIZES` with all of these words, such as ``"llama 3 8b"``; empty if none.
 
-    Case and punctuation do not count. A file or folder of that name goes before.
+    Case and punctuation do not count. A file or folder of that name takes precedence.
     """
     said = {*_WORDS.findall(str(words).casefold())}
     found = [name for name in SIZES if said and said <= {*_WORDS.findall(name.casefold())}]
@@ -103,7 +103,7 @@ def usual_size(words: str | Path) -> str:
 
 
 def taken_as(words: object) -> str:
-    """A sentence where `shape_of` takes words for a usual size that has another name; else empty."""
+    """Return a sentence if `shape_of` maps words to a usual size with another name; otherwise empty."""
     name = usual_size(words) if isinstance(words, str) else ""
     return f"{words!r} is taken as {name!r}." if name not in ("", words) else ""
 
@@ -115,11 +115,12 @@ MODEL_OR_CONFIG = either(MODEL, _GIVEN, PATH)
 
 @checked(model_or_config=MODEL_OR_CONFIG)
 def shape_of(model_or_config: ModelOrConfig) -> ModelShape:
-    """Find the shapes of a model's caches: of a loaded one, or a `ModelShape`, which is given back.
+    """Return the shapes of a model's caches.
 
-    Or of the content of a ``config.json``, its path, its folder, or the id of a Hugging Face repository that has one in
-    the local cache; or of ``"smollm2-135m"`` or a ``.gguf``, which is loaded; or one of `SIZES`, by words of its name.
-    Raises `InputError` for what is not here, mlx-lm does not know, or has caches whose bytes cannot be predicted.
+    Takes a loaded model, a `ModelShape` (returned unchanged), the content of a ``config.json``, its path or folder, the
+    id of a Hugging Face repository with one in the local cache, ``"smollm2-135m"`` or a ``.gguf`` (which are loaded),
+    or words from the name of one of `SIZES`. Raises `InputError` if it is not found, mlx-lm does not know it, or the
+    bytes of a cache cannot be predicted.
     """
     model_or_config = loaded(model_or_config)
     if isinstance(model_or_config, ModelShape):
@@ -139,7 +140,7 @@ def shape_of(model_or_config: ModelOrConfig) -> ModelShape:
 
 
 def loaded(model_or_config: ModelOrConfig) -> ModelOrConfig:
-    """The model that ``"smollm2-135m"`` or a ``.gguf`` stands for; anything else as it was given."""
+    """Load ``"smollm2-135m"`` or a ``.gguf``; return anything else unchanged."""
     if isinstance(model_or_config, str | Path):
         path = Path(model_or_config).expanduser()
         if str(model_or_config) == DEMO_MODEL or path.suffix == ".gguf":
@@ -154,13 +155,13 @@ def _of_model(model: Module, name: str, caches: Sequence[LayerFacts]) -> ModelSh
             raise InputError(f"{said}: measure this model with vl.make_cache and vl.report.")
     made = after_one_token(model) if any(cache.native == PREDICTED[-1] for cache in caches) else []  # few have states
     states = sum(slot.nbytes for slot in slots_of(made) if isinstance(slot, ArraysCache))
-    trained = getattr(getattr(model, "args", None), "max_position_embeddings", 0)  # mlx-lm's, where a family has it
+    trained = getattr(getattr(model, "args", None), "max_position_embeddings", 0)  # of mlx-lm, if the family has it
     known = trained if isinstance(trained, int) else 0
     return ModelShape(name, tuple(caches), exact_width(model) // 8, states, trained_tokens=known)
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], str]:
-    """The configuration at a path, or of a repository whose id it is, and a name for the model."""
+    """Return the configuration at a path, or of a repository id, and a name for the model."""
     file = path / "config.json" if path.is_dir() else path
     name = file.parent.name if file.name == "config.json" else file.stem
     if not file.is_file():

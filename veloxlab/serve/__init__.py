@@ -1,1 +1,1 @@
-"""mlx-lm's own commands on compressed caches, and its server with checked requests."""
+"""mlx-lm's own commands with compressed caches, and its server with checked requests."""

@@ -1,4 +1,4 @@
-"""mlx-lm's own commands on a compressed cache: its server, its generator, and its maker of prompt caches."""
+"""mlx-lm's own commands with a compressed cache: its server, its generator, and its prompt cache command."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Wanted:
-    """What cache a command is to use: a plan, or a method, or neither, which is TurboQuant.
+    """The cache that a command uses: from a plan, from a method, or, without both, from TurboQuant.
 
-    ``settings`` are further ones of `veloxlab.make_cache`, those that were given. ``calibrations`` are of methods that
-    are used; what else has to be fitted is, when the model is there.
+    ``settings``: more settings of `veloxlab.make_cache`, those that were given. ``calibrations``: for methods in use;
+    missing ones are computed when the model is loaded.
     """
 
     method_or_plan: str | Plan | None
@@ -51,10 +51,10 @@ class Wanted:
             raise InputError(f"A calibration of {unused} was given, and {', '.join(used)} is used: leave it out.")
 
     def maker(self, model: Module, tokenizer: Any, progress: Progress) -> Callable[[], list[Any]]:  # noqa: ANN401
-        """What makes one cache after another for ``model``; what has to be fitted for it is, once, now."""
+        """Return a function that makes caches for ``model``; codecs that need a calibration are fitted now, once."""
         plan, learned = self.method_or_plan or DEFAULT_METHOD, {}
         if isinstance(plan, Plan):
-            plan.settings_for(model)  # refused before anything is fitted
+            plan.settings_for(model)  # raises before any calibration
             learned = plan.calibrations
         fitted: dict[str, Calibration] = {}
         for each in self.calibrations:
@@ -73,9 +73,9 @@ class Wanted:
 
 
 class Loader:
-    """What a command of mlx-lm calls in the place of its own ``load`` and ``load_prompt_cache``.
+    """Replaces ``load`` and ``load_prompt_cache`` in a command of mlx-lm.
 
-    ``stopped`` ends what is being fitted, and the thread that does it.
+    ``stopped``, once set, ends a calibration and its thread.
     """
 
     def __init__(self, module: Any, name: str, wanted: Wanted) -> None:  # noqa: ANN401
@@ -85,28 +85,28 @@ class Loader:
         self.stopped = threading.Event()
 
     def load(self, path: str, **options: Any) -> tuple[Any, ...]:
-        """Load as mlx-lm does, or a GGUF by `veloxlab.load`; the command's own model then makes compressed caches."""
+        """Load as mlx-lm does, or a GGUF by `veloxlab.load`; the command's model then makes compressed caches."""
         if path == DEMO_MODEL or path.lower().endswith(".gguf"):
             loaded: tuple[Any, ...] = (*load(path), {})[: 3 if options.get("return_config") else 2]
         else:
             loaded = self._load(path, **options)
-        if path == self._name:  # and not a draft model, which is small
+        if path == self._name:  # not for a draft model, which is small
             model, tokenizer = loaded[:2]
             maker = self._wanted.maker(model, tokenizer, self.say)
-            model.make_cache = maker  # wherever mlx-lm makes a prompt cache itself: in its server, its batches
+            model.make_cache = maker  # mlx-lm's server and batches make prompt caches with it
             if self._read_caches is not None:
                 given = self._wanted.method_or_plan or self._wanted.settings
                 make.check_caches(model, self._read_caches, maker() if given else None)
         return loaded
 
     def say(self, done: int, total: int, label: str) -> None:
-        """Print how far a fit has come, or end it."""
+        """Print the progress of a calibration, or end it."""
         if self.stopped.is_set():
             raise KeyboardInterrupt
         say(done, total, label)
 
     def load_prompt_cache(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
-        """Read a file as mlx-lm does, and keep what was read until the model is there, which it has to fit."""
+        """Read a file as mlx-lm does, and keep the caches until the model is loaded, for a check that they fit."""
         assert self._read is not None
         read = self._read(*arguments, **options)
         self._read_caches = read[0] if options.get("return_metadata") else read
@@ -123,10 +123,10 @@ def run(
     calibration: Sequence[Path],
     **settings: int | None,
 ) -> None:
-    """Run mlx-lm's command ``theirs``, which is our ``command``, on a ``model``, with its own options ``passed_on``.
+    """Run mlx-lm's command ``theirs`` as our ``command`` on a ``model``, with mlx-lm's options ``passed_on``.
 
-    ``settings`` are those of `veloxlab.make_cache`. Raises `InputError` for options that contradict one another, and
-    for a prompt cache's file that does not fit the model or what is wanted.
+    ``settings``: of `veloxlab.make_cache`. Raises `InputError` for options that contradict each other, and for a prompt
+    cache file that does not fit the model or the options.
     """
     if plan is not None and method is not None:
         raise InputError("--plan already contains the method of each layer: leave out --method.")
@@ -135,14 +135,14 @@ def run(
             raise InputError(f"{option} cannot be given here: {_REFUSED[option].format(command=command)}.")
     given = {name: number for name, number in settings.items() if number is not None}
     wanted = Wanted(plan_of(plan) or method, given, [*map(Calibration.load, calibration)])
-    hooks.attach()  # a prompt cache's file is read before the model
+    hooks.attach()  # a prompt cache file is read before the model
     module = import_module(f"mlx_lm.{theirs}")
     loader = Loader(module, model, wanted)
     replaced = {hooked: getattr(loader, hooked) for hooked in ("load", "load_prompt_cache") if hasattr(module, hooked)}
     if hasattr(module, "save_prompt_cache"):
         replaced["save_prompt_cache"] = make.save_cache
     if theirs == "server":
-        from veloxlab.serve.server import hooks_of  # here, as it imports the server
+        from veloxlab.serve.server import hooks_of  # here, because it imports the server
 
         replaced |= hooks_of(loader.stopped)
     arguments = [f"mlx_lm.{theirs}", "--model", model, *passed_on]

@@ -1,4 +1,4 @@
-"""What a request to the server may say: every field that mlx-lm 0.32.2 reads, by type and range."""
+"""Schema of requests to the server: every field that mlx-lm 0.32.2 reads, by type and range."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jsonschema.exceptions import best_match
 from veloxlab.errors import InputError
 
 Schema = dict[str, Any]
-SHOWN = 60  # characters of a wrong value
+SHOWN = 60  # characters of a wrong value in a message
 WHOLE, MILLION = 2**31 - 1, 10**6
 
 
@@ -82,7 +82,7 @@ FIELDS: dict[str, Schema] = {
 
 
 def _validator(*parts: Schema) -> Draft202012Validator:
-    """What checks a request whose messages have a content of text, or a list of ``parts``."""
+    """Return the validator of requests whose messages contain text, or a list of ``parts``."""
     message = _object(
         ("role",),
         role=STRING,
@@ -98,10 +98,10 @@ TEXT_ONLY, WITH_IMAGES = _validator(TEXT), _validator(TEXT, IMAGE)
 
 
 def check_fields(content: bytes, asked: str, *, images: bool) -> None:
-    """Raise `InputError` unless a request is JSON that mlx-lm's server documents.
+    """Raise `InputError` unless a request is JSON with the fields of mlx-lm's server.
 
-    ``content``: its body. ``asked``: the field that it must have, ``"messages"`` or ``"prompt"``. ``images``: whether
-    messages may hold images.
+    ``content``: body of the request. ``asked``: the required field, ``"messages"`` or ``"prompt"``. ``images``: whether
+    messages may contain images.
     """
     try:
         request = json.loads(content, parse_constant=_refuse, parse_float=_finite)

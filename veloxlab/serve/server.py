@@ -1,8 +1,8 @@
-"""mlx-lm's server, so that no request ends it for all: each is checked before mlx-lm sees it.
+"""mlx-lm's server with checked requests, so that no bad request ends it.
 
-A request that it cannot do gets status 400 and a sentence. If the thread that generates ends all the same, the process
-ends too, with a status that is not 0: a port that answers nobody would stay open else. A client that is slow to send
-its request, or to take the answer, is left after `SECONDS`.
+An invalid request gets status 400 and a sentence. If the generating thread still ends, the process ends too, with a
+non-zero status; otherwise the port would stay open without answers. A client that is slow to send its request, or to
+read the answer, is disconnected after `SECONDS`.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from transformers import PreTrainedTokenizerBase
 from veloxlab.errors import InputError
 from veloxlab.serve.requests import check_fields
 
-WAITING = 256  # connections that wait to be taken; with Python's 5 the system resets some of many at once
-MOST_BYTES = 64 << 20  # of a request; images come in it as text
-SECONDS = 60.0  # in which a whole request has to come, and each part of an answer has to be taken
+WAITING = 256  # waiting connections; with Python's default of 5 the system resets some of many at once
+MOST_BYTES = 64 << 20  # of a request; images are in it as text
+SECONDS = 60.0  # limit for a whole request, and for the client to read each part of an answer
 THEIRS: Any = server  # mlx-lm's methods have no types
-END_SECONDS = 1.0  # that the thread which generates has to end well
+END_SECONDS = 1.0  # limit for the generating thread to end
 RESERVED = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
 log = logging.getLogger(__name__)
 
 
 class Incoming(io.RawIOBase):
-    """What a client sends, until `SECONDS` after it connected; then reading raises `TimeoutError`."""
+    """Data from a client, until `SECONDS` after it connected; then a read raises `TimeoutError`."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection, self._end = connection, time.monotonic() + SECONDS
 
     def readable(self) -> bool:
-        """It is."""
+        """True."""
         return True
 
     def readinto(self, buffer: Any) -> int:  # noqa: ANN401
-        """Wait for some bytes; a timeout of the socket alone would begin anew with each of them."""
+        """Wait for some bytes. The socket's own timeout would start again with each byte."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -60,21 +60,21 @@ class Incoming(io.RawIOBase):
         try:
             return self._connection.recv_into(buffer)
         finally:
-            self._connection.settimeout(SECONDS)  # of what is sent
+            self._connection.settimeout(SECONDS)  # for the answer
 
 
 class Handler(THEIRS.APIHandler):  # type: ignore[misc]
-    """Answers one request, after it was checked."""
+    """Answers one request after a check."""
 
-    rfile: Any  # what the request is read from
+    rfile: Any  # source of the request
 
     def setup(self) -> None:
-        """Connect, for a limited time."""
+        """Connect with a time limit."""
         super().setup()
         self.rfile.close()
         self.rfile = io.BufferedReader(Incoming(self.connection))
 
-    def do_POST(self) -> None:  # noqa: N802 - the name that http.server calls
+    def do_POST(self) -> None:  # noqa: N802 - http.server calls it by this name
         """Check the request, then let mlx-lm answer it."""
         connection = self.rfile
         try:
@@ -96,7 +96,7 @@ class Handler(THEIRS.APIHandler):  # type: ignore[misc]
         self.wfile.write(json.dumps({"error": sentence}).encode())
 
     def _checked(self) -> bytes:
-        """The body, if it is a request that mlx-lm documents; nothing where that refuses the request by its head."""
+        """Return the body of a valid request; empty if mlx-lm refuses the request by its headers."""
         length = self.headers.get("Content-Length")
         if length is None or not self.path.endswith("/completions"):
             return b""
@@ -104,30 +104,30 @@ class Handler(THEIRS.APIHandler):  # type: ignore[misc]
             raise InputError(f"The request has Content-Length {length[:20]}: send from 1 to {MOST_BYTES:,} bytes.")
         content: bytes = self.rfile.read(int(length))
         provider = self.response_generator.model_provider
-        images = provider.model is None or provider.processor is not None  # which is not known before it is loaded
+        images = provider.model is None or provider.processor is not None  # unknown before the model is loaded
         check_fields(content, "messages" if "chat" in self.path else "prompt", images=images)
         return content
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
-        # mlx-lm answers 404 to whatever a generation raises
+        # mlx-lm answers 404 for any error of a generation
         super()._set_completion_headers(400 if isinstance(sys.exc_info()[1], InputError) else status_code)
 
 
 class Answer:
-    """Takes the parts of an answer as they are made; once ``stopped`` is set, the next one ends the thread."""
+    """Receives the parts of an answer; once ``stopped`` is set, the next part ends the thread."""
 
     def __init__(self, parts: Queue[Any], stopped: threading.Event) -> None:
         self._parts, self._stopped = parts, stopped
 
     def put(self, part: object) -> None:
-        """Hand on a token, what was read of a prompt, or an error; raises `KeyboardInterrupt` when all is to end."""
+        """Pass on a token, prompt progress, or an error; raises `KeyboardInterrupt` once ``stopped`` is set."""
         if self._stopped.is_set():
             raise KeyboardInterrupt
         self._parts.put(part)
 
 
 class Generator(THEIRS.ResponseGenerator):  # type: ignore[misc]
-    """The thread that generates. What ended it is `failure`; ``stopped`` is set when it is asked to end."""
+    """The generating thread. `failure` is the error that ended it; ``stopped`` is set when it must end."""
 
     failure: BaseException | None = None
 
@@ -136,7 +136,7 @@ class Generator(THEIRS.ResponseGenerator):  # type: ignore[misc]
         super().__init__(*arguments)
 
     def stop_and_join(self) -> None:
-        """End the thread, also in the middle of a fit or an answer; wait for it, but not for a step that takes long."""
+        """End the thread, also during a calibration or an answer. Waits `END_SECONDS`, so not for a long step."""
         self._stopped.set()
         self._stop = True
         self._generation_thread.join(END_SECONDS)
@@ -147,16 +147,16 @@ class Generator(THEIRS.ResponseGenerator):  # type: ignore[misc]
         except BaseException as error:
             if not isinstance(error, InputError | KeyboardInterrupt):
                 log.exception("The thread that generates ended.")
-            self.failure = error.with_traceback(None)  # which would keep the arrays of an answer
+            self.failure = error.with_traceback(None)  # a traceback would keep the arrays of an answer
         finally:
-            mx.clear_streams()  # MLX aborts the process if that ends just after a thread that has streams
+            mx.clear_streams()  # otherwise MLX aborts a process that ends just after a thread with streams
 
     def _next_request(self, timeout: float | None = None) -> tuple[Any, ...] | None:
         request = super()._next_request(timeout)
         return request and (Answer(request[0], self._stopped), *request[1:])
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> tuple[Any, ...]:  # noqa: ANN401
-        for name in RESERVED.keys() & (args.chat_template_kwargs or {}):  # arguments of the tokenizer itself
+        for name in RESERVED.keys() & (args.chat_template_kwargs or {}):  # arguments of the tokenizer's own method
             wrong = f"The field chat_template_kwargs has {name!r}, which is no variable of a template"
             raise InputError(f"{wrong}: leave it out.")
         try:
@@ -168,7 +168,7 @@ class Generator(THEIRS.ResponseGenerator):  # type: ignore[misc]
 
 
 def hooks_of(stopped: threading.Event) -> dict[str, object]:
-    """What takes the place of names in ``mlx_lm.server``; ``stopped`` is set when the server ends."""
+    """Return the replacements of names in ``mlx_lm.server``; ``stopped`` is set when the server ends."""
     theirs = server._run_http_server
 
     def serve(host: str, port: int, generator: Generator) -> None:
@@ -186,8 +186,8 @@ def hooks_of(stopped: threading.Event) -> dict[str, object]:
                     )
 
         theirs(host, port, generator, server_class=Server, handler_class=Handler)
-        atexit.register(gc.freeze)  # to collect objects just before the process ends took longer than all else
-        if generator.generation_available():  # one step takes longer, as the first ones of a long prompt may
+        atexit.register(gc.freeze)  # garbage collection at exit took longer than all other steps
+        if generator.generation_available():  # a long step still runs, such as the first of a long prompt
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
@@ -214,14 +214,14 @@ def _check_for_model(model: Module, tokenizer: Any, length: int, args: Any) -> N
 
 
 def positions_of(model: Module) -> float:
-    """Longest text that a model was made for, in tokens; infinite where it does not say so."""
+    """Return the trained context of a model in tokens; infinite if it has no such setting."""
     most = _configured(model, "max_position_embeddings") or _configured(model, "n_positions") or math.inf
     scaling = _configured(model, "rope_scaling") or {}
     return max(most, (scaling.get("factor") or 1) * (scaling.get("original_max_position_embeddings") or 0))
 
 
 def _configured(model: Module, name: str) -> Any:  # noqa: ANN401
-    """A value of the configuration of a model, or of the text part of one; None if there is none."""
+    """Return a value of a model's configuration, or of its text part; None if there is none."""
     whole = getattr(model, "args", None)
     parts = (whole, getattr(whole, "text_config", None))
     found = (part.get(name) if isinstance(part, dict) else getattr(part, name, None) for part in parts)
