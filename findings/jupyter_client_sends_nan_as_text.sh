@@ -2,13 +2,13 @@
 # A NaN or an infinity in a message of a Jupyter kernel reaches the page as the text "nan" or "inf".
 #
 # Versions: jupyter_client 8.10.0, Linux.
-# JSON has no NaN. `Session.pack` refuses it, then cleans the message: each such float becomes a string, and a warning
-# goes to the kernel's standard error, where nobody looks. So the state of a widget (ipywidgets, anywidget) that is a
-# number in Python is a string in JavaScript, where "nan" > 1 is false, "nan" + 1 is "nan1", and charts stay empty.
+# JSON has no NaN. `Session.pack` first refuses the message, then converts each such float to a string. The warning goes
+# to the kernel's standard error, which most users never see. So a number in the state of a widget (ipywidgets,
+# anywidget) becomes a string in JavaScript. There "nan" > 1 is false, "nan" + 1 is "nan1", and charts stay empty.
 # Send null, or leave the number out.
 #
-# Seen: {"x": NaN, "y": [inf], "z": 1.5} arrives as {"x": "nan", "y": ["inf"], "z": 1.5}.
-# Exits 0 while that is so, 1 once it changes.
+# Observed: {"x": NaN, "y": [inf], "z": 1.5} arrives as {"x": "nan", "y": ["inf"], "z": 1.5}.
+# Exits 0 while this is so, and 1 when it changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A slice in MLX keeps all of its array alive, and `nbytes` does not say so; `mx.concatenate` of one slice is a slice.
+# A slice in MLX keeps its whole array in memory, but `nbytes` counts only the slice. `mx.concatenate` does not copy it.
 #
 # Versions: mlx 0.32.4, Linux, CPU.
-# A slice is a view, as in NumPy. `nbytes` counts its own numbers. One would think that concatenating, or converting to
-# the type that it has, makes a copy: neither does where there is nothing to join or to convert. A cache that keeps four
-# tokens of a prompt in this way holds the whole prompt, and reports four tokens. `mx.contiguous` and `mx.array` copy.
+# A slice is a view, as in NumPy, and `nbytes` counts only its own numbers. `mx.concatenate` of one slice, and `astype`
+# to the same type, seem to make a copy, but they return the view. A cache that keeps four tokens of a prompt in this way
+# holds the whole prompt, and reports four tokens. `mx.contiguous` and `mx.array` copy.
 #
-# Seen, with 10 of 25,000,000 float32 numbers kept and the array itself deleted (nbytes: 40):
+# Observed, with 10 of 25,000,000 float32 numbers kept and the array itself deleted (nbytes: 40):
 #   slice, mx.concatenate([slice]), slice.astype(same type): 100,000,000 bytes live; mx.contiguous, mx.array: 40
-# Exits 0 while that is so, 1 once it changes.
+# Exits 0 while this is so, and 1 when it changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A range check against a Python number is made in the array's own type, where the number may be infinity.
+# MLX compares an array with a Python number in the array's dtype, where the number can become infinity.
 #
 # Versions: mlx 0.32.4, Linux, CPU.
-# `mx.abs(x) <= 1e9` looks like a test for finite numbers. MLX converts the Python number to the dtype of the array,
-# and in float16 1e9 is infinity: the comparison is true for infinity itself. bfloat16 and float32 give false.
-# A cache that guards its range in this way stores infinities in float16 models alone.
+# `mx.abs(x) <= 1e9` looks like a test for finite numbers. MLX converts the Python number to the dtype of the array. In
+# float16, 1e9 becomes infinity, so the comparison is true for infinity itself. In bfloat16 and float32 it is false.
+# A cache that checks its range in this way stores infinities, but only in float16 models.
 #
-# Seen: true for float16, false for bfloat16 and float32; `mx.isfinite` is right for all three.
-# Exits 0 while that is so, 1 once it changes.
+# Observed: true for float16, false for bfloat16 and float32; `mx.isfinite` is correct for all three.
+# Exits 0 while this is so, and 1 when it changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

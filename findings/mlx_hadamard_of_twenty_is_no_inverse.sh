@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# mx.hadamard_transform undoes itself at 64 and 96, and not at 80 and 112.
+# mx.hadamard_transform is its own inverse at sizes 64 and 96, but not at 80 and 112.
 #
 # Versions: mlx 0.32.4, Linux, CPU.
-# MLX takes sizes m * 2^k with m in 1, 12, 20, 28. Its matrices of 1 and 12 are symmetric, so that the transform, scaled
+# MLX takes sizes m * 2^k with m in 1, 12, 20, 28. Its matrices of 1 and 12 are symmetric, so the transform, scaled
 # by 1/sqrt(n), is its own inverse. Those of 20 and 28 are not symmetric: the transform still keeps lengths, but applied
-# twice it gives another vector. Code that rotates keys and values and undoes it with the same call is right for head
-# dimensions 64, 96 and 128 and wrong, without an error, for 80, 112 and 160.
+# twice it gives a different vector. Code that inverts the rotation of keys and values with the same call is correct for
+# head dimensions 64, 96 and 128, and wrong, without an error, for 80, 112 and 160.
 #
-# Seen (largest error of twice, and of the vector's length): below 1e-5 at 64, 96, 128; above 1 at 80, 112, 160, with
-# lengths right to 1e-5 everywhere.
-# Exits 0 while that is so, 1 once it changes.
+# Observed (largest error after two transforms): below 1e-5 at 64, 96, 128; above 1 at 80, 112, 160. Lengths are correct
+# to 1e-5 at all of them.
+# Exits 0 while this is so, and 1 when it changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

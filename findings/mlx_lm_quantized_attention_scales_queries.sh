@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# mlx-lm's quantized attention changes the queries that it is given.
+# mlx-lm's quantized attention changes its input array of queries.
 #
 # Versions: mlx 0.32.4, mlx-lm 0.32.2, Linux, CPU.
-# `mlx_lm.models.base.quantized_scaled_dot_product_attention` multiplies its `queries` by `scale` in place. A caller
-# that keeps the array and calls again gets another answer: each call scales what the last one left. In float16 a
+# `mlx_lm.models.base.quantized_scaled_dot_product_attention` multiplies its `queries` by `scale` in place. So a second
+# call with the same array gives a different result: each call scales the array again. In float16, a
 # query for head dimension 64 (scale 1/8) is exactly 0 after twelve calls, and the attention is a plain mean of the
-# values. A benchmark that times one query again and again measures that.
+# values. A benchmark that repeats the call with one query measures this case.
 #
-# Seen: the same call twice gives two answers; the sum of |queries| falls by the scale at each call, to 0.
-# Exits 0 while that is so, 1 once it changes.
+# Observed: the same call twice gives two results; the sum of |queries| decreases by the scale at each call, to 0.
+# Exits 0 while this is so, and 1 when it changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

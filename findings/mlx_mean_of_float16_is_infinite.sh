@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The mean of a float16 array can be infinity where every number in it is 100.
+# The mean of a float16 array can be infinity although each number in it is 100.
 #
 # Versions: mlx 0.32.4, numpy 2.4.6, Linux, CPU.
-# MLX sums in the type of the array, and the sum of a mean, a variance or a norm passes 65,504 long before the result
-# does. NumPy sums float16 means in float32. A root mean square or a variance of a float16 model's activations has to be
-# taken after `astype(mx.float32)`.
+# MLX sums in the dtype of the array. The sum for a mean, a variance or a norm exceeds 65,504 long before the result
+# does. NumPy sums float16 means in float32. Use `astype(mx.float32)` before a root mean square or a variance of a
+# float16 model's activations.
 #
-# Seen: mean of 4,096 times 100: inf, and 100 in NumPy; variance of 1,000 normal numbers times 300: inf (86,000 in
+# Observed: mean of 4,096 times 100: inf, and 100 in NumPy; variance of 1,000 normal numbers times 300: inf (86,000 in
 # float32); norm of 64 times 100: inf (800).
-# Exits 0 while that is so, 1 once it changes.
+# Exits 0 while this is so, and 1 when it changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# mx.quantize(mode="nvfp4") turns small numbers into zeros and clips large ones, without an error.
+# mx.quantize(mode="nvfp4") turns small numbers into zeros and clips large numbers, without an error.
 #
 # Versions: mlx 0.32.4, Linux, CPU.
-# NVIDIA's format has two scales: an E4M3 number for each 16 values and a float32 for the whole tensor. MLX keeps the
-# first alone. E4M3 reaches from 2^-9 to 448, and a code to 6: a block whose largest value is below about 0.006 becomes
-# zeros, and nothing is larger than 2,688. A tensor has to be scaled by its owner. mxfp4, whose scale is a power of two, has the same small error
-# at every size, and so have mxfp8 and the affine mode.
+# NVIDIA's format has two scales: an E4M3 number for each 16 values, and a float32 for the whole tensor. MLX stores only
+# the first. E4M3 covers 2^-9 to 448, and a code at most 6. So a block with a largest value below about 0.006 becomes
+# zeros, and no decoded value is larger than 2,688. Scale a tensor yourself before you quantize it. mxfp4, with a power
+# of two as its scale, has the same small error at every size, and so have mxfp8 and the affine mode.
 #
-# Seen, relative squared error of normal values of a size (key 0): nvfp4 1.0 at 1e-4 and 1e-3, .015 at .01, .009 at 1,
+# Observed, relative squared error of normal values of a size (key 0): nvfp4 1.0 at 1e-4 and 1e-3, .015 at .01, .009 at 1,
 # .011 at 1,000, .65 at 10,000; mxfp4 .013 to .014 at all of them.
-# Exits 0 while that is so, 1 once it changes.
+# Exits 0 while this is so, and 1 when it changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

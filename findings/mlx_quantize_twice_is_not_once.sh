@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Quantizing with mx.quantize what mx.dequantize gave changes up to a quarter of the groups once more.
+# A second mx.quantize, after mx.dequantize, changes up to a quarter of the groups again.
 #
 # Versions: mlx 0.32.4, Linux, CPU.
-# One would think that values on a group's grid stay there. MLX fits scale and bias anew, moves the grid so that zero is
-# a level, and rounding then takes another way: 15 % of groups of 64 change at 4 bits, 23 % at 8 bits in float32, and
-# some values move by a whole step. At 2 bits nothing moves. A quantized cache that is decoded, changed elsewhere (a
-# trim, a merge) and quantized again is another one.
+# Values on a group's grid should stay there. But MLX fits scale and bias again, and moves the grid so that zero is
+# a level. Some values then round differently: 15 % of groups of 64 change at 4 bits, 23 % at 8 bits in float32, and
+# some values move by a whole step. At 2 bits no value moves. So a quantized cache changes if it is decoded, edited (a
+# trim, a merge) and quantized again.
 #
-# Seen with 4,096 groups of normal values (key 0), float32, groups of 64:
+# Observed with 4,096 groups of normal values (key 0), float32, groups of 64:
 #   share of groups that change: 0 at 2 bits, .05 at 3, .15 at 4, .18 at 5, .20 at 6, .23 at 8
-# Exits 0 while that is so, 1 once it changes.
+# Exits 0 while this is so, and 1 when it changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# MLX's quantizers make an ordinary number of NaN, and most of them of infinity too.
+# MLX's quantizers convert NaN to an ordinary number, and most of them convert infinity too.
 #
 # Versions: mlx 0.32.4, Linux, CPU.
-# Not a number in, a number out, without an error: a quantized array hides that its source overflowed. A range check
-# after the quantizer, or of a model's output, then finds nothing. Check before (`mx.isfinite`).
+# There is no error, so a quantized array hides an overflow of its source. A range check after the quantizer, or of a
+# model's output, finds nothing. Check before you quantize (`mx.isfinite`).
 #
-# Seen, with a group of ones of which the first is NaN, or infinity, decoded again:
+# Observed after decoding, for a group of ones in which the first is NaN or infinity:
 #   mx.to_fp8: 448 for both (E4M3 has a code for NaN, and mx.from_fp8 reads it)
-#   mx.quantize affine, 4 bits: NaN becomes 1, the others stay; infinity makes all of the group NaN
-#   mxfp8: 896 for the first and for its neighbours; nvfp4 and mxfp4: 0 for all of the group
-# Exits 0 while that is so, 1 once it changes.
+#   mx.quantize affine, 4 bits: NaN becomes 1, the others stay; infinity makes the whole group NaN
+#   mxfp8: 896 for the first and for its neighbours; nvfp4 and mxfp4: 0 for the whole group
+# Exits 0 while this is so, and 1 when it changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The default HTML template of nbconvert drops the alternative text of a picture, which its older template shows.
+# nbconvert's default HTML template drops the alternative text of an image. Its older template shows it.
 #
 # Versions: nbconvert 7.17.2, Linux.
-# A saved output says what its picture shows in its metadata, {"image/png": {"alt": "..."}}. `--template classic` writes
-# that as the picture's `alt`. The template `lab`, which is the default, does not read it, and nbconvert then writes
-# "No description has been provided for this image", so that a screen reader says that there is none.
+# A saved output describes its image in its metadata, {"image/png": {"alt": "..."}}. `--template classic` writes
+# this as the image's `alt`. The default template, `lab`, does not read it. nbconvert then writes
+# "No description has been provided for this image", so a screen reader reports that there is no description.
 #
-# Seen: lab has no description, classic has "a red dot".
-# Exits 0 while that is so, 1 once it changes.
+# Observed: lab has no description, classic has "a red dot".
+# Exits 0 while this is so, and 1 when it changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

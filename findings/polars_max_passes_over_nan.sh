@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Polars' largest value passes over NaN, and a filter for large values keeps NaN.
+# Polars' maximum ignores NaN, but a filter for large values keeps NaN.
 #
 # Versions: polars 2.1.0, Linux.
-# A report that asks for mean, 99th percentile and maximum of errors shows NaN, NaN and a harmless number: the maximum
-# alone hides that something broke. And `x > 2` is true for NaN, which Polars orders above all numbers. `nan_max` gives
-# NaN; `is_finite` keeps numbers.
+# A report with mean, 99th percentile and maximum of errors shows NaN, NaN and an ordinary number. So the maximum
+# alone hides a failure. And `x > 2` is true for NaN, because Polars orders NaN above all numbers. `nan_max` gives
+# NaN; `is_finite` keeps only finite numbers.
 #
-# Seen with 1, NaN, 3: max 3, mean NaN, quantile(0.99) NaN, nan_max NaN; filter(x > 2) keeps NaN and 3.
-# Exits 0 while that is so, 1 once it changes.
+# Observed with 1, NaN, 3: max 3, mean NaN, quantile(0.99) NaN, nan_max NaN; filter(x > 2) keeps NaN and 3.
+# Exits 0 while this is so, and 1 when it changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
