@@ -102,6 +102,6 @@ def test_one_new_process_goes_on_where_another_died(tmp_path):
             found = dict(experiment.run(JOBS))
         assert found == {job: length(job) for job in JOBS}
         experiment.measure, experiment.known = partial(dying, None), {}
-        with pytest.raises(InputError, match=r"died again, alone and while it was at this job: \('b', 0\)"):
+        with pytest.raises(InputError, match=r"died again, with only this job: \('b', 0\)"):
             list(experiment.run(JOBS[::-1]))
         experiment.close()

@@ -479,9 +479,7 @@ def test_what_kills_a_process_twice_is_named_and_the_rest_is_kept(file, own_cach
     with (
         Dying() as pool,
         pytest.warns(UserWarning, match="A worker process died"),
-        pytest.raises(
-            InputError, match="died again, alone and while it was at this job: window 1: rabitq K. V., 4 sinks"
-        ),
+        pytest.raises(InputError, match="died again, with only this job: window 1: rabitq K. V., 4 sinks"),
     ):
         vl.search(file, methods=TWO, executor=pool, **SETTINGS)
     (kept,) = own_cache.iterdir()

@@ -1,4 +1,4 @@
-"""Measurements: capture, error, memory and quality, all as Polars frames with documented columns."""
+"""Measurements of capture, errors, memory and quality. Results are Polars frames with documented columns."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""The queries, keys and values of a real run of a model, layer by layer, and frames of what is measured on them."""
+"""Capture: queries, keys and values of a model's run, layer by layer, and frames of measurements on them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Tensors = tuple[Tensor, ...] | None  # None: both
 
 
 def softmax(logits: mx.array) -> mx.array:
-    """Weights that add up to 1 along the last axis of float32 ``logits``, of which some are finite in each row."""
+    """Return weights that sum to 1 along the last axis of float32 ``logits``; each row needs a finite logit."""
     if runtime.backend() != "cpu":
         return mx.softmax(logits, axis=-1, precise=True)
     weights = np.array(logits)  # NumPy takes a tenth of MLX's time
@@ -48,47 +48,47 @@ def softmax(logits: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class LayerCapture:
-    """What one layer's attention saw, as it went into the cache (after RoPE)."""
+    """Inputs of one layer's attention, as they enter the cache (after RoPE)."""
 
     layer: int  # index in the prompt cache
-    queries: mx.array | None  # [1, Hq, S, Dk], or None where the model computes attention by itself
+    queries: mx.array | None  # [1, Hq, S, Dk], or None if the model computes attention by itself
     keys: mx.array  # [1, H, S, Dk]
     values: mx.array  # [1, H, S, Dv]
-    scale: float | None  # what the model multiplies q·k with, or None with the queries
-    rope: Rope | None = None  # the rotary embedding that keys and queries went through, where one is known
-    cap: float | None = None  # what the model bends logits to: see `Handle.attend`
+    scale: float | None  # the model's factor of q·k; None if queries are None
+    rope: Rope | None = None  # rotary embedding of keys and queries, if known
+    cap: float | None = None  # soft cap of logits: see `Handle.attend`
 
     def vectors(self, tensor: Tensor) -> mx.array:
-        """Keys or values, in float32."""
+        """Return keys or values in float32."""
         return (self.keys if tensor == "keys" else self.values).astype(mx.float32)
 
     def shown_queries(self, lost: str) -> mx.array:
-        """Queries, in float32; raises `InputError` where the model shows none: ``lost`` is what then cannot be had."""
+        """Return queries in float32; `InputError` without them, with ``lost``, what is then impossible."""
         if self.queries is None:
             raise InputError(f"Layer {self.layer} does not show its queries, so {lost}.")
         return self.queries.astype(mx.float32)
 
     def check_finite(self, why: str, *names: str) -> None:
-        """Raise `InputError` if the arrays of these names hold numbers that are not finite; ``why`` that is bad."""
+        """Raise `InputError` if a named array has numbers that are not finite; ``why`` is the consequence."""
         for name, x in ((name, getattr(self, name)) for name in names):
             if x is not None and not mx.isfinite(x).all().item():
                 said = f"The {name} of layer {self.layer} hold numbers that are NaN or infinite, {why}"
                 raise InputError(f"{said}: {NOT_FINITE}")
 
     def logits(self, keys: mx.array) -> mx.array:
-        """Of its queries and of keys ``[1, H, S, Dk]``, in float32 and without a mask: ``[H, Hq/H, S, S]``."""
+        """Return logits of the queries and of keys ``[1, H, S, Dk]``, float32, without a mask: ``[H, Hq/H, S, S]``."""
         _, kv_heads, tokens, head_dim = keys.shape
         queries = self.queries.astype(mx.float32).reshape(kv_heads, -1, tokens, head_dim)  # type: ignore[union-attr]
         return capped(queries @ keys[0][:, None].swapaxes(-1, -2) * self.scale, self.cap)  # type: ignore[operator]
 
     def attend(self, keys: mx.array, values: mx.array) -> mx.array:
-        """Causal attention of its queries to other keys and values, in float32: ``[H, Hq/H, S, Dv]``."""
+        """Return causal attention of the queries to other keys and values in float32: ``[H, Hq/H, S, Dv]``."""
         logits = mx.where(create_causal_mask(keys.shape[2]), self.logits(keys), -mx.inf)
         return softmax(logits) @ values[0][:, None]
 
     @cached_property
     def output(self) -> mx.array:
-        """Causal attention to its own keys and values, evaluated: every method is compared with it."""
+        """Return causal attention to the layer's own keys and values, evaluated: the reference for all methods."""
         output = self.attend(self.vectors("keys"), self.vectors("values"))
         mx.eval(output)
         return output
@@ -96,14 +96,14 @@ class LayerCapture:
     def codec(
         self, tensor: Tensor, method: str, bits: float, calibration: Calibration | None, options: Mapping[str, object]
     ) -> Codec:
-        """The codec of a method for its keys or values; raises `InputError` as `layer_codec`."""
+        """Return the codec of a method for the keys or values; raises `InputError` as `layer_codec`."""
         head_dim = self.vectors(tensor).shape[-1]
         return layer_codec(find_method(method), self.layer, head_dim, bits, tensor, options, calibration)
 
 
 @dataclass(frozen=True)
 class Capture:
-    """One causal run over ``tokens``, held evaluated, so that any thread may use it."""
+    """One causal run over ``tokens``, with evaluated arrays, so that any thread can use it."""
 
     layers: tuple[LayerCapture, ...]
     tokens: tuple[int, ...]
@@ -113,7 +113,7 @@ class Capture:
 
     @property
     def exact_bits(self) -> int:
-        """Bits of a number of the keys."""
+        """Bits of each number in the keys."""
         return 8 * self.layers[0].keys.dtype.size
 
     def __repr__(self) -> str:
@@ -125,9 +125,9 @@ class Capture:
 def capture(
     model: Module, tokenizer: Tokenizer, text: str | None = None, *, tokens: int = 512, progress: Progress = silent
 ) -> Capture:
-    """Run ``model`` over the first ``tokens`` tokens of ``text`` and keep what every attention layer saw.
+    """Run ``model`` over the first ``tokens`` tokens of ``text``, and keep the inputs of every attention layer.
 
-    ``text`` is the shipped WikiText-2 test excerpt by default; a shorter one is read to its end. Raises `InputError` if
+    ``text``: the shipped WikiText-2 test excerpt by default; a shorter text is read to its end. Raises `InputError` if
     it has fewer than two tokens.
     """
     ids = first_tokens(tokenizer, text, tokens)
@@ -139,16 +139,16 @@ def capture(
 def capture_layers(
     model: Module, ids: Sequence[int], progress: Progress = silent, doing: str = "capturing"
 ) -> Iterator[LayerCapture]:
-    """Run ``model`` over the tokens ``ids`` and give what each layer saw, evaluated, one after another; none is held.
+    """Run ``model`` over the token ids ``ids``, and yield each layer's inputs, evaluated; only one layer is held.
 
-    ``progress`` is told what is being done with each. Raises `InputError` if no layer keeps plain keys and values.
+    ``progress`` gets ``doing`` with the layer's number. Raises `InputError` if no layer keeps plain keys and values.
     """
     caches = probe.with_caches(model, Recorder)
     recorders = [slot for slot in probe.slots_of(caches) if isinstance(slot, Recorder)]
     if not recorders:
         raise InputError("No layer of this model keeps plain keys and values: there is nothing to capture.")
     ropes = ropes_of(model, ids)
-    with ended_by(None):  # lazy: nothing is computed before the layers below are
+    with ended_by(None):  # lazy: the computation starts with the layers below
         model(mx.array([ids]), cache=caches)
     del caches
     for done, rope in enumerate(ropes):
@@ -169,9 +169,10 @@ def by_head(
     progress: Progress = silent,
     label: str = "",
 ) -> pl.DataFrame:
-    """Rows of what ``columns(layer, tensor)`` gives of the keys and values of every layer, by ``schema``.
+    """Return the rows of ``columns(layer, tensor)`` for the keys and values of every layer, by ``schema``.
 
-    That is blocks of arrays that broadcast to ``[H, N]``; ``"head"`` is 0 to H − 1 unless given, what is missing null.
+    The function yields blocks of arrays that broadcast to ``[H, N]``. ``"head"`` is 0 to H − 1 by default. Missing
+    columns are null.
     """
     frames = []
     for i, layer in enumerate(layers):
@@ -191,9 +192,9 @@ def by_head(
 def stretches(
     tokenizer: Tokenizer, text: str | None, tokens: int, count: int, *, last: int | None = None, name: str = "windows"
 ) -> list[list[int]]:
-    """Give ``count`` stretches of ``tokens`` token ids of a text, which are ``name`` in messages.
+    """Return ``count`` windows of ``tokens`` token ids of a text; messages call them ``name``.
 
-    The last has ``last`` or more, with a warning if not all. Raises `InputError` if the text is too short.
+    The last one may be shorter, down to ``last``, with a warning. Raises `InputError` if the text is too short.
     """
     ids = first_tokens(tokenizer, text, tokens * count)
     if len(ids) < tokens * (count - 1) + (tokens if last is None else last):
@@ -206,9 +207,9 @@ def stretches(
 
 
 def first_tokens(tokenizer: Tokenizer, text: str | None, count: int, **options: bool) -> list[int]:
-    """Give the first ``count`` token ids of ``text``, by default the test excerpt; ``options`` are the tokenizer's."""
+    """Return the first ``count`` token ids of ``text``, by default the test excerpt; ``options``: of the tokenizer."""
     text = excerpt("test") if text is None else text
-    # a long text need not be read to its end: no tokenizer makes tokens longer than this on average
+    # a long text is not read to its end: the tokens of every tokenizer are shorter than this on average
     ids = list(tokenizer.encode(text[: 16 * count], **options))
     if len(ids) < count and len(text) > 16 * count:
         ids = list(tokenizer.encode(text, **options))
@@ -216,7 +217,7 @@ def first_tokens(tokenizer: Tokenizer, text: str | None, count: int, **options: 
 
 
 class Recorder(probe.Probe):
-    """A cache and its handle in one: attends exactly, and keeps what passed. Subclasses may change keys and values."""
+    """Cache and handle in one. Attention is exact, and its inputs are kept. Subclasses may change keys and values."""
 
     def __init__(self, facts: probe.LayerFacts) -> None:
         super().__init__(facts)
@@ -227,11 +228,11 @@ class Recorder(probe.Probe):
     def attend(
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None
     ) -> mx.array:
-        """See `Handle.attend`; the layer's own queries are kept."""
-        if self.queries is None:  # layers that borrow these keys and values attend later
+        """See `Handle.attend`; keeps the layer's own queries."""
+        if self.queries is None:  # layers that share these keys and values attend later
             self.queries, self.scale, self.cap = q, scale, cap
         return attend_exactly(q, self.stored_keys, self.mixed, scale, mask, sinks, cap)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
-        """The mask that ``N`` tokens need, in mlx-lm's terms."""
+        """Return the mask for ``N`` tokens in mlx-lm's form."""
         return cast("Mask", create_attention_mask(N, self.offset, return_array, window_size or self.facts.max_size))

@@ -1,4 +1,4 @@
-"""Which cache to take: those that a memory holds, by what they lose on the demo model, or on a loaded one."""
+"""Advice on which cache to take: those that fit in memory, ranked by losses on the demo model or a loaded one."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from veloxlab.runtime import device
 from veloxlab.texts import Tokenizer
 
 ADVICE = schema("name method bits held_bytes most_tokens fits kl_mean top1_flips kind reason")
-"""Columns of `Advice.frame`: a cache, its method and bits (null for the exact one and mlx-lm's); bytes at the context
-that was asked for, and the most tokens that fit; mean KL divergence in nats, and the share of tokens whose most
-probable next token is another; "measured" on this model or "predicted" from the demo model's results; and why."""
+"""Columns of `Advice.frame`: a cache, its method and bits (null for the exact one and mlx-lm's); bytes at the requested
+context, and the most tokens that fit; mean KL divergence in nats, and the share of tokens with another top-1 token;
+"measured" on this model or "predicted" from the demo model's results; and the reason."""
 
 GOALS = {"chat": 0.05, "retrieval": 0.02, "draft": 0.2}
-"""Nats a token that a use may lose: our choice, not measured on that use. On SmolLM2-135M one token in nine has another
-first choice at .05, and one in four at .2."""
+"""Loss in nats a token that a use can accept: our choice, not measured on that use. On SmolLM2-135M, one token in nine
+has another first choice at .05, and one in four at .2."""
 
-KEPT = 0.25  # of the memory, for the system, other programs and work space: macOS lends a GPU about three quarters
+KEPT = 0.25  # of the memory, for the system, other programs and work space: macOS gives a GPU about three quarters
 OVERHEAD_BITS = 0.5  # of a quantized weight: a scale and a bias of 16 bits for 64
 EXACT = "fp16"
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -57,24 +57,24 @@ SIZE = either(real(above=0), Check('a size such as "16 GB"', _has_size, _bytes))
 
 @dataclass(frozen=True)
 class Advice:
-    """What `advise` found; ``print`` says it in sentences."""
+    """Result of `advise`; ``print`` shows it in sentences."""
 
     context: int  # tokens of each sequence
     goal: str
     memory_bytes: int
     weights_bytes: int
-    room_bytes: int  # for the cache: what weights, system and other programs leave
-    frame: pl.DataFrame  # a row a cache, best first: `ADVICE`
-    trained_tokens: int = 0  # the longest text that the model was made for; 0 where that is not known
+    room_bytes: int  # for the cache: memory without weights, system and other programs
+    frame: pl.DataFrame  # `ADVICE`: one row for each cache, best first
+    trained_tokens: int = 0  # trained context length; 0 if unknown
 
     @property
     def best(self) -> dict[str, Any]:
-        """The first row: the cache to take, if it fits."""
+        """The first row, which is the recommended cache if it fits."""
         return self.frame.row(0, named=True)
 
     @property
     def code(self) -> str:
-        """Lines of Python that make that cache."""
+        """Python code that makes that cache."""
         name, method, bits = (self.best[key] for key in ("name", "method", "bits"))
         if name == EXACT:
             return "from mlx_lm.models.cache import make_prompt_cache\n\ncache = make_prompt_cache(model)"
@@ -87,7 +87,7 @@ class Advice:
         return f"cache = vl.make_cache({given})"
 
     def __str__(self) -> str:
-        """Where the memory goes, the cache to take and why, and the code."""
+        """Use of the memory, the recommended cache with the reason, and the code."""
         system = self.memory_bytes - self.weights_bytes - self.room_bytes
         left = max(self.room_bytes, 0)
         uses = ((self.weights_bytes, "for the weights"), (system, "for the system"), (left, "for the cache"))
@@ -130,12 +130,12 @@ def advise(
     measured: pl.DataFrame | None = None,
     progress: Progress = silent,
 ) -> Advice:
-    """Say which cache to take: the one that loses least of those that the memory holds.
+    """Recommend a cache: the one with the least loss of those that fit in memory.
 
-    Bytes are the layout's (`plan_memory`). What a cache loses is predicted from the committed results of SmolLM2-135M,
-    which rank caches: another model loses other amounts. With a loaded model and its ``tokenizer``, the ``most`` first
-    that fit are measured on it, over ``tokens`` tokens, after a calibration where a method needs one.
-    Raises `InputError`: as `plan_memory`; or a shape that was typed in, without ``weights``.
+    Bytes are those of the layout (`plan_memory`). Losses are predicted from the committed results of SmolLM2-135M.
+    These rank caches; the losses of other models have other sizes. With a loaded model and its ``tokenizer``, the
+    ``most`` first that fit are measured on it, over ``tokens`` tokens, after a calibration if the method needs one.
+    Raises `InputError`: as `plan_memory`; or if a typed-in shape comes without ``weights``.
 
     Parameters
     ----------
@@ -144,10 +144,10 @@ def advise(
     context, batch : tokens of each sequence, and sequences.
     memory : of the machine, in bytes or as ``"16 GB"`` (10^9 bytes); by default this device's. A quarter of it is kept
         for the system.
-    goal : a name in `GOALS`, which says how many nats a token may be lost.
-    weights : their bytes, or as ``"4.5 GB"``; by default those of the loaded model, or of a configuration at
-        ``weight_bits`` bits.
-    measured : `ADVICE` rows of this model from before; what they measured is taken from them.
+    goal : a name in `GOALS`, which has the acceptable loss in nats a token.
+    weights : their bytes, or a text such as ``"4.5 GB"``; by default those of the loaded model, or of a configuration
+        at ``weight_bits`` bits.
+    measured : earlier `ADVICE` rows of this model; its measurements are reused.
     """
     model_or_config = loaded(model_or_config)
     if tokenizer is not None and not isinstance(model_or_config, Module):
@@ -175,7 +175,7 @@ def advise(
 
 
 def _measure(model: Module, tokenizer: Tokenizer, rows: list[dict[str, Any]], tokens: int, progress: Progress) -> None:
-    """Replace what was predicted by what each cache loses on this model, everything but sinks through codes."""
+    """Replace predictions by losses measured on this model, with all tokens but sinks in codes."""
     exact = reference(model, tokenizer, tokens=tokens)
     for i, row in enumerate(rows):
         progress(i, len(rows), f"measuring {row['name']}")
@@ -187,7 +187,7 @@ def _measure(model: Module, tokenizer: Tokenizer, rows: list[dict[str, Any]], to
 
 
 def weights_bytes(model_or_config: ModelOrConfig, parameters: int, bits: int) -> int:
-    """Bytes of the weights of a loaded model, or of so many numbers that are quantized."""
+    """Return the bytes of a loaded model's weights, or of ``parameters`` quantized weights."""
     if isinstance(model_or_config, Module):
         return bytes_of(model_or_config.parameters())
     if not parameters:
@@ -196,7 +196,7 @@ def weights_bytes(model_or_config: ModelOrConfig, parameters: int, bits: int) ->
 
 
 def _candidates(shape: ModelShape, known: dict[str, dict[str, Any]]) -> Iterator[tuple[CacheLayout, dict[str, Any]]]:
-    """Layouts of the exact cache, mlx-lm's, and ours that lose less than a nat a token, with what is known of them."""
+    """Yield layouts of the exact cache, mlx-lm's, and ours that lose less than a nat a token, with known losses."""
     _, exact, *theirs = cache_layouts(shape)
     yield exact, {"name": EXACT, "method": None, "kl_mean": 0.0, "top1_flips": 0.0}
     for layout in theirs:
@@ -207,18 +207,18 @@ def _candidates(shape: ModelShape, known: dict[str, dict[str, Any]]) -> Iterator
             with_bits = number_of_bits(bits)
             try:
                 ours, *_ = cache_layouts(shape, method, bits=with_bits)
-            except InputError:  # a method that this head dimension is not for
+            except InputError:  # a method that does not support this head dimension
                 continue
             yield ours, row | {"method": method, "bits": float(with_bits)}
 
 
 def _ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What fits first, by what it loses; then by bytes."""
+    """Sort rows: those that fit first, by loss, then by bytes."""
     return sorted(rows, key=lambda row: (not row["fits"], row["kl_mean"] if row["fits"] else inf, row["held_bytes"]))
 
 
 def to_measure(rows: Iterable[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """Those of the ``most`` first of our caches that fit which were not measured yet; ``rows``: ranked `ADVICE`."""
+    """Return those of the ``most`` first of our fitting caches without a measurement; ``rows``: ranked `ADVICE`."""
     first = [row for row in rows if row["fits"] and row["method"]][:most]
     return [row for row in first if row["kind"] == "predicted"]
 

@@ -1,4 +1,4 @@
-"""Calibration: real activations in, fitted codecs out, kept on disk so that a model is calibrated once."""
+"""Calibration: fits codecs to a model's activations, and keeps them on disk, so that this is done once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from veloxlab.progress import Progress, silent
 from veloxlab.store import digest, kept, kept_in
 from veloxlab.texts import Tokenizer, excerpt
 
-USUAL_TOKENS, USUAL_WINDOWS = 1024, 32  # and of those whose gradients are taken
+USUAL_TOKENS, USUAL_WINDOWS = 1024, 32  # tokens, and windows for gradients
 LEAST_TOKENS, LEAST_DISTINCT = 64, 16
 
 
@@ -42,27 +42,28 @@ def calibrate(
     progress: Progress = silent,
     **options: object,
 ) -> Calibration:
-    """Fit a method's codecs to every layer of a model, on the model's own activations.
+    """Fit a method's codecs to every layer of a model, on the model's activations.
 
-    The result is saved and found again by everything it depends on: the model's weights, the method and its options,
-    the text, tokens, bits and seed. One layer's activations are held at a time. A registered method
-    (`veloxlab.codecs.register`) is fitted anew each time: its code may have changed. FisherQuant, which plans the bits
-    of a whole model later, is fitted once for all widths, to gradients of the loss.
+    The result is saved, and reused while everything that it depends on is the same: weights, method and options, text,
+    tokens, bits and seed. The activations of one layer at a time are held. A registered method
+    (`veloxlab.codecs.register`) is fitted each time, because its code can change. FisherQuant plans the bits of the
+    whole model later, so it is fitted once for all widths, to gradients of the loss.
 
-    In seconds of one core, SmolLM2 (1,024 tokens, float32) takes below 20 where only channels, means or levels are
-    learned, 30 for SpectralQuant, 45 to 75 for VecInfer, and 70 to 170 for CommVQ at 1 to 4 bits; each width again.
-    FisherQuant takes 175 or more for its 32 windows, once.
+    Times on one core, SmolLM2 (1,024 tokens, float32), for each width: below 20 s for methods that learn channels,
+    means or levels, 30 s for SpectralQuant, 45 to 75 s for VecInfer, and 70 to 170 s for CommVQ at 1 to 4 bits.
+    FisherQuant takes 175 s or more for its 32 windows, once.
     Raises `InputError`: unknown method or option, bits out of range, a text that is too short or too uniform, or
     activations that are not finite.
 
     Parameters
     ----------
-    text : what the model reads; by default the WikiText-2 validation excerpt, or, for gradients, the mixed text.
-    bits : the width, or all widths, to fit keys and values for; of no effect where one fit serves all.
+    text : text that the model reads; by default the WikiText-2 validation excerpt, or, for gradients, the mixed text.
+    bits : the width, or all widths, to fit keys and values for; no effect if one fit serves all widths.
     tokens : how much of the text, 64 or more; by default 1,024, or 32 windows of 512 for gradients.
     seed : of everything random.
-    folder : where to keep it; the user's cache folder by default. Where it cannot be written a warning says so.
-    progress : told of each layer; what it raises ends the work, and nothing is saved but windows with their gradients.
+    folder : where to keep the result; by default the user's cache folder. A warning reports a folder without write
+    access.
+    progress : called for each layer. An exception from it ends the work, and only windows with gradients are saved.
     options : the method's own.
     """
     found, widths = find_method(method), sorted(set(bits) if isinstance(bits, Sequence) else {bits})
@@ -74,7 +75,7 @@ def calibrate(
     read = {"model": fingerprint(model), "text": digest(ids), "tokens": len(ids), "seed": seed}
     of_widths: dict[str, object] = {"bits": [] if found.planned else widths, "options": _as_json(options)}
     facts = {"version": found.version, **read, **of_widths}
-    own = {"seed": seed} if seed and "seed" in found.options else {}  # of the codec's rotation
+    own = {"seed": seed} if seed and "seed" in found.options else {}  # seed of the codec's rotation
 
     def made() -> Calibration:
         if found.planned:
@@ -87,7 +88,7 @@ def calibrate(
             )
         return Calibration(method, facts, dict(fitted))
 
-    if found.codecs:  # registered: a file could not tell whether its code is still the same
+    if found.codecs:  # registered: a file cannot record the version of the code
         return made()
     key = digest([FORMAT, method, facts])[:16]
     path = kept_in("calibrations", folder) / f"{method}-{key}.safetensors"
@@ -97,7 +98,7 @@ def calibrate(
 def _to_gradients(
     found: Method, samples: Iterable[tuple[int, Tensor, Sample]], options: Mapping[str, object]
 ) -> Iterator[tuple[Place, Codec]]:
-    """A codec of each layer's keys and values, which serves all widths."""
+    """Yield a codec for each layer's keys and values, which serves all widths."""
     for layer, tensor, sample in samples:
         codec = found.codec(sample.x.shape[-1], found.bits[0], tensor, **options)
         yield (layer, tensor, 0), codec.fit(sample)
@@ -106,7 +107,7 @@ def _to_gradients(
 def _to_activations(
     found: Method, layers: Iterable[LayerCapture], widths: Sequence[float], seed: int, options: Mapping[str, object]
 ) -> Iterator[tuple[Place, Codec]]:
-    """A codec of each layer's keys and values for each width."""
+    """Yield a codec for each layer's keys and values, for each width."""
     for seen in layers:
         seen.check_finite("to which nothing can be fitted", "queries", *TENSORS)
         queries = None if seen.queries is None else seen.queries.astype(mx.float32)
@@ -118,7 +119,7 @@ def _to_activations(
 
 
 def _windows(ids: Sequence[int]) -> list[Sequence[int]]:
-    """Stretches of a text of about `WINDOW` tokens."""
+    """Split a text into windows of about `WINDOW` tokens."""
     count = max(1, len(ids) // WINDOW)
     return [ids[i * len(ids) // count : (i + 1) * len(ids) // count] for i in range(count)]
 

@@ -1,4 +1,4 @@
-"""All methods beside mlx-lm's quantized cache: divergence, bytes, and time to store tokens and to attend to them."""
+"""Comparison of all methods with mlx-lm's quantized cache: divergence, bytes, and times to store and to attend."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from veloxlab.texts import Tokenizer
 
 COMPARED = FIDELITY | schema("store_us store_ratio attend_us attend_ratio")
 """Columns of `compare`: microseconds to store one token's key and value in one layer, in a block of 512, and for one
-query to attend to 512 tokens in one layer; each also in those of the exact cache; null if no times are taken."""
+query to attend to 512 tokens in one layer; each also as a ratio to the exact cache; null if times are not measured."""
 
 RATIOS = schema("name tokens head_dim key_ratio value_ratio ratio")
 """Columns of `byte_ratios`: bytes in 16 bits over bytes held, tables included, for keys, for values and for both."""
@@ -56,17 +56,17 @@ def compare(
     progress: Progress = silent,
     on_rows: OnRows = silent,
 ) -> pl.DataFrame:
-    """Measure every method at those of ``bits`` that it has, and mlx-lm's quantized cache: a row each, `COMPARED`.
+    """Measure every method at the ``bits`` that it supports, and mlx-lm's quantized cache: one row each, `COMPARED`.
 
-    With ``methods`` only those of ours. Another processor or number of threads sums in another order, which moves some
-    codes over an edge: divergences were then up to 2 % apart.
-    A method that takes fractions has a quarter of a bit more, as most others have with their scales. Every token is
-    compressed, and is read through its codes; with ``sinks`` all but so many first ones, in our caches, and no times
-    are taken. ``seed`` is of what is random in our codes and their calibration. Methods that need it are calibrated on
-    their usual text. A cache that this model cannot have is left out;
-    ``progress`` and ``on_rows`` are told why. mlx-lm's cache is filled once: what
-    `mx.quantize` gave, decoded and quantized again is another cache (``findings/mlx_quantize_twice_is_not_once.sh``).
-    Raises `InputError`: as `veloxlab.reference` and `veloxlab.capture`; or every cache is left out.
+    ``methods``: only these of ours. Another processor or number of threads changes the order of sums, which moves some
+    codes across a boundary: divergences differed by up to 2 %.
+    A method with fractional bits gets a quarter of a bit more, which is what most others need for scales. All tokens
+    are compressed and read through codes; with ``sinks``, our caches keep that many first tokens exact, and times are
+    not measured. ``seed``: for random parts of our codes and their calibration. Methods that need it are calibrated on
+    their usual text. A cache that this model does not support is left out, and ``progress`` and ``on_rows`` get the
+    reason. mlx-lm's cache is filled once, because `mx.quantize` of its own decoded
+    output gives another cache (``findings/mlx_quantize_twice_is_not_once.sh``).
+    Raises `InputError`: as `veloxlab.reference` and `veloxlab.capture`; or if every cache is left out.
     """
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows)
     seen = None if sinks else capture(model, tokenizer, text, tokens=tokens).layers[0]
@@ -96,7 +96,7 @@ def _row(
 def timed_again(
     frame: pl.DataFrame, model: Module, tokenizer: Tokenizer, *, tokens: int = 512, progress: Progress = silent
 ) -> pl.DataFrame:
-    """Give the rows of `compare` with times measured again: only they need a quiet machine.
+    """Return the rows of `compare` with times measured again: only times need a machine without other work.
 
     Raises `InputError`: as `veloxlab.capture`.
     """
@@ -109,8 +109,8 @@ def timed_again(
 
 
 def _times(model: Module, seen: LayerCapture, make: CacheMaker) -> dict[str, float]:
-    """The columns of `COMPARED` that are times."""
-    facts = next(found for found in probe(model) if found.compressible)  # of the layer that was captured first
+    """Return the columns of `COMPARED` that are times."""
+    facts = next(found for found in probe(model) if found.compressible)  # of the first captured layer
     plain, own = cache_seconds(seen, KVCache, lambda: slot_of(make(model), facts))
     times = {"store_us": 1e6 * own.store / seen.keys.shape[2], "attend_us": 1e6 * own.attend}
     return times | {"store_ratio": own.store / plain.store, "attend_ratio": own.attend / plain.attend}
@@ -124,7 +124,7 @@ def _makers(
     methods: Sequence[str] | None = None,
     seed: int = 0,
 ) -> dict[str, Callable[[], CacheMaker]]:
-    """By name of the cache, what calibrates it where it has to be, and gives what makes it."""
+    """Return by name of the cache a function that calibrates it if needed, and returns its maker."""
     wanted = METHODS.values() if methods is None else [find_method(method) for method in methods]
     ours = ((m, b + m.fractional / 4) for m in wanted for b in bits if m.id != "none" and b in m.bits)
     makers: dict[str, Callable[[], CacheMaker]] = {
@@ -141,21 +141,21 @@ def _ours(model: Module, tokenizer: Tokenizer, method: Method, bits: float, sink
 
 
 class CacheSeconds(NamedTuple):
-    """Medians: of storing a layer's capture in an empty cache, and of one query's attention to it."""
+    """Median times to store a layer's capture in an empty cache, and of one query's attention to it."""
 
     store: float
     attend: float
 
 
 def cache_seconds(layer: LayerCapture, *makes: Callable[[], Any]) -> list[CacheSeconds]:
-    """Time the caches that ``makes`` give, in turn: what slows the device down for a while slows each of them."""
+    """Time the caches of ``makes`` in turn, so that other work on the device slows each of them equally."""
     works = [_works(layer, make) for make in makes]
     rounds = [[[seconds(work) for work in own] for own in works] for _ in range(FIRST_TRIES + REPEATS)][FIRST_TRIES:]
     return [CacheSeconds(*map(median, zip(*own, strict=True))) for own in zip(*rounds, strict=True)]
 
 
 def _works(layer: LayerCapture, make: Callable[[], Any]) -> tuple[Callable[[], object], Callable[[], object]]:
-    """What stores a capture in an empty cache, which waits, and what attends to a full one."""
+    """Return a function that stores a capture in an empty cache and waits, and one that attends to a full cache."""
     keys, values = layer.keys, layer.values
     heads, head_dim = (keys if layer.queries is None else layer.queries).shape[1], keys.shape[-1]
     query = mx.random.normal((1, heads, 1, head_dim), dtype=keys.dtype, key=mx.random.key(0))
@@ -170,7 +170,7 @@ def _works(layer: LayerCapture, make: Callable[[], Any]) -> tuple[Callable[[], o
         return fresh.state
 
     def attend() -> object:
-        own = mx.array(query)  # mlx-lm's quantized attention scales the query that it is given in place
+        own = mx.array(query)  # mlx-lm's quantized attention scales its query in place
         return scaled_dot_product_attention(own, k, v, cache=cache, scale=head_dim**-0.5, mask=None)
 
     return store, attend

@@ -1,4 +1,4 @@
-"""Distributions of keys and values in the spaces that methods see: before RoPE, rotated, smoothed, on learned axes."""
+"""Distributions of keys and values in the spaces that methods code: before RoPE, rotated, smoothed, on learned axes."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ Space = Literal["raw", "before_rope", "rotated", "smoothed", "smoothed_rotated",
 SPACES: tuple[Space, ...] = get_args(Space)
 
 CHANNELS = schema(PLACE + "space channel mean rms least low median high most not_finite")
-"""Columns of `channel_distributions`, in the space's unit, over the tokens that are finite, null of none: mean,
-root-mean-square, least, what 1 % lie below, median, what 1 % lie above, most; and tokens that are NaN or infinite."""
+"""Columns of `channel_distributions`, in the space's unit, over finite tokens, null if there are none: mean, RMS,
+least, 1 % quantile, median, 99 % quantile, most; and tokens that are NaN or infinite."""
 
 DENSITIES = schema(PLACE + "space value width density below above not_finite")
-"""Columns of `densities`: middle and width of a bin; share of the finite coordinates a unit of the space; shares of
-them under the first bin and over the last, and coordinates that are not finite, the same in every row of a head."""
+"""Columns of `densities`: middle and width of a bin; share of the finite coordinates per unit of the space; shares of
+them below the first bin and above the last, and coordinates that are not finite, the same in every row of a head."""
 
 OUTLIERS = schema(PLACE + "space loudest loudest_ratio outlier_channels peak_ratio not_finite")
-"""Columns of `outlier_channels`: the channel of greatest root-mean-square over the tokens, and that in those of the
-median channel; channels of more than `OUTLIER` times the median one's; greatest |coordinate| of the head in
-root-mean-squares of all. Coordinates that are not finite do not count. Null where the median, or the head, is zero."""
+"""Columns of `outlier_channels`: the channel of greatest RMS over the tokens, and its ratio to the median channel's;
+channels above `OUTLIER` times the median; greatest |coordinate| of the head over the RMS of all. Coordinates that are
+not finite do not count. Null if the median, or the head, is zero."""
 
 BINS = 80
-TAIL = 5e-4  # share of coordinates that a density may leave out at either end
+TAIL = 5e-4  # greatest share of coordinates outside the bins at either end
 OUTLIER = 3.0
 SUMMARY = {"least": 0.0, "low": 0.01, "median": 0.5, "high": 0.99, "most": 1.0}  # quantiles
 
 
 def vectors(layer: LayerCapture, tensor: Tensor, space: Space = "raw") -> Floats:
-    """Keys or values of a layer in one of the spaces ``[H, S, D]``, float32.
+    """Return keys or values of a layer in one of the spaces ``[H, S, D]``, float32.
 
-    ``raw``               As they go into the cache: keys after RoPE.
-    ``before_rope``       Keys with their rotary embedding undone, as CommVQ codes them.
-    ``rotated``           Random signs, then Hadamard: what TurboQuant, RVQ, RaBitQ and PolarQuant code.
-    ``smoothed``          Each channel over λ = √(max |x|), VecInfer's first step; in units of λ.
-    ``smoothed_rotated``  The same, then signs and Hadamard: what VecInfer codes of keys.
-    ``eigenbasis``        SpectralQuant's axes, learned from these vectors: root-mean-square 1, without the mean, the
-                          largest variance first.
+    ``raw``               As they enter the cache: keys after RoPE.
+    ``before_rope``       Keys without their rotary embedding; CommVQ codes these.
+    ``rotated``           Random signs, then Hadamard; TurboQuant, RVQ, RaBitQ and PolarQuant code these.
+    ``smoothed``          Each channel over λ = √(max |x|), the first step of VecInfer; in units of λ.
+    ``smoothed_rotated``  The same, then signs and Hadamard; VecInfer codes these for keys.
+    ``eigenbasis``        SpectralQuant's axes, learned from these vectors: RMS 1, without the mean, the largest
+                          variance first.
 
-    Raises `InputError`: an unknown space; values, or a layer without a known RoPE, before RoPE; too few tokens, or
-    numbers that are not finite, for an eigenbasis.
+    Raises `InputError` for an unknown space; for values, or a layer without a known RoPE, in the space before RoPE; and
+    for too few tokens, or numbers that are not finite, in an eigenbasis.
     """
     if space not in SPACES:
         raise InputError(f"There is no space {space!r}: choose one of {', '.join(SPACES)}.")
@@ -79,7 +79,7 @@ def vectors(layer: LayerCapture, tensor: Tensor, space: Space = "raw") -> Floats
 
 
 def _on_axes(x: mx.array) -> mx.array:
-    heads = mx.array([head for head in range(x.shape[1]) if x[:, head].any().item()])  # a head of zeros stays as it is
+    heads = mx.array([head for head in range(x.shape[1]) if x[:, head].any().item()])  # a head of zeros is unchanged
     if not heads.size:
         return x
     own = x[:, heads]
@@ -99,7 +99,7 @@ def _by_head(
     tensors: Tensors,
     blocks: Callable[[Floats, str], Iterable[Columns]],
 ) -> pl.DataFrame:
-    """Rows of what ``blocks`` gives of the vectors ``[H, S, D]`` of each layer, whose name it is told; NaN is null."""
+    """Return the rows of ``blocks(vectors, name)`` for vectors ``[H, S, D]`` of each named layer; NaN becomes null."""
 
     def in_space(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
         for block in blocks(vectors(layer, tensor, space), f"the {tensor} of layer {layer.layer}"):
@@ -110,9 +110,9 @@ def _by_head(
 
 
 def channel_distributions(capture: Capture, space: Space = "raw", *, tensors: Tensors = None) -> pl.DataFrame:
-    """Mean, size and quantiles of every channel over the tokens of a capture: `CHANNELS`.
+    """Return mean, RMS and quantiles of every channel over the tokens of a capture: `CHANNELS`.
 
-    ``tensors`` is keys, values or both; by default all that the space has. Raises `InputError` as `vectors`.
+    ``tensors``: keys, values or both; by default all that the space has. Raises `InputError` as `vectors`.
     """
 
     def blocks(x: Floats, _: str) -> Iterator[Columns]:
@@ -122,7 +122,7 @@ def channel_distributions(capture: Capture, space: Space = "raw", *, tensors: Te
         found |= {"mean": known.mean(axis=1).filled(np.nan), "rms": np.sqrt((known**2).mean(axis=1)).filled(np.nan)}
         in_order = np.sort(np.where(finite, x, np.nan), axis=1)  # NaN comes last
         for name, share in SUMMARY.items():
-            at = np.floor(share * np.maximum(finite.sum(axis=1) - 1, 0) + 0.5).astype(int)  # a token, none between two
+            at = np.floor(share * np.maximum(finite.sum(axis=1) - 1, 0) + 0.5).astype(int)  # the nearest token
             found[name] = np.take_along_axis(in_order, at[:, None], axis=1)[:, 0]
         yield found
 
@@ -131,10 +131,10 @@ def channel_distributions(capture: Capture, space: Space = "raw", *, tensors: Te
 
 @checked(bins=whole(2))
 def densities(capture: Capture, space: Space = "raw", *, tensors: Tensors = None, bins: int = BINS) -> pl.DataFrame:
-    """Histogram of all coordinates of each head, as a density: `DENSITIES`.
+    """Return a histogram of all coordinates of each head, as a density: `DENSITIES`.
 
-    The bins leave out at most one coordinate of two thousand at either end. Raises `InputError` as `vectors`, and for a
-    head with no finite coordinate.
+    At most one coordinate in two thousand is outside the bins at either end. Raises `InputError` as `vectors`, and for
+    a head with no finite coordinate.
     """
 
     def blocks(x: Floats, of: str) -> Iterator[Columns]:
@@ -150,9 +150,9 @@ def densities(capture: Capture, space: Space = "raw", *, tensors: Tensors = None
 
 
 def outlier_channels(capture: Capture, space: Space = "raw", *, tensors: Tensors = None) -> pl.DataFrame:
-    """How far single channels and single coordinates of each head stand out: `OUTLIERS`.
+    """Measure the outlier channels and coordinates of each head: `OUTLIERS`.
 
-    The steps of a uniform quantizer are as wide as the greatest coordinate needs: ``peak_ratio`` is this cost. Raises
+    The greatest coordinate sets the step width of a uniform quantizer; ``peak_ratio`` is this cost. Raises
     `InputError` as `vectors`.
     """
 
@@ -175,7 +175,7 @@ def outlier_channels(capture: Capture, space: Space = "raw", *, tensors: Tensors
 
 
 def bin_edges(coordinates: Floats, bins: int) -> NDArray[np.float64]:
-    """Edges of equal bins that hold all finite ``coordinates`` but `TAIL` at either end, and have some width."""
+    """Return edges of equal bins around all finite ``coordinates`` but `TAIL` at either end, with a width above 0."""
     low, high = (float(end) for end in np.quantile(coordinates, (TAIL, 1 - TAIL)))
     if high - low <= 1e-6 * max(abs(low), abs(high)):
         room = max(abs(low), 1.0) / 2
@@ -184,7 +184,7 @@ def bin_edges(coordinates: Floats, bins: int) -> NDArray[np.float64]:
 
 
 def histogram(coordinates: Floats, edges: NDArray[np.float64]) -> dict[str, Any]:
-    """``value, width, density`` of each bin; densities are shares of all coordinates, those outside too."""
+    """Return ``value, width, density`` of each bin; densities are shares of all coordinates, also of those outside."""
     counts, _ = np.histogram(coordinates, edges)
     width = np.diff(edges)
     return {"value": (edges[1:] + edges[:-1]) / 2, "width": width, "density": counts / (coordinates.size * width)}

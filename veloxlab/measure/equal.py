@@ -1,4 +1,4 @@
-"""Methods at equal bits: what each loses where all hold as many bits a value, read between measured caches."""
+"""Methods at equal bits: the loss of each at the same bits per value, interpolated between measured caches."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from veloxlab.measure.frames import schema
 from veloxlab.measure.paired import Mean
 
 POINTS = schema("method held_bits window kl_mean")
-"""Columns that `at_equal_bits` reads: of each measured cache its method and the bits that it holds for a value, scales,
-tables and exact tokens included; and of each window of the text, the same for all, its mean KL in nats."""
+"""Columns of `at_equal_bits`'s input: method of each measured cache; bits that it holds for a value, with scales,
+tables and exact tokens; window of the text, the same for all caches; mean KL of the window in nats."""
 
 EQUAL = schema("method kl_mean below above difference low high")
-"""Columns of `at_equal_bits`: method; mean KL in nats where it holds so many bits; bits held by the two measured caches
-that this is read between, equal where one holds just so many; KL beyond that of the first row, and the ends of its 95 %
-interval, paired by window, null for a single one."""
+"""Columns of `at_equal_bits`: method; mean KL in nats at these bits; bits held by the two measured caches below and
+above, equal if one cache holds exactly these bits; KL minus that of the first row, and the ends of its 95 %
+interval, paired by window, null for a single window."""
 
 
 def at_equal_bits(points: pl.DataFrame, bits: float) -> pl.DataFrame:
-    """Rank methods where each holds ``bits`` for a value, the one that loses least first: `EQUAL`.
+    """Rank methods by their loss at ``bits`` held for a value, the least first: `EQUAL`.
 
-    Between the two nearest measured caches of a method the logarithm of its KL follows the bits in a straight line, in
-    each window by itself: an error falls by about the same factor with every bit. A method with no cache on one of the
-    sides is left out, and so is a cache with a KL of 0, or that is no number. ``points``: `POINTS`.
+    Between the two nearest measured caches of a method, the logarithm of KL is interpolated linearly in the bits, in
+    each window separately: every bit reduces the error by about the same factor. A method without a cache on both sides
+    is left out, and so is a cache with a KL of 0 or NaN. ``points``: `POINTS`.
     """
     kl = pl.col("kl_mean")
     whole = (kl.is_finite() & (kl > 0)).all().over("method", "held_bits")

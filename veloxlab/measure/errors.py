@@ -24,29 +24,29 @@ from veloxlab.measure.frames import PLACE, in_schema, schema
 from veloxlab.progress import Progress, silent
 
 LAYER_ERRORS = schema(PLACE + "rel_mse cosine logit_error output_error")
-"""Columns of `layer_errors`: Σ‖x − x̂‖² / Σ‖x‖² over the tokens of the compressed tensor, 0 where nothing is lost; mean
-of cos(x, x̂); of keys, root-mean-square change of scale·q·k over causal pairs, nats; Σ‖o − ô‖² / Σ‖o‖² of the attention
+"""Columns of `layer_errors`: Σ‖x − x̂‖² / Σ‖x‖² over the tokens of the compressed tensor, 0 without loss; mean
+of cos(x, x̂); for keys, RMS change of scale·q·k over causal pairs, in nats; Σ‖o − ô‖² / Σ‖o‖² of the attention
 output over the query heads of this KV head, with the other tensor exact."""
 
 TOKEN_ERRORS = schema(PLACE + "bits position squared_error squared_norm")
 """Columns of `token_errors`: code bits of a coordinate, position of the token in the text, ‖x − x̂‖² and ‖x‖²."""
 
 PROFILE = schema("tensor bits position position_end low median high not_finite")
-"""Columns of `errors_along_position`: first of a block of positions and the one behind it; ‖x − x̂‖² / ‖x‖² below which
-a tenth, half and nine tenths of layers, heads and tokens lie, null where none is finite; vectors whose error is not."""
+"""Columns of `errors_along_position`: first position of a block, and the one after its last; the 10 %, 50 % and 90 %
+quantiles of ‖x − x̂‖² / ‖x‖² over layers, heads and tokens, null if none is finite; vectors whose error is not."""
 
 ERROR_DENSITIES = schema("tensor bits least most share zero not_finite")
 """Columns of `error_densities`: ends of a bin of relative squared error, equal on a log scale; share of the vectors
-with an error above 0; vectors without error, which a log scale cannot show, and those whose error is not finite."""
+with an error above 0; vectors without error, which a log scale cannot show, and vectors whose error is not finite."""
 
 ERRORS_BY_BITS = schema("tensor bits error true_bits not_finite")
-"""Columns of `errors_by_bits`: Σ‖x − x̂‖² / Σ‖x‖² over all vectors whose error is finite, null of none; bits that a
-value really takes; vectors whose error is not finite."""
+"""Columns of `errors_by_bits`: Σ‖x − x̂‖² / Σ‖x‖² over all vectors with a finite error, null if there are none; true
+bits of a value; vectors with an error that is not finite."""
 
 ATTENTION_MAP = schema("kind query query_end key key_end weight moved")
-"""Columns of `attention_map`: "exact", "compressed", or "difference", compressed less exact; first position of a block
-of queries and the one behind it; the same of keys, at or before the queries; attention that the keys get, mean over
-the queries of the block, so that rows add up to 1; ½ Σ|p − p̂| over single keys, mean over the queries of the row."""
+"""Columns of `attention_map`: "exact", "compressed", or "difference", compressed minus exact; first position of a block
+of queries, and the one after its last; the same of keys, at or before the queries; attention to the keys, mean over
+the queries of the block, so that rows sum to 1; ½ Σ|p − p̂| over single keys, mean over the queries of the row."""
 
 BLOCKS, BINS = 64, 60
 MAP_BLOCKS = 32  # per side: three triangles of 528 cells
@@ -55,14 +55,14 @@ TOKENS = measured(TOKEN_ERRORS, "vl.measure.token_errors")
 
 
 def ratio(part: ArrayLike, whole: ArrayLike) -> NDArray[Any]:
-    """``part / whole`` by element: 0 where ``part`` is 0, and infinite where ``whole`` alone is."""
+    """Return ``part / whole`` by element: 0 if ``part`` is 0, infinite if only ``whole`` is 0."""
     part, whole = np.asarray(part), np.asarray(whole)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(np.where(part == 0, 0, part / whole))
 
 
 def ratio_of(part: pl.Expr, whole: pl.Expr) -> pl.Expr:
-    """`ratio` of two columns."""
+    """Return `ratio` of two columns."""
     return pl.when(part == 0).then(0.0).otherwise(part / whole)
 
 
@@ -83,12 +83,12 @@ def layer_errors(
     progress: Progress = silent,
     **options: object,
 ) -> pl.DataFrame:
-    """Error of each layer, KV head and tensor when ``method`` compresses the captured keys or values.
+    """Measure the error of each layer, KV head and tensor when ``method`` compresses the captured keys or values.
 
-    The first ``sinks`` and the last ``window`` tokens stay exact and count as such. Attention is causal over the
-    captured queries, in float32. Columns: `LAYER_ERRORS`; ``logit_error`` and ``output_error`` are null where the
-    model does not show its queries. ``calibration`` is what `veloxlab.calibrate` gave. Raises `InputError` for an
-    unknown method or option, and bits out of range.
+    The first ``sinks`` and the last ``window`` tokens stay exact, and count with an error of 0. Attention is causal
+    over the captured queries, in float32. Columns: `LAYER_ERRORS`; ``logit_error`` and ``output_error`` are null if the
+    model does not show its queries. ``calibration``: from `veloxlab.calibrate`. Raises `InputError` for an
+    unknown method or option, and for bits out of range.
     """
     widths = tensor_bits(method, capture.exact_bits, bits, key_bits, value_bits)
 
@@ -117,7 +117,7 @@ def token_errors(
     progress: Progress = silent,
     **options: object,
 ) -> pl.DataFrame:
-    """Squared error and norm of each captured key and value, all compressed; they add up: `TOKEN_ERRORS`."""
+    """Measure squared error and norm of each captured key and value, all compressed: `TOKEN_ERRORS`. Rows add up."""
     width = usual_bits(method, capture.exact_bits, bits)
 
     def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
@@ -131,7 +131,7 @@ def token_errors(
 
 @checked(tokens=TOKENS)
 def relative_errors(tokens: pl.DataFrame, *, sinks: int = 0, window: int = 0) -> pl.DataFrame:
-    """``layer, head, tensor, bits, rel_mse`` from `token_errors`, sorted, with exact sinks and recent tokens."""
+    """Return ``layer, head, tensor, bits, rel_mse`` from `token_errors`, sorted, with exact sinks and recent tokens."""
     last = pl.col("position").max()
     packed = (pl.col("position") >= sinks) & (pl.col("position") <= last - window)
     error = ratio_of((pl.col("squared_error") * packed).sum(), pl.col("squared_norm").sum())
@@ -139,25 +139,25 @@ def relative_errors(tokens: pl.DataFrame, *, sinks: int = 0, window: int = 0) ->
 
 
 def exact_and_codec(layer: LayerCapture, tensor: Tensor, *settings: Any) -> tuple[mx.array, Codec]:
-    """Exact vectors ``[1, H, S, D]`` of one layer in float32, and what codes them: see `exact_and_decoded`."""
+    """Return exact vectors ``[1, H, S, D]`` of one layer in float32, and their codec: see `exact_and_decoded`."""
     x = layer.vectors(tensor)
     return x, fitted_online(layer.codec(tensor, *settings), x)
 
 
 def exact_and_decoded(layer: LayerCapture, tensor: Tensor, *settings: Any) -> tuple[mx.array, mx.array]:
-    """Exact and decoded ``[1, H, S, D]`` of one layer, both float32; ``settings`` are those of `LayerCapture.codec`."""
+    """Return exact and decoded ``[1, H, S, D]`` of one layer, both float32; ``settings``: of `LayerCapture.codec`."""
     x, codec = exact_and_codec(layer, tensor, *settings)
     return x, expanded([(codec, codec.encode(x))], mx.float32, slice(None), None)
 
 
 def with_exact_ends(x: mx.array, decoded: mx.array, sinks: int, window: int) -> mx.array:
-    """Decoded ``[1, H, S, D]``, but the first ``sinks`` and the last ``window`` tokens are those of ``x``."""
+    """Return decoded ``[1, H, S, D]`` with the first ``sinks`` and the last ``window`` tokens of ``x``."""
     position = mx.arange(x.shape[2])[:, None]
     return mx.where((position < sinks) | (position >= x.shape[2] - window), x, decoded)
 
 
 def _attention_errors(layer: LayerCapture, tensor: Tensor, decoded: mx.array) -> dict[str, ArrayLike]:
-    """Logit error and attention-output error of each KV head ``[H]``; none where the model shows no queries."""
+    """Return logit error and attention-output error of each KV head ``[H]``; empty if the model shows no queries."""
     if layer.queries is None or layer.scale is None:
         return {}
     given = {name: layer.vectors(name) for name in TENSORS} | {tensor: decoded}
@@ -180,7 +180,7 @@ def _some(tokens: pl.DataFrame) -> pl.DataFrame:
 
 @checked(tokens=TOKENS, blocks=whole(1))
 def errors_along_position(tokens: pl.DataFrame, *, blocks: int = BLOCKS) -> pl.DataFrame:
-    """Quantiles of the error of `token_errors` in blocks of positions: `PROFILE`; `InputError` if there is no row."""
+    """Return quantiles of the error of `token_errors` in blocks of positions: `PROFILE`; `InputError` without rows."""
     size = -(-(_some(tokens)["position"].max() + 1) // blocks)  # type: ignore[operator]
     finite = pl.col("error").is_finite()
     error = pl.col("error").filter(finite)
@@ -192,9 +192,9 @@ def errors_along_position(tokens: pl.DataFrame, *, blocks: int = BLOCKS) -> pl.D
 
 @checked(tokens=TOKENS)
 def errors_by_bits(tokens: pl.DataFrame, true_bits: pl.DataFrame) -> pl.DataFrame:
-    """The error at each width of `veloxlab.token_errors`, beside what a value takes by `veloxlab.code_bits`.
+    """Return the error at each width of `veloxlab.token_errors`, with the true bits from `veloxlab.code_bits`.
 
-    Columns: `ERRORS_BY_BITS`. Both frames have rows of several widths, so ``true_bits`` has a column ``bits`` too.
+    Columns: `ERRORS_BY_BITS`. Both frames have rows of several widths, so ``true_bits`` needs a column ``bits`` too.
     """
     finite = pl.col("squared_error").is_finite()
     sums = (pl.col(f"squared_{of}").filter(finite).cast(pl.Float64).sum() for of in ("error", "norm"))
@@ -207,11 +207,11 @@ def errors_by_bits(tokens: pl.DataFrame, true_bits: pl.DataFrame) -> pl.DataFram
 
 @checked(tokens=TOKENS, bins=whole(2))
 def error_densities(tokens: pl.DataFrame, *, bins: int = BINS) -> pl.DataFrame:
-    """How relative errors of single vectors of `veloxlab.token_errors` are distributed: `ERROR_DENSITIES`."""
+    """Return the distribution of relative errors of single vectors in `veloxlab.token_errors`: `ERROR_DENSITIES`."""
     errors = _some(tokens).select(*GROUP, error=RELATIVE)
     drawn = errors.filter(pl.col("error").is_finite() & (pl.col("error") > 0))["error"]
     low, high = (float(end) for end in (drawn.min() or 1.0, drawn.max() or 1.0))  # type: ignore[arg-type]
-    edges = np.geomspace(low / 1.01, high * 1.01, bins + 1)  # a little room, so that the ends lie inside
+    edges = np.geomspace(low / 1.01, high * 1.01, bins + 1)  # a small margin, so that the ends are inside
     frames = []
     for (tensor, bits), own in errors.sort(GROUP, maintain_order=True).group_by(GROUP, maintain_order=True):
         error = own["error"].to_numpy()
@@ -234,9 +234,9 @@ def attention_map(
     blocks: int = MAP_BLOCKS,
     **options: object,
 ) -> pl.DataFrame:
-    """Causal attention of one query head over exact keys, over keys that ``method`` compressed, and the difference.
+    """Return causal attention of a query head over exact keys, over keys compressed by ``method``, and the difference.
 
-    Every key is compressed; no window hides any. Columns: `ATTENTION_MAP`. Raises `InputError` as `layer_errors`, for a
+    All keys are compressed, without a window. Columns: `ATTENTION_MAP`. Raises `InputError` as `layer_errors`, for a
     layer that does not show its queries, and if there is no such head.
     """
     shown = layer.shown_queries("there is no attention map: take another")
@@ -259,12 +259,12 @@ def attention_map(
 
 
 def block_edges(tokens: int, blocks: int) -> NDArray[np.int64]:
-    """Where blocks begin, and where the last one ends: as equal as whole tokens allow, none empty."""
+    """Return the starts of blocks and the end of the last one: sizes as equal as possible, none empty."""
     return np.round(np.linspace(0, tokens, min(blocks, tokens) + 1)).astype(np.int64)
 
 
 def pooled_weights(weights: NDArray[np.float64], edges: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Sum over the keys of each block, mean over its queries: of ``[S, S]``, ``[blocks, blocks]``."""
+    """Sum over the keys of each block, mean over its queries: ``[S, S]`` to ``[blocks, blocks]``."""
     summed = np.add.reduceat(np.add.reduceat(weights, edges[:-1], axis=1), edges[:-1], axis=0)
     return np.asarray(summed / np.diff(edges)[:, None])
 

@@ -1,4 +1,4 @@
-"""Jobs that are measured once, here or in an executor's processes; jobs that may fail; how sure a mean of few is."""
+"""Jobs that run once, here or in an executor's processes; jobs that may fail; and intervals of means."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ R = TypeVar("R")
 
 @dataclass(eq=False)
 class Experiment(Generic[J, R]):
-    """Measures jobs, and knows the results of all that it measured, which a file can keep. Close it at the end.
+    """Runs jobs, and keeps all results, which a file can store. Close it at the end.
 
-    If a process of the executor dies, one new process does the jobs that are left. ``progress`` is told before the
-    first job and after each; what it raises ends the run and cancels waiting jobs.
+    If a process of the executor dies, one new process does the remaining jobs. ``progress`` is called before the first
+    job and after each; an exception from it ends the run and cancels waiting jobs.
     """
 
-    measure: Callable[[J], R]  # does one job; with an executor, a function that can be sent to a process
+    measure: Callable[[J], R]  # does one job; an executor needs a function that can be pickled
     name: Callable[[J], str] = str  # a job in words, for progress and messages
-    executor: Executor | None = None  # where jobs are done; None for this process
+    executor: Executor | None = None  # runs the jobs; None for this process
     progress: Progress = silent
     known: dict[J, R] = field(default_factory=dict)  # results
     _keep: Callable[[], object] = field(default=lambda: None, repr=False)
@@ -51,16 +51,16 @@ class Experiment(Generic[J, R]):
         to_rows: Callable[[Mapping[J, R]], Any],
         from_rows: Callable[[Any], Mapping[J, R]],
     ) -> None:
-        """Take over the results in a file, and keep there, as JSON by ``to_rows``, what is measured from now on."""
+        """Load the results in a file, and save later results there, as JSON made by ``to_rows``."""
         rows = unfinished.read()
         if rows is not None:
             self.known |= from_rows(rows)
         self._keep = lambda: unfinished.put(to_rows(self.known))
 
     def run(self, jobs: Sequence[J], *, done: int = 0, total: int | None = None) -> Iterator[tuple[J, R]]:
-        """Give each job and its result, known ones first; ``done`` of ``total`` jobs came before, for ``progress``.
+        """Yield each job and its result, known ones first; ``done`` of ``total`` jobs came before, for ``progress``.
 
-        Raises `InputError` that names the job if the new process died too: it does one job at a time.
+        Raises `InputError` with the job's name if the new process dies too; it does one job at a time.
         """
         jobs = tuple(dict.fromkeys(jobs))
         known = [(job, self.known[job]) for job in jobs if job in self.known]
@@ -84,7 +84,7 @@ class Experiment(Generic[J, R]):
                 self._replace_executor(error, self.name(left[0]))
 
     def _results(self, jobs: Sequence[J]) -> Generator[tuple[J, R]]:
-        """Give each job and its result as it is done; of a broken executor, first what it finished, then the error."""
+        """Yield each job and its result when it ends; of a broken executor, first its finished jobs, then the error."""
         if self.executor is None:
             yield from ((job, self.measure(job)) for job in tuple(jobs))
             return
@@ -98,7 +98,7 @@ class Experiment(Generic[J, R]):
                     broken = failed
                 else:
                     yield futures[future], future.result()
-        finally:  # the reader may stop at any time
+        finally:  # the caller may stop at any time
             for future in futures:
                 future.cancel()
         if broken is not None:
@@ -107,19 +107,19 @@ class Experiment(Generic[J, R]):
     def _replace_executor(self, error: BrokenExecutor, doing: str) -> None:
         if self._spare is not None:
             raise InputError(
-                f"A worker process died again, alone and while it was at this job: {doing}. Leave that out, or look "
-                "for what ended it, such as too little memory. The same run then goes on with what was measured."
+                f"A worker process died again, with only this job: {doing}. Leave that out, or find "
+                "the cause, such as too little memory. The same run then continues from what was measured."
             ) from error
         warnings.warn(
-            "A worker process died, perhaps for want of memory, and its executor takes no more jobs. What was measured "
-            "is kept, and one new process does the rest.",
+            "A worker process died, perhaps for lack of memory, and its executor takes no more jobs. All results "
+            "are kept, and one new process does the rest.",
             stacklevel=3,
         )
-        self._spare = self.executor = ProcessPoolExecutor(1, mp_context=get_context("spawn"))  # a fork loses threads
+        self._spare = self.executor = ProcessPoolExecutor(1, mp_context=get_context("spawn"))  # a fork has no threads
 
 
 class Attempt(NamedTuple):
-    """Measures rows of one cache, at some length if ``at`` says so; it may fail."""
+    """Measures rows of one cache, at a length that ``at`` names, if any; it may fail."""
 
     cache: str
     measure: Callable[[], pl.DataFrame]
@@ -129,7 +129,7 @@ class Attempt(NamedTuple):
 def possible_rows(
     attempts: Iterable[Attempt], total: int, schema: Mapping[str, Any], progress: Progress, on_rows: OnRows
 ) -> tuple[pl.DataFrame, dict[str, str]]:
-    """Rows of the ``total`` attempts that succeed, and why each cache that failed was left out from there on."""
+    """Return the rows of the ``total`` attempts that succeed, and the reason for each cache that is left out."""
     frames = [pl.DataFrame(schema=schema)]
     left_out: dict[str, str] = {}
     for i, (cache, measure, at) in enumerate(attempts):
@@ -150,9 +150,9 @@ def possible_rows(
 
 @functools.cache
 def student_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t with ``freedom`` degrees, for a ``probability`` from ½ to below 1; to about 1e-6.
+    """Return the quantile of Student's t with ``freedom`` degrees at a ``probability`` from ½ to below 1; error 1e-6.
 
-    With t = √ν·tan θ the density is proportional to cos^(ν−1) θ, which is integrated by the trapezoid rule.
+    With t = √ν·tan θ the density is proportional to cos^(ν−1) θ; the trapezoid rule integrates it.
     """
     if not 0.5 <= probability < 1 or freedom < 1:
         said = f"Student's t has no quantile at a probability of {probability} with {freedom} degrees of freedom"
@@ -164,14 +164,14 @@ def student_quantile(probability: float, freedom: int) -> float:
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean, and the ends of its two-sided t interval; for paired comparisons give the differences."""
+    """Return the mean and the ends of its two-sided t interval; for paired comparisons, pass the differences."""
     numbers = np.asarray(values, np.float64)
     low, mean = float(lower_ends(numbers, confidence)), float(numbers.mean())
     return mean, low, 2 * mean - low
 
 
 def lower_ends(values: NDArray[np.float64], confidence: float = 0.95) -> NDArray[np.float64]:
-    """Lower ends ``[...]`` of t intervals of the means over ``values`` ``[..., N]``; `InputError` below two values."""
+    """Return lower ends ``[...]`` of t intervals of means over ``values`` ``[..., N]``; `InputError` for one value."""
     count = values.shape[-1]
     if count < 2:
         raise InputError(f"An interval takes two values or more, and there are {count}: measure more windows.")

@@ -1,4 +1,4 @@
-"""Columns of the frames that measurements give: a name has one type everywhere; each schema is described below it."""
+"""Column types of measurement frames: a name has the same type everywhere. A description follows each schema."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ TYPES = {name: kind for kind, names in _TYPES.items() for name in names.split()}
 """Types of columns; all others are Float64."""
 
 PLACE = "layer head tensor "
-"""First columns of what is measured by head: index in the prompt cache, KV head, and "keys" or "values"."""
+"""First columns of measurements by head: index in the prompt cache, KV head, and "keys" or "values"."""
 
 
 def schema(names: str) -> dict[str, Any]:
-    """The types of columns, by their names in order."""
+    """Return the types of columns by their names, in order."""
     return {name: TYPES.get(name, pl.Float64) for name in names.split()}
 
 
 def in_schema(frame: pl.DataFrame, columns: Mapping[str, Any]) -> pl.DataFrame:
-    """The columns of a schema, in its order and types; those that the frame has not are null."""
+    """Return the columns of a schema, in its order and types; missing columns are null."""
     return frame.select(
         (pl.col(n) if n in frame.columns else pl.lit(None).alias(n)).cast(t) for n, t in columns.items()
     )

@@ -1,7 +1,7 @@
-"""One prompt continued with the exact cache and with a compressed one, token by token; and a passkey test.
+"""Generation from one prompt with the exact and with a compressed cache, token by token; and a passkey test.
 
-Decoding is greedy. A divergence compares two predictions of one text: once the texts differ, the exact model reads the
-compressed cache's text too, in another cache.
+Decoding is greedy. A divergence compares two predictions for the same text: after the texts differ, the exact model
+also reads the compressed cache's text, in another cache.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ Side = Literal["exact", "compressed"]
 SIDES: tuple[Side, Side] = ("exact", "compressed")
 USUAL_TOKENS = 64
 PROMPT = either(WORDS, many(whole(0), empty=True))  # a text, or token ids
-PLAIN = {"add_special_tokens": False}  # a text without marks of its beginning or end
+PLAIN = {"add_special_tokens": False}  # a text without tokens for its beginning or end
 
 GENERATION = schema("side position token text probability exact_probability kl held_bytes fp16_bytes")
-"""Columns of `side_by_side`: whose text it is, "exact" or "compressed"; position of the token in the text that was
-generated, its id and what it adds to the text; probability that its own cache gave it, and that the exact cache gives
-it behind the same text; KL(exact ‖ compressed) of that prediction in nats, null on the exact side; bytes then held, in
-buffers that grow in steps; and what exact keys and values of these tokens take in 16 bits a number."""
+"""Columns of `side_by_side`: whose text it is, "exact" or "compressed"; position of the token in the generated text,
+its id, and the text that it adds; its probability with its own cache, and with the exact cache after the same text;
+KL(exact ‖ compressed) of that prediction in nats, null on the exact side; bytes then held, in buffers that grow in
+steps; and bytes of exact keys and values of these tokens in 16 bits a number."""
 
 PASSKEY = schema("depth context passkey side answer hit")
-"""Columns of `passkey`: where the needle is in the text, 0 to 1; tokens of the text, the needle's among them; what was
-hidden; which cache was asked, "exact" or "compressed"; its answer, and whether that begins with the passkey."""
+"""Columns of `passkey`: depth of the needle in the text, 0 to 1; tokens of the text, with the needle; the passkey; the
+cache, "exact" or "compressed"; its answer, and whether that begins with the passkey."""
 
 OnToken = Callable[[pl.DataFrame], object]
 
 
 @dataclass
 class Reader:
-    """A model that has read a text into a cache of its own."""
+    """A model that has read a text into its own cache."""
 
     model: Module
     cache: list[Any]
     log_probs: mx.array = field(init=False)  # of the next token [vocabulary]
 
     def read(self, tokens: Sequence[int], chunks: Iterable[int] = ()) -> Reader:
-        """Read more of the text, in calls of so many tokens; by default in one."""
+        """Read more of the text, in calls of ``chunks`` tokens; by default in one call."""
         left = iter(tokens)
         for count in chunks or [len(tokens)]:
             ids = mx.array([list(islice(left, count))])
@@ -67,7 +67,7 @@ class Reader:
         return self
 
     def twin(self) -> Reader:
-        """One that has read the same, and reads on by itself."""
+        """Return an independent copy that has read the same text."""
         made = copy.copy(self)
         made.cache = copy.deepcopy(self.cache)
         return made
@@ -77,7 +77,7 @@ class Reader:
         return int(np.asarray(self.log_probs.argmax()))
 
     def nll(self, tokens: Sequence[int]) -> float:
-        """−log p of ``tokens`` as the next ones, in nats; what was read stays as it is."""
+        """Return −log p of ``tokens`` as the next ones, in nats; the state does not change."""
         log_probs, ids = self.log_probs[None], mx.array([*tokens])
         if len(tokens) > 1:
             logits = self.model(ids[None, :-1], cache=copy.deepcopy(self.cache))[0]
@@ -85,7 +85,7 @@ class Reader:
         return float(np.asarray(of_targets(log_probs, ids).sum()))
 
     def probability(self, token: int) -> float:
-        """Probability that a token is the next."""
+        """Return the probability that a token is the next one."""
         return float(np.asarray(mx.exp(self.log_probs[token])))
 
 
@@ -104,22 +104,22 @@ def side_by_side(
 ) -> pl.DataFrame:
     """Continue a prompt with the model's own cache and with a compressed one, greedily: `GENERATION`.
 
-    Raises `InputError`: as `veloxlab.make_cache`; or an empty prompt.
+    Raises `InputError`: as `veloxlab.make_cache`; or for an empty prompt.
 
     Parameters
     ----------
     prompt : a text, or token ids.
     method_or_plan : a method's id or a `veloxlab.Plan`, or any function from the model to a prompt cache.
-    tokens : to generate at most; a side that ends its text ends.
-    chat : whether a text is a user's message, in the tokenizer's template if it has one, or is continued as it is.
-    on_token : given the rows so far after each position.
+    tokens : most tokens to generate; a side stops at the end of its text.
+    chat : whether a text is a user's message, in the tokenizer's template if there is one; otherwise it is continued.
+    on_token : called with the rows so far after each position.
     settings : further arguments of `veloxlab.make_cache`, such as ``bits``, ``sinks`` and ``window``.
     """
     ids = prompt_ids(tokenizer, prompt, chat=chat)
     made = maker(method_or_plan, settings)(model)
     progress(0, tokens, "reading the prompt")
     exact, compressed = (Reader(model, cache).read(ids, calls(len(ids))) for cache in (own_cache(model), made))
-    checker = exact  # the exact model behind the compressed cache's text: the same reader until the texts differ
+    checker = exact  # the exact model after the compressed cache's text: the same reader until the texts differ
     going: dict[Side, Reader] = {"exact": exact, "compressed": compressed}
     texts: dict[Side, list[int]] = {side: [] for side in SIDES}
     rows: list[tuple[object, ...]] = []
@@ -148,13 +148,13 @@ def side_by_side(
 
 
 def first_parting(generation: pl.DataFrame) -> int | None:
-    """The first position at which the two texts of `side_by_side` differ, or None."""
+    """Return the first position at which the two texts of `side_by_side` differ, or None."""
     texts = [generation.filter(side=side)["token"].to_list() for side in SIDES]
     return next((i for i, (one, other) in enumerate(zip_longest(*texts)) if one != other), None)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int], *, chat: bool = True) -> list[int]:
-    """Token ids of a prompt, as `side_by_side` takes it; raises `InputError` if there are none."""
+    """Return token ids of a prompt as in `side_by_side`; raises `InputError` if there are none."""
     if not isinstance(prompt, str):
         ids = [int(token) for token in prompt]
     elif chat and prompt.strip() and getattr(tokenizer, "has_chat_template", False):
@@ -167,18 +167,18 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int], *, chat: bool 
 
 
 def _fp16_bytes(layers: Sequence[LayerFacts], tokens: int) -> int:
-    """Bytes of exact keys and values of so many tokens in 16 bits a number; a sliding layer keeps the newest."""
+    """Return bytes of exact keys and values of ``tokens`` in 16 bits a number; a sliding layer keeps the newest."""
     return sum(2 * facts.values_per_token * min(tokens, facts.max_size or tokens) for facts in layers)
 
 
 def added_text(tokenizer: Tokenizer, before: Sequence[int], token: int) -> str:
-    """What a token adds to a text: a character of several tokens is shown at the last of them."""
+    """Return the text that a token adds; a character of several tokens appears at the last of them."""
     shown = [str(tokenizer.decode(part)).rstrip("\ufffd") for part in (before, [*before, token])]
     return shown[1][len(shown[0]) :]
 
 
 def stops(tokenizer: Tokenizer) -> set[int]:
-    """Tokens that end a text."""
+    """Return the tokens that end a text."""
     return set(getattr(tokenizer, "eos_token_ids", ()))
 
 
@@ -202,19 +202,19 @@ def passkey(
     progress: Progress = silent,
     **settings: Any,
 ) -> pl.DataFrame:
-    """Hide a number in a text at several depths and ask for it, of the exact cache and of a compressed one: `PASSKEY`.
+    """Hide a number in a text at several depths, and ask the exact and a compressed cache for it: `PASSKEY`.
 
-    The text is read first and the question after it, in calls of their own. So the question and the answer see the
+    The text is read first, and the question after it in another call. So the question and the answer see the
     needle through its codes, unless it is in the window (Mohtashami and Jaggi 2023, arXiv 2305.16300, section 4.2).
-    Raises `InputError`: as `veloxlab.make_cache`; a context too short for the needle, or longer than the text.
+    Raises `InputError`: as `veloxlab.make_cache`; for a context too short for the needle, or longer than the text.
 
     Parameters
     ----------
     method_or_plan, settings : as for `side_by_side`.
     context : tokens of the text, needle and task included.
-    depths : where the needle is, as shares of the text, 0 to 1.
-    text : where it is hidden; the shipped WikiText-2 test excerpt by default.
-    seed : of the numbers, one for each depth.
+    depths : places of the needle as shares of the text, 0 to 1.
+    text : text around the needle; the shipped WikiText-2 test excerpt by default.
+    seed : for the numbers, one for each depth.
     """
     numbers = np.random.default_rng(seed).integers(10 ** (DIGITS - 1), 10**DIGITS, len(depths))
     filler = first_tokens(tokenizer, text, context, **PLAIN)
@@ -233,7 +233,7 @@ def passkey(
 
 
 def hidden(tokenizer: Tokenizer, filler: Sequence[int], context: int, depth: float, number: str) -> list[int]:
-    """Ids of the task and of a text of ``context`` tokens in all, with the needle at a depth of it."""
+    """Return ids of the task and a text, ``context`` tokens in all, with the needle at a depth of the text."""
     task, needle = (list(tokenizer.encode(words, **PLAIN)) for words in (TASK, NEEDLE.format(number)))
     room = context - len(task) - len(needle)
     if room < 1:
@@ -247,7 +247,7 @@ def hidden(tokenizer: Tokenizer, filler: Sequence[int], context: int, depth: flo
 
 
 def written(reader: Reader, tokenizer: Tokenizer, most: int) -> str:
-    """What the model writes behind the text that it read, greedily, in ``most`` tokens at most."""
+    """Return the model's greedy continuation of the text, at most ``most`` tokens."""
     ids: list[int] = []
     while len(ids) < most and (token := reader.best()) not in stops(tokenizer):
         ids.append(token)

@@ -1,4 +1,4 @@
-"""Keys and values of a model with the gradients of its loss, window by window, for codes in the loss's own metric."""
+"""Keys and values of a model with gradients of its loss, window by window, for codecs that minimise the loss."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from veloxlab.mlxlm.ropes import ropes_of
 from veloxlab.progress import Progress, ended_by, is_endable, may_end
 from veloxlab.store import digest, make_folder, read_arrays, reading, write_arrays
 
-PATIENCE = 0.2  # seconds between two looks at whether the work may end, while another thread does it
+PATIENCE = 0.2  # seconds between two checks of whether the work may end, while another thread does it
 FORMAT = "veloxlab gradients 1"
-WINDOW = 512  # tokens of a stretch of text
+WINDOW = 512  # tokens of a window of text
 _BLOCK = 128  # queries that attend together
 _ROWS = 16  # positions whose logits are differentiated together
-_HELD = mx.bfloat16  # in which windows are kept: sizes vary much, and eight bits say enough of a mean
+_HELD = mx.bfloat16  # dtype of stored windows: magnitudes vary much, and eight bits are enough for a mean
 
 
 class _Perturbed(Recorder):
-    """Adds to keys and values, where they enter the cache, what the loss is to be differentiated by."""
+    """Adds a perturbation to keys and values where they enter the cache; the loss is differentiated by it."""
 
     def __init__(self, facts: probe.LayerFacts, perturbation: tuple[mx.array, ...]) -> None:
         super().__init__(facts)
@@ -51,8 +51,8 @@ class _Perturbed(Recorder):
     def attend(
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None
     ) -> mx.array:
-        """See `Handle.attend`; in blocks of queries where MLX would make all logits, those of later keys too."""
-        if not isinstance(mask, str) or runtime.backend() != "cpu":  # "causal" is the only word
+        """See `Handle.attend`; works in blocks of queries where MLX would compute all logits, also of later keys."""
+        if not isinstance(mask, str) or runtime.backend() != "cpu":  # "causal" is the only text
             return super().attend(q, scale, mask, sinks, cap)
         before, total = self.stored_keys.shape[2] - q.shape[2], self.stored_keys.shape[2]
         parts = []
@@ -64,13 +64,13 @@ class _Perturbed(Recorder):
 
 
 Pairs = Sequence[tuple[mx.array, ...]]
-"""Something of each layer's keys and of its values."""
+"""One item for each layer's keys and one for its values."""
 
 
 def loss_gradients(model: Module, ids: Sequence[int]) -> Pairs:
-    """∂L/∂K ``[1, H, S, Dk]`` and ∂L/∂V ``[1, H, S, Dv]`` of each layer with plain keys and values, lazy, float32.
+    """Return ∂L/∂K ``[1, H, S, Dk]`` and ∂L/∂V ``[1, H, S, Dv]`` of layers with plain keys and values, lazy, float32.
 
-    L is the negative log-likelihood of the tokens that come next, summed, in nats. K is taken after RoPE. Raises MLX's
+    L is the negative log-likelihood of the next tokens, summed, in nats. K is taken after RoPE. Raises MLX's
     RuntimeError or ValueError if a part of the model cannot be differentiated.
     """
     wanted = mx.array(list(ids[1:]))[:, None]
@@ -86,32 +86,32 @@ def loss_gradients(model: Module, ids: Sequence[int]) -> Pairs:
 
 
 def _by_layer(pairs: Pairs) -> None:
-    """Evaluate arrays of one layer after another, and let the work end between two."""
+    """Evaluate the arrays layer by layer; the work can end between two layers."""
     for pair in pairs:
         mx.eval(pair)
         may_end()
 
 
 def drawn_gradients(model: Module, ids: Sequence[int], key: mx.array) -> tuple[mx.array, Pairs, Pairs]:
-    """Give logits, keys and values of each layer, and the gradients by them of `signed_sum`, as `loss_gradients`."""
+    """Return logits, keys and values of each layer, and the gradients of `signed_sum` by them, as `loss_gradients`."""
     return _differentiated(model, ids, lambda logits: cast("mx.array", signed_sum(logits, key)))
 
 
 @mx.custom_function
 def signed_sum(logits: mx.array, key: mx.array) -> mx.array:
-    """Something of ``logits`` ``[S, vocabulary]`` that is 0, whose gradients by them tell the Fisher matrix.
+    """Return 0 as a function of ``logits`` ``[S, vocabulary]``; its gradients estimate the Fisher matrix.
 
-    They are g = ±√p − p Σ ±√p, with random signs. So E[ggᵀ] = diag(p) − ppᵀ, the Fisher matrix of what the model says
-    next, and what differs between positions is not correlated. A label that is drawn from p has the same E[ggᵀ]. But
-    where the model is nearly sure of one token it draws that, with a gradient near zero, but for once in 1 / (1 − p)
-    times: the mean of few draws is far off.
+    The gradient of a position is g = ±√p − p Σ ±√p, with random signs. So E[ggᵀ] = diag(p) − ppᵀ, the Fisher matrix of
+    the next token's distribution, and different positions are uncorrelated. A label drawn from p has the same E[ggᵀ].
+    But if the model is nearly sure of a token, the label is almost always that token, with a gradient near zero, and
+    another one only once in 1 / (1 − p) draws: the mean of few draws has a large error.
     """
     return mx.zeros(())
 
 
 @signed_sum.vjp
 def _signed(given: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-    """The gradients of `signed_sum`, some positions after others, so that few arrays of their size are held."""
+    """Return the gradients of `signed_sum`, a few positions at a time, so that few arrays of their size are held."""
     logits, key = given
     signs, parts = mx.random.bernoulli(0.5, logits.shape, key), [mx.array(0.0)]
     for i in range(0, len(logits), _ROWS):
@@ -124,19 +124,19 @@ def _signed(given: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) 
 def _differentiated(
     model: Module, ids: Sequence[int], total: Callable[[mx.array], mx.array]
 ) -> tuple[mx.array, Pairs, Pairs]:
-    """Give logits ``[S, vocabulary]``, keys and values of each layer, and gradients by them of a ``total``."""
+    """Return logits ``[S, vocabulary]``, keys and values of each layer, and the gradients of ``total`` by them."""
     x = mx.array([list(ids)])
 
     def loss(perturbations: Pairs) -> tuple[mx.array, tuple[mx.array, Pairs]]:
         left = iter(perturbations)
         caches = probe.with_caches(model, lambda found: _Perturbed(found, next(left)))
-        logits = model(x, cache=caches).squeeze(0).astype(mx.float32)  # by an index its gradient would be a scatter
+        logits = model(x, cache=caches).squeeze(0).astype(mx.float32)  # an index would make its gradient a scatter
         seen = [(own.stored_keys, own.stored_values) for own in probe.probes_of(caches) if isinstance(own, Recorder)]
         return total(logits), (logits, seen)
 
     plain = [facts for facts in probe.probe(model) if facts.compressible]
     zeros = [tuple(mx.zeros((1, f.kv_heads, len(ids), dim)) for dim in f.dims.values()) for f in plain]
-    with ended_by(None):  # within a transformation nothing is evaluated
+    with ended_by(None):  # MLX evaluates nothing within a transformation
         (_, (logits, seen)), gradients = mx.value_and_grad(loss)(zeros)
     return logits, seen, gradients
 
@@ -144,11 +144,11 @@ def _differentiated(
 def with_gradients(
     model: Module, windows: Sequence[Sequence[int]], sinks: int, seed: int, folder: Path, progress: Progress
 ) -> Iterator[tuple[int, Tensor, Sample]]:
-    """Give each layer's keys, then its values, behind the sinks, with gradients that tell the Fisher matrix.
+    """Yield each layer's keys, then its values, after the sinks, with gradients that estimate the Fisher matrix.
 
-    It is of what the model says, not of the text: see `signed_sum`. Each window is a file in ``folder`` until the last
-    layer is done, so that one layer's activations are held at a time, and the same work goes on where it was stopped. A
-    model that cannot be differentiated gives queries in the place of gradients, with a warning.
+    The Fisher matrix is of the model's predictions, not of the text: see `signed_sum`. Each window is a file in
+    ``folder`` until the last layer is done. So the activations of one layer are held at a time, and an interrupted run
+    continues. A model without gradients gives queries in their place, with a warning.
     """
     facts = [found for found in probe.probe(model) if found.compressible]
     ropes, steps, of = ropes_of(model, windows[0]), len(windows) + len(facts), fingerprint(model)
@@ -173,11 +173,11 @@ def with_gradients(
 def _write_all(
     model: Module, windows: Sequence[Sequence[int]], said: Sequence[Mapping[str, Any]], files: Sequence[Path]
 ) -> Iterator[int]:
-    """Write the files that are missing, and give the number of each window before its own is waited for.
+    """Write the missing files, and yield the number of each window before the wait for its file.
 
-    Much of the work has one thread. So on a CPU two windows share the cores, of which one at a time is read forwards:
-    together they hold little more than one. The first is read alone: it evaluates what a model made late, which no
-    other thread could, and shows whether there are gradients.
+    Much of the work has one thread. So on a CPU two windows share the cores, and a lock lets only one run forwards:
+    together they need little more memory than one. The first window is read alone: it evaluates lazy arrays of the
+    model, which no other thread could do, and shows whether there are gradients.
     """
     missing = [not _is_there(*each) for each in zip(said, files, strict=True)]
     forwards, differentiable = Lock(), True
@@ -189,7 +189,7 @@ def _write_all(
             if not missing[w]:
                 continue
             if w in begun:
-                with suppress(RuntimeError, ValueError):  # it is tried again here, and what is wrong is said
+                with suppress(RuntimeError, ValueError):  # the next lines try again, and raise the error
                     while not wait([begun[w]], PATIENCE).done:
                         may_end()
                     begun[w].result()
@@ -200,7 +200,7 @@ def _write_all(
                 stack.callback(pool.shutdown, cancel_futures=True)
                 begun = {
                     later: pool.submit(
-                        copy_context().run,  # the work may end there too
+                        copy_context().run,  # the work can end in that thread too
                         _write_gradients,
                         model,
                         windows[later],
@@ -215,7 +215,7 @@ def _write_all(
 
 @contextmanager
 def _writable(folder: Path) -> Iterator[Path]:
-    """The folder, which is removed once it is empty, or one for this run alone where it cannot be written."""
+    """The folder, removed when it is empty; or a temporary folder if it cannot be written."""
     with ExitStack() as stack:
         try:
             make_folder(folder)
@@ -227,12 +227,12 @@ def _writable(folder: Path) -> Iterator[Path]:
 
 
 def _write(model: Module, ids: Sequence[int], said: Mapping[str, Any], file: Path, differentiable: bool) -> bool:
-    """Write what a window gives, and say whether that has gradients."""
+    """Write the arrays of a window, and return whether they have gradients."""
     if differentiable:
         try:
             _write_gradients(model, ids, said, file, Lock())
             return True
-        except InputError:  # of the file
+        except InputError:  # in the file
             raise
         except (RuntimeError, ValueError) as error:
             warnings.warn(
@@ -271,7 +271,7 @@ def _write_layers(file: Path, said: Mapping[str, Any], layers: Sequence[Mapping[
 
 
 def read(facts: Mapping[str, Any], file: Path) -> dict[str, mx.array]:
-    """What a window gave; raises `InputError` for a file that is damaged, or depends on something else."""
+    """Return the arrays of a window; raises `InputError` for a file that is damaged, or of other settings."""
     with reading("window of gradients", file, "delete it"):
         said, arrays = read_arrays(file, FORMAT)
         if said != facts:

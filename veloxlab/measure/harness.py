@@ -1,7 +1,7 @@
-"""Tasks of lm-evaluation-harness (the package ``lm_eval``), asked through a cache. It is imported when it is needed.
+"""Tasks of lm-evaluation-harness (the package ``lm_eval``) through a cache. The package is imported on first use.
 
-The harness calls a model in three ways; each reads its context, but for the last token, in one call, and the rest after
-it, so that what is scored is seen through the codes.
+The harness calls a model in three ways. Each reads its context, except the last token, in one call, and the rest after
+it, so that scored tokens see the context through codes.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from veloxlab.measure.quality import CacheMaker, log_probabilities, of_targets
 from veloxlab.progress import Progress
 from veloxlab.texts import Tokenizer
 
-PREFIX = "lm_eval:"  # of the names of its tasks
-MOST = 256  # tokens of an answer, where a task sets no end
-BLOCK = 32  # tokens of a text that are scored in one call: those before are read through the cache
+PREFIX = "lm_eval:"  # of names of its tasks
+MOST = 256  # tokens of an answer, if a task sets no end
+BLOCK = 32  # tokens of a text scored in one call; earlier ones are read through the cache
 
 
 class Scorer:
-    """A model and a cache, in the three ways in which the harness asks; each takes its requests one by one."""
+    """A model and a cache with the three calls of the harness; each handles one request at a time."""
 
     def __init__(self, model: Module, tokenizer: Tokenizer, make: CacheMaker) -> None:
         self.model, self.tokenizer, self.make = model, tokenizer, make
-        self.tokens, self.coded = [0], [0]  # of each context, and those of it that were in codes
+        self.tokens, self.coded = [0], [0]  # tokens of each context, and how many were in codes
         self._ids: list[int] = []
-        self._reader: Reader | None = None  # of the newest context, which all choices of a question share
+        self._reader: Reader | None = None  # for the newest context, which all choices of a question share
 
     def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
-        """Log p of a continuation in nats, and whether it is what the model would write."""
+        """Return log p of a continuation in nats, and whether it is the model's greedy continuation."""
         first, rest = self._split(context, continuation)
         reader = self._read(first)
         greedy = reader.best() == rest[0]
@@ -52,7 +52,7 @@ class Scorer:
         return -total, greedy
 
     def rolling(self, text: str) -> float:
-        """Log p of a whole text in nats, block by block."""
+        """Return log p of a whole text in nats, block by block."""
         ids = [self._start, *self.tokenizer.encode(text, **PLAIN)]
         cache, total = self.make(self.model), 0.0
         for at in range(0, len(ids) - 1, BLOCK):
@@ -63,7 +63,7 @@ class Scorer:
         return total
 
     def generate(self, context: str, until: list[str], most: int) -> str:
-        """What the model writes, greedily, before the first of ``until``."""
+        """Return the model's greedy text up to the first of ``until``."""
         reader, ids, said = self._read(list(self.tokenizer.encode(context)) or [self._start]), list[int](), ""
         while len(ids) < most and (token := reader.best()) not in stops(self.tokenizer):
             ids.append(token)
@@ -75,12 +75,12 @@ class Scorer:
 
     @property
     def _start(self) -> int:
-        """What stands before a text that has nothing before it."""
+        """The token before a text without context."""
         start = getattr(self.tokenizer, "bos_token_id", None)
         return min(stops(self.tokenizer), default=0) if start is None else int(start)
 
     def _split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of both, with the spaces between them before the continuation's first word, as in running text."""
+        """Return the tokens of both; spaces between them go to the continuation's first word, as in a text."""
         stripped = context.rstrip(" ")
         continuation = context[len(stripped) :] + continuation
         first = list(self.tokenizer.encode(stripped)) or [self._start]
@@ -100,7 +100,7 @@ class Scorer:
 
 
 def _as_model(scorer: Scorer, tell: Callable[[int, int], object]) -> Any:  # noqa: ANN401 - a class of another package
-    """A model as the harness takes one."""
+    """Return a model with the interface of the harness."""
     base = import_module("lm_eval.api.model").LM
 
     def each(score: Callable[..., Any], requests: list[Any]) -> list[Any]:
@@ -115,7 +115,7 @@ def _as_model(scorer: Scorer, tell: Callable[[int, int], object]) -> Any:  # noq
         until = [end for end in ([until] if isinstance(until, str) else until) if end]
         return scorer.generate(context, until, settings.get("max_gen_toks", MOST))
 
-    class Model(base):  # type: ignore[misc, valid-type]  # imported a moment ago
+    class Model(base):  # type: ignore[misc, valid-type]  # imported above
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
             return each(scorer.loglikelihood, requests)
 
@@ -129,7 +129,7 @@ def _as_model(scorer: Scorer, tell: Callable[[int, int], object]) -> Any:  # noq
 
 
 def _answer(responses: Sequence[Any]) -> str:
-    """What was answered: of choices, each with its log-likelihood, the number of the most likely one."""
+    """Return the answer: for choices with a log-likelihood each, the number of the most likely one."""
     if len(responses) > 1 and all(isinstance(each, list | tuple) for each in responses):
         return str(max(range(len(responses)), key=lambda choice: float(responses[choice][0])))
     return str(responses[0]) if responses else ""
@@ -147,7 +147,7 @@ def answers(
     questions: int,
     progress: Progress,
 ) -> Iterator[tuple[object, ...]]:
-    """Rows of `veloxlab.measure.tasks.ANSWERS` of a task, whose answers are counted by its own first metric.
+    """Yield rows of `veloxlab.measure.tasks.ANSWERS` of a task; its own first metric counts the right answers.
 
     Raises `InputError` if the harness is not installed, or the task has no metric of right and wrong answers.
     """

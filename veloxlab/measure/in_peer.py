@@ -1,9 +1,10 @@
-"""Runs another project's cache in that project's environment: ``python in_peer.py FOLDER``, asked by `measure.peers`.
+"""Runs another project's cache in that project's environment, for `measure.peers`: ``python in_peer.py FOLDER``.
 
-It imports nothing of veloxlab. FOLDER holds ``model/`` in mlx-lm's format and ``asked.json``: a peer's name, bits, and
-token ids of each window. It gets logits of each window ``[S, vocabulary]`` as ``logits_0.npy`` and so on, those of the
-exact cache of the first tokens as ``exact.npy``, and ``found.json``: bytes of a window's tokens, of what does not
-grow with them, and of 16-bit keys and values; and whether the windows were read in one call or token by token.
+It imports nothing of veloxlab. FOLDER has ``model/`` in mlx-lm's format and ``asked.json``: a peer's name, bits, and
+token ids of each window. The program writes logits of each window ``[S, vocabulary]`` to ``logits_0.npy`` and so on,
+those of the exact cache for the first tokens to ``exact.npy``, and ``found.json``: bytes that grow with the tokens of
+a window, other bytes, and bytes of 16-bit keys and values; and whether the windows were read in one call or token by
+token.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import make_prompt_cache
 from numpy.lib.array_utils import byte_bounds
 
-FIRST = 24  # tokens by which it is seen whether one call reads codes
-BYTES_AT = 256, 768  # tokens; caches take memory in steps of 256 or less
+FIRST = 24  # tokens of the test whether one call reads codes
+BYTES_AT = 256, 768  # tokens; caches grow in steps of 256 or less
 Cache = list[Any]
 Logits = npt.NDArray[np.float32]
 
@@ -40,7 +41,7 @@ def _mlx_turboquant(model: Module, bits: int) -> Cache:
 
 
 def _mlx_vlm(model: Module, bits: int) -> Cache:
-    """Its cache needs its attention, which takes the place of mlx-lm's in the model's module."""
+    """Return a cache that needs its own attention, which replaces mlx-lm's in the model's module."""
     attention = import_module("mlx_vlm.models.base").scaled_dot_product_attention
     vars(sys.modules[type(model).__module__])["scaled_dot_product_attention"] = attention
     make = import_module("mlx_vlm.turboquant").TurboQuantKVCache
@@ -48,7 +49,7 @@ def _mlx_vlm(model: Module, bits: int) -> Cache:
 
 
 def _veloxquant_mlx(model: Module, bits: int) -> Cache:
-    """By the method that it recommends: two stages of ``bits`` each, of keys alone."""
+    """Return a cache of the recommended method: two stages of ``bits`` each, for keys only."""
     velox = import_module("veloxquant_mlx")
     settings = velox.KVCacheConfig(method="turboquant_rvq", bit_width_inlier=bits)
     made: Cache = velox.KVCacheBuilder.for_model(model, settings)
@@ -64,7 +65,7 @@ CACHES: dict[str, Callable[[Module, int], Cache]] = {
 
 
 def main(folder: Path) -> None:
-    """Read every window through a fresh cache, and write what came of it."""
+    """Read every window through a new cache, and write the results."""
     asked = json.loads((folder / "asked.json").read_text())
     model, _ = mlx_lm.utils.load_model(folder / "model")
     stretches = asked["stretches"]
@@ -78,7 +79,7 @@ def main(folder: Path) -> None:
         return CACHES[asked["peer"]](model, asked["bits"])
 
     at_once, alone = (read(model, first, made(), together) for together in (True, False))
-    # a cache that serves exact tokens within a call differs from itself by all that its codes lose
+    # a cache that gives exact tokens within a call differs from token by token by the whole loss of its codes
     together = bool(np.abs(at_once - alone).max() < 0.5 * np.abs(alone - native).max())
     for window, ids in enumerate(stretches):
         np.save(folder / f"logits_{window}.npy", read(model, ids, made(), together))
@@ -98,13 +99,13 @@ def main(folder: Path) -> None:
 
 
 def read(model: Module, ids: list[int], cache: Cache | None, together: bool) -> Logits:
-    """Logits ``[S, vocabulary]``, float32, of tokens in one call, or in a call for each."""
+    """Return logits ``[S, vocabulary]``, float32, of tokens in one call, or in one call each."""
     calls = [ids] if together else [[token] for token in ids]
     return np.concatenate([np.array(model(mx.array([call]), cache=cache)[0].astype(mx.float32)) for call in calls])
 
 
 def live_bytes(held: object) -> int:
-    """Bytes of all arrays that can be reached from a cache; what several share, as an array and its slice do, once."""
+    """Return the bytes of all arrays reachable from a cache; bytes shared by an array and its slices count once."""
     seen: dict[int, object] = {}
     places: list[tuple[int, int]] = []
     left = [held]
@@ -129,7 +130,7 @@ def live_bytes(held: object) -> int:
 
 
 def _place(array: mx.array | npt.NDArray[Any]) -> tuple[int, int]:
-    """The first address of an array, and the one behind it."""
+    """Return the first address of an array, and the address after its end."""
     if isinstance(array, mx.array):
         array = np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array, copy=False)
     return byte_bounds(array) if array.size else (0, 0)

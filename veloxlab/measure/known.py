@@ -1,4 +1,4 @@
-"""What caches lose, as far as it is known before a run: the committed results of the demo model."""
+"""Losses of caches that are known before a run, from the committed results of the demo model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from veloxlab.texts import shipped_folder
 
 DEMO = "SmolLM2-135M"
 RESULTS = {"compare_smollm2-135m_4_sinks.parquet": DEFAULT_SINKS, "compare_smollm2-135m.parquet": 0}
-"""Files of results, and sinks of the caches there; the first that has a cache counts."""
+"""Files of results, with the sinks of their caches; for each cache, the first file that has it counts."""
 
 
 @cache
 def known_losses() -> dict[str, dict[str, Any]]:
-    """What the demo model lost with each cache, by its name, such as ``"turboquant 4 bit"``."""
+    """Return the losses of the demo model by the cache's name, such as ``"turboquant 4 bit"``."""
     found: dict[str, dict[str, Any]] = {}
     for file, sinks in RESULTS.items():
         frame = pl.read_parquet(shipped_folder("data") / "results" / file)
@@ -29,9 +29,9 @@ def known_losses() -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a cache loses: mean KL in nats and the share of other first choices, each between two ends.
+    """Loss of a cache: mean KL in nats, and the share of changed top-1 tokens, each as a range of two ends.
 
-    An end of None is not known. ``kind`` is "measured", "predicted", "exact", or empty where nothing is known.
+    An end of None is unknown. ``kind`` is "measured", "predicted", "exact", or empty if nothing is known.
     """
 
     kl: tuple[float | None, float | None]
@@ -45,9 +45,9 @@ UNKNOWN = Loss((None, None), (None, None), "", "not known before a run")
 
 
 def expected_loss(name: str, key_bits: float, value_bits: float) -> Loss:
-    """What a method, or ``"mlx-lm"``, is predicted to lose: between what the demo model lost with more and fewer bits.
+    """Predict the loss of a method or ``"mlx-lm"``: a range between the demo model's losses at more and fewer bits.
 
-    Both ends are one where keys and values have the same bits, and the demo model was measured with these.
+    Both ends are equal if keys and values have the same bits, and the demo model was measured at these bits.
     """
     widths = {float(cache.split()[1]): row for cache, row in known_losses().items() if cache.split()[0] == name}
     more = min((width for width in widths if width >= max(key_bits, value_bits)), default=None)

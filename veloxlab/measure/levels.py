@@ -1,7 +1,7 @@
-"""What a method quantizes and with which levels, both in the space of its codes.
+"""Quantized coordinates of a method and its levels, both in the space of its codes.
 
-There ``decode = from_codes(scale · expand)`` (`veloxlab.codecs.base.Codec`), and ``from_codes`` is linear: the inverse
-of its matrix takes exact vectors there. Divided by their stored scale they are on the axis of the levels.
+There, ``decode = from_codes(scale · expand)`` (`veloxlab.codecs.base.Codec`), and ``from_codes`` is linear. The inverse
+of its matrix maps exact vectors to that space. Divided by their stored scale, they are on the axis of the levels.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from veloxlab.measure.distributions import BINS, Floats, bin_edges, histogram, v
 from veloxlab.measure.frames import PLACE, schema
 
 LEVELS = schema(PLACE + "bits kind value width density share outside")
-"""Columns of `level_densities`: kind is "exact", a bin of what is quantized, "level", one value of a table, or
-"decoded", a bin of those; middle of a bin or the level, in units of the vector's stored scale; width of a bin, and
-share of coordinates a unit, null of a level; share of the coordinates in the bin or coded by the level; and share of
-the exact coordinates beyond the bins, the same in every row of a head."""
+"""Columns of `level_densities`: kind is "exact", a bin of the quantized coordinates, "level", one value of a table, or
+"decoded", a bin of decoded coordinates; middle of a bin or the level, in units of the vector's stored scale; width of
+a bin, and share of coordinates per unit, null for a level; share of the coordinates in the bin or coded by the level;
+and share of the exact coordinates outside the bins, the same in every row of a head."""
 
 COORDINATE_BITS = schema("layer tensor coordinate bits")
-"""Columns of `coordinate_bits`; coordinates are of the codec's space, such as SpectralQuant's axes by variance."""
+"""Columns of `coordinate_bits`; coordinates are in the codec's space, such as SpectralQuant's axes by variance."""
 
 ANGLES = schema(PLACE + "level angle density expected")
 """Columns of `polar_angles`: level from 1, of pairs of coordinates, of pairs of radii, ...; middle of a bin in radians;
-share of the level's angles a radian, and what the random rotation is to make of it: what the codebooks are made for."""
+share of the level's angles per radian, and the density after a random rotation, for which codebooks are made."""
 
-MOST_LEVELS = 32  # of more levels, and of vector codes, the density is given
+MOST_LEVELS = 32  # with more levels, and for vector codes, the result is a density
 ANGLE_BINS = 48
 
 
@@ -53,10 +53,10 @@ def coded_coordinates(
     calibration: Calibration | None = None,
     **options: object,
 ) -> tuple[Floats, Floats]:
-    """What ``method`` quantizes of a layer's keys or values, and what its codes stand for: each ``[H, S, m]``.
+    """Return the quantized coordinates of a layer's keys or values, and their decoded values: each ``[H, S, m]``.
 
-    Both are over the stored scale, if the method stores one. QJL's space is that of its sketch, m = bits·D. Raises
-    `InputError` as `layer_errors`, and for a method without codes of coordinates, such as ``"none"``.
+    Both are divided by the stored scale, if the method stores one. QJL's space is that of its sketch, m = bits·D.
+    Raises `InputError` as `layer_errors`, and for a method without codes of coordinates, such as ``"none"``.
     """
     x = layer.vectors(tensor)
     codec = fitted_online(layer.codec(tensor, method, bits, calibration, options), x)
@@ -72,7 +72,7 @@ def coded_coordinates(
 
 
 def code_axes(codec: Codec, kv_heads: int) -> Floats:
-    """What each coordinate of the space of the codes stands for in the model's: ``[H, code_dim, D]``."""
+    """Return the model's vector of each coordinate in the space of the codes: ``[H, code_dim, D]``."""
     size = codec.code_dim
     return np.array(codec.from_codes(mx.broadcast_to(mx.eye(size), (1, kv_heads, size, size)))[0])
 
@@ -88,10 +88,10 @@ def level_densities(
     bins: int = BINS,
     **options: object,
 ) -> pl.DataFrame:
-    """The density of what ``method`` quantizes of each head, and the levels that stand for it: `LEVELS`.
+    """Return the density of each head's coordinates that ``method`` quantizes, and its levels: `LEVELS`.
 
-    Up to `MOST_LEVELS` different values are given one by one, with the share of coordinates that each codes; of more,
-    the density. Raises `InputError` as `coded_coordinates`.
+    Up to `MOST_LEVELS` different values are listed, with the share of coordinates that each codes; with more values,
+    the result is their density. Raises `InputError` as `coded_coordinates`.
     """
 
     def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
@@ -114,10 +114,10 @@ def level_densities(
 
 
 def coordinate_bits(calibration: Calibration, bits: float) -> pl.DataFrame:
-    """Code bits of each coordinate, of all layers at one width: `COORDINATE_BITS`.
+    """Return code bits of each coordinate of all layers at one width: `COORDINATE_BITS`.
 
-    A codec without a bit plan gives every coordinate the same; those that are planned for the whole model are means
-    over a layer's heads. Raises `InputError` if nothing was fitted at this width.
+    A codec without a bit plan gives every coordinate the same bits. Bits that are planned for the whole model are means
+    over a layer's heads. Raises `InputError` if the calibration does not have this width.
     """
     found = find_method(calibration.method)
     if found.planned is not None:
@@ -146,10 +146,10 @@ def polar_angles(
     tensors: Tensors = None,
     bins: int = ANGLE_BINS,
 ) -> pl.DataFrame:
-    """Histogram of each head's polar angles by level, as densities: `ANGLES`.
+    """Return a histogram of each head's polar angles by level, as densities: `ANGLES`.
 
-    ``rotated=False`` shows why PolarQuant rotates first. Raises `InputError` for more levels than the head dimension
-    can be halved, and for a capture that is not finite.
+    ``rotated=False`` shows why PolarQuant rotates first. Raises `InputError` for more levels than halvings of the head
+    dimension, and for a capture that is not finite.
     """
 
     def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
@@ -170,7 +170,7 @@ def polar_angles(
 
 
 def expected_density(angle: Angles, level: int) -> Angles:
-    """Density of a randomly rotated vector's angles (radians) of a level, from 1 on."""
+    """Return the density of a randomly rotated vector's angles (radians) at a level, from 1 on."""
     if level == 1:
         return np.full(len(angle), 1 / (2 * math.pi))
     grid = np.linspace(0, math.pi / 2, 4097)

@@ -1,4 +1,4 @@
-"""Bytes that are really held: the live buffers of a cache, beside 16-bit keys and values."""
+"""Measured bytes: the live buffers of a cache, beside 16-bit keys and values."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from veloxlab.progress import Progress, may_end, silent
 
 REPORT = schema("layer path reason key_bits value_bits tokens exact_tokens held_bytes fp16_bytes")
 """Columns of `report`: layer, null for tables that all layers share; "codes", "latents", "arrays", "own" (the model's
-own cache) or "shared", and why; true bits of a packed value with scales and padding; tokens that it holds and can see,
-of all sequences, and those in sinks and window; bytes held, and of 16-bit keys and values of the same tokens."""
+own cache) or "shared", and the reason; true bits of a packed value with scales and padding; held tokens that it can
+see, of all sequences, and those in sinks and window; held bytes, and bytes of the same tokens in 16 bits."""
 
 GROWTH = schema("tokens cache layer tensor bytes kind")
 """Columns of `memory_growth`: bytes held for one tensor of one layer, "measured" or "predicted"."""
 
 NO_CODES = "no token is in codes yet: sinks and window hold all, exactly, in the model's own type"
-EXACT_BITS = 16  # of a value; with fewer it is a code
+EXACT_BITS = 16  # of a value; fewer bits are a code
 
 CODE_BITS = schema("layer tensor part bits_per_value")
-"""Columns of `code_bits`: "codes", or "scales" for norms and scales; bits of a packed value for them, which add up."""
+"""Columns of `code_bits`: "codes", or "scales" for norms and scales; their bits of a packed value. They add up."""
 
 
 def bytes_of(arrays: Any) -> int:  # noqa: ANN401 - a tree of arrays
-    """Bytes of all arrays of a tree, such as a model's parameters."""
+    """Return the bytes of all arrays of a tree, such as a model's parameters."""
     leaves: Any = tree_flatten(arrays)
     return sum(array.nbytes for _, array in leaves)
 
 
 @checked(cache=CACHE)
 def report(cache: Sequence[Any]) -> pl.DataFrame:
-    """What each layer of a cache holds, how attention reads it, and why: `REPORT`; shared tables are its last row."""
+    """Return bytes, path and reason of each layer of a cache: `REPORT`; shared tables are the last row."""
     rows = [{"layer": i} | _held(slot) for i, entry in enumerate(cache) for slot in slots_of([entry])]
     codecs = {codec for ours in _ours(cache) for codec in (ours.key_codec, ours.value_codec)}
     if codecs:
@@ -57,7 +57,7 @@ def report(cache: Sequence[Any]) -> pl.DataFrame:
 
 
 def coded_tokens(cache: Sequence[Any]) -> int:
-    """Tokens that a cache holds in fewer than 16 bits, in the layer that has most of them."""
+    """Return the tokens that a cache holds in fewer than 16 bits, in the layer with the most of them."""
     held = report(cache).filter(pl.min_horizontal("key_bits", "value_bits") < EXACT_BITS)
     return int(held.select((pl.col("tokens") - pl.col("exact_tokens").fill_null(0)).max()).item() or 0)
 
@@ -66,7 +66,7 @@ def _ours(slots: Sequence[Any]) -> list[CompressedKVCache]:
     return [part for part in sequences_of(slots) if isinstance(part, CompressedKVCache)]
 
 
-def _held(slot: Any) -> dict[str, object]:  # noqa: ANN401 - mlx-lm's caches share no base that says more
+def _held(slot: Any) -> dict[str, object]:  # noqa: ANN401 - mlx-lm's caches have no common base with more
     if ours := _ours([slot]):
         held = {
             "layer": ours[0].layer,
@@ -103,7 +103,7 @@ def code_bits(
     calibration: Calibration | None = None,
     **options: object,
 ) -> pl.DataFrame:
-    """True bits per value of packed keys and values in each layer, as `token_bytes` counts them: `CODE_BITS`."""
+    """Return true bits per value of packed keys and values in each layer, as `token_bytes` counts them: `CODE_BITS`."""
     width = usual_bits(method, capture.exact_bits, bits)
     rows = []
     for layer in capture.layers:
@@ -117,7 +117,7 @@ def code_bits(
 
 @checked(growth=measured(GROWTH, "vl.measure.memory_growth"))
 def predicted_growth(growth: pl.DataFrame, upto: int) -> pl.DataFrame:
-    """`GROWTH` and rows at ``upto`` tokens, if not measured, on lines through the last two measured points."""
+    """Return `GROWTH` with rows at ``upto`` tokens, if not measured, on lines through the last two measured points."""
     if growth["tokens"].n_unique() < 2:
         raise InputError("A line takes two points: give a growth that was measured at two numbers of tokens or more.")
     groups = growth.sort("tokens").group_by("cache", "layer", "tensor", maintain_order=True)
@@ -152,7 +152,7 @@ def memory_growth(
     """Fill real caches with the captured keys and values, repeated up to ``upto`` tokens, and read their bytes.
 
     Columns: `GROWTH`. Each tensor of each layer has ``points`` rows, at evenly spaced lengths. One cache is filled for
-    each shape of a layer. ``"fp16"`` is mlx-lm's own ``KVCache`` in 16 bits.
+    each shape of layer. ``"fp16"`` is mlx-lm's own ``KVCache`` in 16 bits.
     """
     if upto < points:
         raise InputError(f"upto={upto} tokens have no {points} lengths: give more tokens, or fewer points.")
@@ -174,7 +174,7 @@ def memory_growth(
 def _filled(
     label: str, cache: CompressedKVCache | KVCache, layer: LayerCapture, lengths: Sequence[int], progress: Progress
 ) -> pl.DataFrame:
-    """Tokens, cache, tensor and bytes, at each of ``lengths``; of mlx-lm's cache in 16 bits."""
+    """Return tokens, cache, tensor and bytes at each of ``lengths``; mlx-lm's cache is filled in 16 bits."""
     keys, values = layer.keys, layer.values
     if isinstance(cache, KVCache):
         keys, values = keys.astype(mx.float16), values.astype(mx.float16)

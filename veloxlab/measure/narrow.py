@@ -1,4 +1,4 @@
-"""Which layers of a plan may have fewer bits: each is tried alone, then as many together as a limit bears."""
+"""Layers of a plan that can have fewer bits: each is tried alone, then as many together as a limit allows."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from veloxlab.measure.quality import Reference, fidelity_to
 from veloxlab.progress import Progress, silent
 
 NARROW = schema("layer bits kl_mean may")
-"""Columns of `Narrow.frame`: a layer; the bits that its keys and values got; the mean KL divergence of the whole plan
-with that layer alone changed, in nats; and whether it is one of those that may have so few bits together."""
+"""Columns of `Narrow.frame`: a layer; the bits of its keys and values; the mean KL divergence of the plan with only
+that layer changed, in nats; and whether the layer is one of those that can have these bits together."""
 
 
 @dataclass(frozen=True)
 class Narrow:
-    """What `narrow_layers` found; ``print`` says it in a sentence."""
+    """Result of `narrow_layers`; ``print`` shows it in a sentence."""
 
     bits: float  # that layers were tried with
     limit: float  # nats a token that the plan may lose
-    before: float  # nats that it loses unchanged
-    flips: float  # share of tokens whose first choice is then another
-    together: float  # and with all that may
-    frame: pl.DataFrame  # a row a layer, the least loss first: `NARROW`
+    before: float  # loss of the unchanged plan, nats
+    flips: float  # share of changed top-1 tokens of the unchanged plan
+    together: float  # loss with all allowed layers changed, nats
+    frame: pl.DataFrame  # `NARROW`: one row for each layer, the least loss first
 
     @property
     def layers(self) -> list[int]:
-        """Those that may have so few bits, all together."""
+        """Layers that can have these bits, all together."""
         return self.frame.filter("may")["layer"].sort().to_list()
 
     def __str__(self) -> str:
@@ -57,11 +57,11 @@ def narrow_layers(
     calibration: Calibration | None = None,
     progress: Progress = silent,
 ) -> Narrow:
-    """Find the layers of a plan whose keys and values may have ``bits`` bits.
+    """Find the layers of a plan whose keys and values can have ``bits`` bits.
 
-    Each of ``layers`` (by default all) is changed alone and measured. Those that lose least then change together: as
-    many as the whole plan bears within ``limit`` nats a token, found by bisection, each step of it measured. Raises
-    `InputError` as `fidelity_to`; or if the method does not have so few bits, or there is no such layer.
+    Each of ``layers`` (by default all) is changed alone and measured. Then the layers with the least loss change
+    together: as many as keep the plan within ``limit`` nats a token, found by bisection, with a measurement at each
+    step. Raises `InputError` as `fidelity_to`; or if the method does not support these bits, or there is no such layer.
     """
     tried = list(range(len(plan.layers)) if layers is None else layers)
     if not tried:
@@ -81,7 +81,7 @@ def narrow_layers(
     whole = lost([], "the plan unchanged")
     alone = sorted((lost([layer], f"layer {layer} at {bits} bits")["kl_mean"], layer) for layer in tried)
     before, flips = whole["kl_mean"], whole["top1_flips"]
-    together, low, high = before, 0, len(alone) + 1  # so many layers fit, so many do not
+    together, low, high = before, 0, len(alone) + 1  # `low` layers fit, `high` do not
     while high - low > 1:
         count = (low + high) // 2
         found = lost([layer for _, layer in alone[:count]], f"{count} layers at {bits} bits")["kl_mean"]

@@ -1,4 +1,4 @@
-"""Caches compared window by window: the same text, so that what differs is the cache."""
+"""Caches compared window by window on the same text, so that only the cache differs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from veloxlab.measure.frames import in_schema, schema
 from veloxlab.measure.quality import TOKEN_FIDELITY
 
 WINDOWS = schema("window positions kl_mean top1_flips perplexity perplexity_exact")
-"""Columns of `by_window`: stretch of the text; predictions compared in it; their mean KL(exact ‖ compressed) in nats;
+"""Columns of `by_window`: window of the text; compared predictions; their mean KL(exact ‖ compressed) in nats;
 share of them whose most likely token changed; perplexity with this cache and with the exact one."""
 
 
 @checked(tokens=measured(TOKEN_FIDELITY, "vl.measure.fidelity_to with per_token=True"))
 def by_window(tokens: pl.DataFrame) -> pl.DataFrame:
-    """A row for each window of what `veloxlab.measure.fidelity_to` gave ``per_token``: `WINDOWS`."""
+    """Return a row for each window of the result of `veloxlab.measure.fidelity_to` with ``per_token``: `WINDOWS`."""
     nll, exact = (pl.col(name).mean().exp() for name in ("nll", "nll_exact"))
     means = {"kl_mean": pl.col("kl").mean(), "top1_flips": pl.col("flip").mean()}
     found = tokens.group_by("window", maintain_order=True).agg(
@@ -30,7 +30,7 @@ def by_window(tokens: pl.DataFrame) -> pl.DataFrame:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over windows, and the ends of its 95 % interval, which one window has not."""
+    """A mean over windows, and the ends of its 95 % interval, null for one window."""
 
     mean: float
     low: float | None
@@ -39,14 +39,14 @@ class Mean:
 
     @classmethod
     def of(cls, values: list[float]) -> Mean:
-        """The mean of one value or more."""
+        """Return the mean of one value or more."""
         if len(values) > 1:
             return cls(*mean_interval(values), len(values))
         return cls(values[0], None, None, 1)
 
     @property
     def decisive(self) -> bool:
-        """Whether the interval leaves 0 out."""
+        """Whether 0 is outside the interval."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
     @property
@@ -62,9 +62,9 @@ class Mean:
     second=measured(WINDOWS, "vl.measure.by_window"),
 )
 def difference(first: pl.DataFrame, second: pl.DataFrame) -> Mean:
-    """How much more KL the second cache has than the first, in nats a token, over the windows that both have.
+    """Return how much more KL the second cache has than the first, in nats a token, over their common windows.
 
-    Frames of `by_window`, of one text. Raises `InputError` if no window is the same.
+    Frames of `by_window`, of one text. Raises `InputError` if they have no common window.
     """
     both = first.join(second, on=["window", "positions"], suffix="_second").sort("window")
     if both.is_empty():
