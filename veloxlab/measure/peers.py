@@ -1,7 +1,7 @@
-"""Caches of other projects on the same tokens: each runs in an environment of its own, through its public names.
+"""Caches of other projects on the same tokens. Each runs in its own environment, through its public names.
 
-Bytes are counted from the arrays that a peer's cache holds, not from what it says: what grows with tokens is theirs,
-the rest is its tables'. What a cache does not compress is there in the model's own type.
+Bytes are counted from the arrays that a peer's cache holds, not from its own report: bytes that grow with tokens are
+held bytes, other bytes are tables. Tokens that a cache does not compress are in the model's own type.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SECONDS = 3600  # for one cache on all windows
 
 
 class Peer(NamedTuple):
-    """Another project's cache: its package at the version that was tried, and the bits that are asked of it."""
+    """Another project's cache: its package at the tested version, and the bits to measure."""
 
     package: str
     version: str
@@ -64,10 +64,10 @@ def compare_peers(
     progress: Progress = silent,
     on_rows: OnRows = silent,
 ) -> tuple[pl.DataFrame, dict[str, str]]:
-    """Measure the caches of `PEERS` as `compare` does ours: a row each, `FIDELITY`; and why others are left out.
+    """Measure the caches of `PEERS` as `compare` does ours: one row each, `FIDELITY`; and the reasons for missing ones.
 
-    A peer's environment is made by ``uv`` in the user's cache, from a package index, when it is first used. Raises
-    `InputError`: as `veloxlab.reference`; there is no ``uv``; `offline.SWITCH` is set and an environment is missing.
+    At the first use, ``uv`` makes a peer's environment in the user's cache, from a package index. Raises `InputError`:
+    as `veloxlab.reference`; if there is no ``uv``; if `offline.SWITCH` is set and an environment is missing.
     """
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows)
     with tempfile.TemporaryDirectory() as name:
@@ -82,9 +82,9 @@ def compare_peers(
 
 
 def beside(theirs: pl.DataFrame, ours: pl.DataFrame) -> pl.DataFrame:
-    """For each row of ``theirs`` that of ``ours`` which loses least in no more held bytes, its columns with ``_ours``.
+    """Add to each row of ``theirs``, as ``_ours`` columns, the row of ``ours`` that loses least in no more held bytes.
 
-    Both have the columns of `FIDELITY`; tables are not held bytes. A row that has none beside it is left out.
+    Both have the columns of `FIDELITY`; held bytes are without tables. Rows without such a row of ours are left out.
     """
     pairs = theirs.join(ours, how="cross", suffix="_ours").filter(pl.col("held_bytes_ours") <= pl.col("held_bytes"))
     best = pairs.sort("kl_mean_ours", "held_bytes_ours").group_by("name").first()
@@ -92,7 +92,7 @@ def beside(theirs: pl.DataFrame, ours: pl.DataFrame) -> pl.DataFrame:
 
 
 def save_model(model: Module, folder: Path) -> None:
-    """Write a model in mlx-lm's format: its configuration and its weights; raises `InputError` if it has none."""
+    """Write a model in mlx-lm's format: configuration and weights; raises `InputError` if it has no configuration."""
     settings = getattr(model, "args", None)
     if not dataclasses.is_dataclass(settings) or isinstance(settings, type):
         raise InputError(
@@ -104,7 +104,7 @@ def save_model(model: Module, folder: Path) -> None:
 
 
 def environment(peer: Peer) -> Path:
-    """The Python of a peer's environment, made if need be: the peer, and MLX and mlx-lm in our versions."""
+    """Return the Python of a peer's environment, which is made if missing, with MLX and mlx-lm in our versions."""
     folder = kept_in("peers") / f"{peer.package}-{peer.version}"
     python, whole = folder / "bin" / "python", folder / "whole"
     if whole.exists():
@@ -140,7 +140,7 @@ def _row(exact: Reference, folder: Path, peer: Peer, bits: int) -> pl.DataFrame:
 
 
 def _fast_blas(environment: Path) -> dict[str, str]:
-    """What puts the OpenBLAS of an environment before the BLAS of MLX's wheel, which takes ten times as long."""
+    """Return settings that put an environment's OpenBLAS before the BLAS of MLX's wheel, which is ten times slower."""
     libraries = list(environment.glob("lib/python*/site-packages/ngsolve_openblas/libopenblas*.so*"))
     if not libraries:
         return {}
@@ -152,7 +152,7 @@ def _fast_blas(environment: Path) -> dict[str, str]:
 
 
 def _run(command: Sequence[str], environment: dict[str, str] | None = None) -> None:
-    """Run a command; raises `InputError` with the last line of what it said if it fails."""
+    """Run a command; raises `InputError` with the last line of its output if it fails."""
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_SECONDS)
     except subprocess.TimeoutExpired as error:

@@ -1,4 +1,4 @@
-"""The layout of a cache, predicted from what codecs store: bytes of a token in each layer, and so of any context."""
+"""Predicted layout of a cache, from the arrays that codecs store: bytes by layer, and at any context."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from veloxlab.mlxlm.quantized import GROUP, why_not_quantized
 from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, shape_of
 
 PLANNED = schema("cache tokens batch part bytes kind")
-"""Columns of `plan_memory`: the cache that was asked for, first, or one that it is compared with; tokens of each
+"""Columns of `plan_memory`: the requested cache, first, or one for comparison; tokens of each
 sequence, and sequences; one of `PARTS`; its bytes in all layers and sequences, which add up; and "predicted"."""
 
 LARGEST = schema("cache memory_bytes batch tokens bytes kind")
-"""Columns of `largest_contexts`: bytes that there are; the largest context, in steps of `GRAIN`; bytes it takes."""
+"""Columns of `largest_contexts`: available bytes; the largest context, in steps of `GRAIN`; its bytes."""
 
 PARTS = ("codes", "scales", "sinks", "window", "exact", "states", "tables")
 """Parts of a cache: codes of packed tokens, and their scales and norms; exact first and newest tokens; tokens in the
-model's own caches; states that do not grow; and constant tables, which all sequences share."""
+model's own caches; states of constant size; and constant tables, which all sequences share."""
 
-GRAIN, MOST_TOKENS = 256, 2**24  # tokens: the largest context is a multiple of these, and not looked for beyond
+GRAIN, MOST_TOKENS = 256, 2**24  # tokens: the largest context is a multiple of the first, up to the second
 
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """One layer: bytes of the keys and values of a token, and which tokens are exact."""
+    """One layer: bytes of a token's keys and values, and which tokens are exact."""
 
     exact: int = 0  # bytes of an exact token
     codes: int = 0  # and of a packed one
     scales: int = 0
-    windows: Windows | None = None  # None for a cache of mlx-lm's own
-    max_size: int | None = None  # tokens that an own cache which slides sees
-    chunked: bool = False  # in chunks
+    windows: Windows | None = None  # None for mlx-lm's own caches
+    max_size: int | None = None  # tokens that a sliding cache of mlx-lm sees
+    chunked: bool = False  # whether that cache works in chunks
 
     def parts(self, tokens: int, decoded: int) -> dict[str, int]:
-        """Bytes by part after ``tokens`` tokens of one sequence."""
+        """Return bytes by part after ``tokens`` tokens of one sequence."""
         if self.windows is None:
             count = own_room(tokens, decoded, self.max_size, chunked=self.chunked)
             return {"codes": count * self.codes, "scales": count * self.scales, "exact": count * self.exact}
@@ -64,23 +64,23 @@ class CacheLayout:
     """The cache of a whole model."""
 
     name: str  # such as "turboquant K4 V4", "fp16" or "mlx-lm 4 bit"
-    layers: Mapping[LayerLayout, int]  # how many there are of each
-    states: int  # bytes of the states of one sequence, which do not grow
+    layers: Mapping[LayerLayout, int]  # number of layers with each layout
+    states: int  # bytes of the states of one sequence; they do not grow
     tables: int = 0  # bytes of constant tables, held once
 
     def parts(self, tokens: int, batch: int = 1, decoded: int = 0) -> dict[str, int]:
-        """Bytes by part of ``batch`` sequences of ``tokens`` tokens, the last ``decoded`` of them generated."""
+        """Return bytes by part of ``batch`` sequences of ``tokens`` tokens, the last ``decoded`` of them generated."""
         total: Counter[str] = Counter(states=batch * self.states, tables=self.tables)
         for layer, count in self.layers.items():
             total.update({part: batch * count * nbytes for part, nbytes in layer.parts(tokens, decoded).items()})
         return {part: total[part] for part in PARTS}
 
     def held(self, tokens: int, batch: int = 1) -> int:
-        """Bytes of all parts of texts that were read."""
+        """Return the bytes of all parts after texts were read."""
         return sum(self.parts(tokens, batch).values())
 
     def largest_context(self, memory_bytes: float, batch: int = 1) -> int:
-        """The most tokens of each sequence, a multiple of `GRAIN` up to `MOST_TOKENS`, that ``memory_bytes`` hold."""
+        """Return the most tokens of each sequence in ``memory_bytes``: a multiple of `GRAIN` up to `MOST_TOKENS`."""
         steps = range(GRAIN, MOST_TOKENS + 1, GRAIN)
         return GRAIN * bisect_right(steps, memory_bytes, key=lambda tokens: self.held(tokens, batch))
 
@@ -99,10 +99,10 @@ def cache_layouts(
     calibration: Calibration | None = None,
     **options: object,
 ) -> tuple[CacheLayout, ...]:
-    """Layouts of a compressed cache, of the exact one in 16 bits, and of mlx-lm's quantized ones where it has them.
+    """Return layouts of a compressed cache, of the exact one in 16 bits, and of mlx-lm's quantized ones if possible.
 
     Arguments and errors are as for `veloxlab.make_cache` and `shape_of`; no method needs a ``calibration``.
-    ``layer_bits``: bits of keys and of values of layers that have others.
+    ``layer_bits``: bits of keys and of values for layers that differ.
     """
     shape, found = shape_of(model_or_config), find_method(method)
     widths = tensor_bits(method, 8 * shape.exact_bytes, bits, key_bits, value_bits)
@@ -137,7 +137,7 @@ def _own(facts: LayerFacts, exact_bytes: int) -> LayerLayout:
 
 
 def _quantized(shape: ModelShape, bits: int) -> CacheLayout:
-    """mlx-lm's quantized cache: a scale and a bias for each group, of the type that the keys have."""
+    """Return the layout of mlx-lm's quantized cache: codes, and a scale and bias of the keys' type for each group."""
     sizes = (facts.values_per_token for facts in shape.caches if facts.kv_heads)
     layers = Counter(LayerLayout(0, n * bits // 8, 2 * shape.exact_bytes * n // GROUP) for n in sizes)
     return CacheLayout(f"mlx-lm {bits} bit", layers, shape.state_bytes)
@@ -155,17 +155,18 @@ def plan_memory(
 ) -> pl.DataFrame:
     """Predict the bytes that a compressed cache will hold, beside the exact one and mlx-lm's quantized ones: `PLANNED`.
 
-    Exact to the byte for a text that mlx-lm's generator reads, in chunks of 2,048 tokens and its last token alone, but
-    for the tables of SpectralQuant (see its ``blank``) and, without its calibration, for FisherQuant, whose layers
-    differ in bits: some hold up to a block of packed tokens more than others. Generated text leaves room to grow in
-    the buffers. Raises `InputError`: as `veloxlab.make_cache`; a model that is not here; fewer tokens than ``decoded``.
+    Exact to the byte for a text that mlx-lm's generator reads, in chunks of 2,048 tokens and its last token alone.
+    Exceptions are the tables of SpectralQuant (see its ``blank``), and FisherQuant without a calibration: its layers
+    differ in bits, so some hold up to a block of packed tokens more. Generated text leaves free space in
+    the buffers. Raises `InputError`: as `veloxlab.make_cache`; if the model is not found; if ``decoded`` exceeds the
+    context.
 
     Parameters
     ----------
     model_or_config : a model, a ``config.json`` or its folder, or a `veloxlab.ModelShape`.
     context : tokens of each sequence, or several such numbers.
     batch : sequences; tables are held once for all.
-    decoded : how many of the newest tokens were generated, one at a time.
+    decoded : number of the newest tokens that were generated, one at a time.
     settings : ``bits``, ``key_bits``, ``value_bits``, ``sinks``, ``window``, ``sliding``, ``calibration`` and the
         method's own, as for `veloxlab.make_cache`.
     """
@@ -176,7 +177,7 @@ def plan_memory(
 
 
 def planned(layouts: Sequence[CacheLayout], contexts: Sequence[int], batch: int = 1, decoded: int = 0) -> pl.DataFrame:
-    """Bytes by part of each layout at each context: `PLANNED`."""
+    """Return bytes by part of each layout at each context: `PLANNED`."""
     rows = [
         (layout.name, tokens, batch, part, nbytes, "predicted")
         for layout in layouts
@@ -196,12 +197,12 @@ def largest_contexts(
     batch: int = 1,
     **settings: Any,
 ) -> pl.DataFrame:
-    """Predict the largest context whose cache alone fits in ``memory_bytes``: `LARGEST`; else as `plan_memory`."""
+    """Predict the largest context whose cache fits in ``memory_bytes`` alone: `LARGEST`; arguments as `plan_memory`."""
     return largest(cache_layouts(model_or_config, method, **settings), memory_bytes, batch)
 
 
 def largest(layouts: Sequence[CacheLayout], memory_bytes: float, batch: int = 1) -> pl.DataFrame:
-    """The largest context of each layout that fits in so much memory: `LARGEST`."""
+    """Return the largest context of each layout that fits in ``memory_bytes``: `LARGEST`."""
     rows = []
     for layout in layouts:
         tokens = layout.largest_context(memory_bytes, batch)

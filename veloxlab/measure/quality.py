@@ -1,4 +1,4 @@
-"""What a model predicts, and how far a compressed cache moves that from what its own uncompressed run predicts."""
+"""Predictions of a model with a compressed cache, compared with those of its own uncompressed run."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ FIDELITY = schema(
     "value_bits held_bits held_bytes table_bytes fp16_bytes"
 )
 """Columns of `fidelity` and `fidelity_to`: name of the cache; how it was read, "oneshot" or "decode"; whether tokens of
-one call attended to one another "exact" or through their "codes"; predictions compared; KL(exact ‖ compressed) of the
+one call attended to one another "exact" or through their "codes"; compared predictions; KL(exact ‖ compressed) of the
 next token in nats; share of predictions whose most likely token changed; perplexity of the text with this cache and
-with mlx-lm's own; true bits of a packed value, mean over layers, null for a cache that is not ours; held bytes · 8 /
-values held, exact tokens and slack included; bytes of all layers at the end of a window, of rotations and codebooks,
+with mlx-lm's own; true bits of a packed value, mean over layers, null for caches of other projects; held bytes · 8 /
+held values, with exact tokens and free space; bytes of all layers at the end of a window, of rotations and codebooks,
 and of 16-bit keys and values of the same tokens."""
 
 TOKEN_FIDELITY = schema("window position token kl flip nll nll_exact")
-"""Columns of `fidelity_to` with ``per_token``: stretch of the text, position in it of the token that predicts, the
+"""Columns of `fidelity_to` with ``per_token``: window of the text; position in it of the token that predicts; the
 token that came next; KL in nats; whether the most likely token changed; −log p(token) in nats, compressed and exact."""
 
-_OF_EVALUATE = ("mode", "prompt", "chunk", "name", "per_token")  # options that do not make a cache
+_OF_EVALUATE = ("mode", "prompt", "chunk", "name", "per_token")  # options that are not for the cache
 
 
 def log_probabilities(logits: mx.array) -> mx.array:
-    """Log-probabilities of ``logits`` ``[S, vocabulary]``, float32, in nats."""
+    """Return log-probabilities of ``logits`` ``[S, vocabulary]``, float32, in nats."""
     logits = logits.astype(mx.float32)
     if runtime.backend() != "cpu":
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -55,12 +55,12 @@ def log_probabilities(logits: mx.array) -> mx.array:
 
 
 def of_targets(log_probs: mx.array, targets: mx.array) -> mx.array:
-    """−log p ``[S]`` of the tokens ``[S]`` that came next, in nats."""
+    """Return −log p ``[S]`` of the tokens ``[S]`` that came next, in nats."""
     return -mx.take_along_axis(log_probs, targets[:, None], axis=-1)[:, 0]
 
 
 def divergence(exact: mx.array, changed: mx.array) -> mx.array:
-    """KL(exact ‖ changed) ``[S]`` of log-probabilities ``[S, vocabulary]``, in nats; NaN where either is."""
+    """Return KL(exact ‖ changed) ``[S]`` of log-probabilities ``[S, vocabulary]``, in nats; NaN if either is NaN."""
     if runtime.backend() == "cpu":  # as above: a row stays in a core's cache
         rows = (np.array(x, copy=False).reshape(-1, x.shape[-1]) for x in (exact, changed))
         with np.errstate(invalid="ignore"):
@@ -72,18 +72,18 @@ def divergence(exact: mx.array, changed: mx.array) -> mx.array:
 
 
 def predicted_bytes(model: Module, lengths: Sequence[int]) -> int:
-    """Bytes at least for a model's log-probabilities over stretches of ``lengths``, and another run's of the last."""
+    """Return the least bytes for log-probabilities over windows of ``lengths``, and for a second run of the last."""
     vocabulary: int = model(mx.array([[0]])).shape[-1]  # builds a graph only
     longest = max(lengths)
-    # at once: logits, in float32 too, and the log-probabilities that are compared; on a CPU logits mostly are float32,
-    # but MLX makes the scores of a layer's heads, length times length
+    # held together: logits, also in float32, and the compared log-probabilities. On a CPU most logits are in float32,
+    # but MLX computes the attention logits of a layer's heads, length times length
     on_cpu = runtime.backend() == "cpu"
     heads: int = getattr(getattr(model, "args", None), "num_attention_heads", 0) if on_cpu else 0
     return 4 * (vocabulary * sum(lengths) + max((2 if on_cpu else 3) * vocabulary * longest, heads * longest**2))
 
 
 def check_room(model: Module, lengths: Sequence[int]) -> None:
-    """Raise `InputError` if the predictions of stretches of these ``lengths`` do not fit into memory."""
+    """Raise `InputError` if the predictions of windows of these ``lengths`` do not fit into memory."""
     needed = predicted_bytes(model, lengths)
     free = runtime.device().memory_bytes - mx.get_active_memory()
     if needed > free:
@@ -94,7 +94,7 @@ def check_room(model: Module, lengths: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a model predicts with its own cache, run once and compared with many others."""
+    """A model's predictions with its own cache, computed once for comparison with many others."""
 
     model: Module
     stretches: tuple[list[int], ...]  # token ids of each window of the text
@@ -102,7 +102,7 @@ class Reference:
 
     @classmethod
     def of(cls, model: Module, stretches: Sequence[list[int]], progress: Progress = silent) -> Self:
-        """Run the model with its own cache over stretches of token ids; raises `InputError` if memory is too small."""
+        """Run the model with its own cache over windows of token ids; raises `InputError` if memory is too small."""
         check_room(model, [len(stretch) for stretch in stretches])
         log_probs = []
         for w, stretch in enumerate(stretches):
@@ -121,7 +121,7 @@ def reference(
     windows: int = 1,
     progress: Progress = silent,
 ) -> Reference:
-    """Run the model with its own cache over stretches of text, as `fidelity`; a warning tells of a short last one."""
+    """Run the model with its own cache over windows of text, as `fidelity`; a warning reports a short last window."""
     return Reference.of(model, stretches(tokenizer, text, tokens, windows, last=2), progress)
 
 
@@ -146,13 +146,13 @@ def fidelity(
     method_or_plan : a method's id or a `veloxlab.Plan`, as for `veloxlab.make_cache`; or any function from the model
         to a prompt cache, such as one that makes mlx-lm's ``QuantizedKVCache``.
     text : the shipped WikiText-2 test excerpt by default.
-    tokens, windows : length and number of stretches of text, one after the other, each with a fresh cache.
+    tokens, windows : length and number of windows of text, one after the other, each with a new cache.
     options : those of `fidelity_to`, and further arguments of `veloxlab.make_cache`, such as ``bits``, ``window`` and
-        ``seed``, which is of what is random in the codec; `veloxlab.calibrate` takes that of one that is fitted.
+        ``seed``, which is for random parts of the codec; for a fitted codec, give the seed to `veloxlab.calibrate`.
     """
     make_one = maker(method_or_plan, {n: v for n, v in options.items() if n not in _OF_EVALUATE})
     if not callable(method_or_plan):
-        make_one(model)  # bad settings are refused before the model runs
+        make_one(model)  # raises for wrong settings before the model runs
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows, progress=progress)
     return fidelity_to(exact, method_or_plan, progress=progress, **options)
 
@@ -174,7 +174,7 @@ def fidelity_to(
     progress: Progress = silent,
     **settings: object,
 ) -> pl.DataFrame:
-    """Compare a compressed cache with a `reference` that was already run: one row, `FIDELITY`.
+    """Compare a compressed cache with an existing `reference`: one row, `FIDELITY`.
 
     Raises `InputError`: as `veloxlab.make_cache`; or if ``prompt`` leaves nothing to decode.
 
@@ -183,10 +183,10 @@ def fidelity_to(
     method_or_plan : as for `fidelity`; ``settings`` are further arguments of `veloxlab.make_cache`.
     mode : ``"oneshot"`` reads each window in one call; ``"decode"`` reads ``prompt`` tokens in one call, then feeds the
         true tokens one at a time, as generation would, and compares those predictions only.
-    chunk : as for `veloxlab.make_cache`, but ``"codes"`` by default, for plans too: every token is then seen as the
-        cache holds it. With ``"exact"``, a one-shot run compares nothing but an exact window with itself.
-    name : for the row; by default the method and its bits.
-    per_token : give one row for each prediction, `TOKEN_FIDELITY`, instead of their summary.
+    chunk : as for `veloxlab.make_cache`, but ``"codes"`` by default, also for plans: every token is then seen as the
+        cache holds it. With ``"exact"``, a one-shot run only compares an exact window with itself.
+    name : of the row; by default the method and its bits.
+    per_token : return one row for each prediction, `TOKEN_FIDELITY`, instead of their summary.
     """
     given: dict[str, Any] = {"mode": mode, "prompt": prompt, "chunk": chunk, "name": name, "progress": progress}
     row, tokens = both(exact, method_or_plan, **given | settings)
@@ -204,7 +204,7 @@ def both(
     progress: Progress = silent,
     **settings: object,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """What `fidelity_to` gives, of one run: a row of `FIDELITY`, and one for each prediction, `TOKEN_FIDELITY`."""
+    """Return both results of `fidelity_to` from one run: `FIDELITY`, one row, and `TOKEN_FIDELITY`, by prediction."""
     method_or_plan = plan_of(method_or_plan)
     shortest = min(len(stretch) for stretch in exact.stretches)
     if mode == "decode" and not 1 <= prompt < shortest - 1:
@@ -236,7 +236,7 @@ def judged(
 ) -> pl.DataFrame:
     """Compare logits ``[S - 1, vocabulary]`` of each window, made elsewhere, with a `reference`: one row, `FIDELITY`.
 
-    ``held_bytes`` are of a window's tokens in all layers, ``sizes`` its ``table_bytes`` and ``fp16_bytes``.
+    ``held_bytes``: of a window's tokens in all layers. ``sizes``: its ``table_bytes`` and ``fp16_bytes``.
     """
     windows = enumerate(zip(exact.stretches, exact.log_probs, logits, strict=True))
     frame = pl.concat(_rows(w, 0, ids[1:], own, log_probabilities(theirs)) for w, (ids, own, theirs) in windows)
@@ -260,7 +260,7 @@ def _predicted(frame: pl.DataFrame) -> pl.DataFrame:
         kl_mean=kl.mean(),
         kl_median=kl.median(),
         kl_p99=kl.quantile(0.99),
-        kl_max=kl.nan_max(),  # where `max` passes NaN over
+        kl_max=kl.nan_max(),  # `max` ignores NaN
         top1_flips=pl.col("flip").mean(),
         perplexity=pl.col("nll").mean().exp(),
         perplexity_exact=pl.col("nll_exact").mean().exp(),
@@ -268,7 +268,7 @@ def _predicted(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def maker(method_or_plan: str | Plan | CacheMaker, settings: Mapping[str, object], **usual: Chunk) -> CacheMaker:
-    """What makes a cache by ``settings`` and the ``usual`` ones; raises `InputError` for settings beside a function."""
+    """Return a cache's maker with ``settings`` and defaults ``usual``; `InputError` for a function with settings."""
     if callable(method_or_plan):
         if settings:
             raise InputError(f"A cache of your own takes no settings, but {sorted(settings)[0]!r} was given.")
@@ -284,7 +284,7 @@ def _name(method_or_plan: str | Plan | CacheMaker, settings: dict[str, object]) 
 
 
 def _log_probs(logits: mx.array) -> mx.array:
-    """`log_probabilities` of the one sequence of ``logits`` ``[1, S, vocabulary]``, evaluated."""
+    """Return `log_probabilities` of the one sequence of ``logits`` ``[1, S, vocabulary]``, evaluated."""
     log_probs = log_probabilities(logits[0])
     mx.eval(log_probs)
     return log_probs

@@ -1,7 +1,7 @@
-"""Questions about a text that a cache holds, and small sets of them, made here from a seed without any data set.
+"""Questions about a text that a cache holds, and small question sets that are made from a seed without any data set.
 
-A context is read first and the question after it, in calls of their own: so the question sees the context through the
-cache. What is asked stands at the beginning of the context and a text that says nothing of it behind, so that a window
+A context is read first, and the question after it in another call, so the question sees the context through the
+cache. The facts are at the beginning of the context, followed by unrelated text, so that a window
 does not hold the answer.
 """
 
@@ -19,13 +19,13 @@ from veloxlab.errors import InputError
 from veloxlab.measure.generation import DEPTHS, DIGITS, PLAIN, QUESTION, hidden
 from veloxlab.texts import Tokenizer
 
-ASKED = 4  # questions about one context
+ASKED = 4  # questions for each context
 CHOICES = 4
 EXAMPLE = (
     '{"context": "Ann lives in Rome.", "question": "Ann lives in", "answer": "Rome", "choices": ["Rome", "Paris"]}'
 )
-FIELDS = ("context", "question", "answer")  # that a line has to have
-SHOWN = 24  # sums that are shown before one is asked for
+FIELDS = ("context", "question", "answer")  # required in a line
+SHOWN = 24  # sums that are shown before the question
 
 _NAMES = (
     "Anna Boris Clara David Emma Felix Grace Henry Irene James Karen Lucas Maria Nora Oscar Paula Robert Sarah Thomas "
@@ -43,8 +43,9 @@ _WORDS = (
 class Question:
     """A question about a context.
 
-    ``context`` is what the cache holds when ``question`` is read; ``answer`` is what should come next, with its space.
-    Of ``choices``, ``answer`` among them, the most probable one is taken; without choices the model writes its answer.
+    ``context``: the text in the cache when ``question`` is read. ``answer``: the text that should come next, with its
+    space. With ``choices``, which contain ``answer``, the most probable one is the model's answer; otherwise it
+    generates.
     """
 
     context: str
@@ -63,7 +64,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """Questions of one kind. Neighbours with one context share it: it is read once for all of them."""
+    """Questions of one kind. Neighbouring questions with the same context share it: it is read once for all of them."""
 
     name: str
     questions: tuple[Question, ...]
@@ -74,9 +75,9 @@ class Task:
     @classmethod
     @checked(text=WORDS, name=WORDS)
     def of_lines(cls, text: str, name: str = "own") -> Self:
-        """Questions of your own, a line of JSON each, with the fields of `Question`, such as `EXAMPLE`.
+        """Return a task from your own questions, one line of JSON each, with fields of `Question`, such as `EXAMPLE`.
 
-        ``choices`` may be left out. An answer or choice that begins without a space gets one, unless the question ends
+        ``choices`` may be missing. An answer or choice that begins without a space gets one, unless the question ends
         with a space or a line break. Raises `InputError` that names the line.
         """
         questions = []
@@ -91,7 +92,7 @@ class Task:
 
     @property
     def chance(self) -> float:
-        """Share of right answers of one who guesses; 0 where the answer is written."""
+        """Share of right answers by guessing; 0 if the answer is generated."""
         return float(np.mean([1 / len(each.choices) if each.choices else 0.0 for each in self.questions]))
 
 
@@ -110,8 +111,8 @@ def _of_line(line: str) -> Question:
     return replace(found, answer=spaced(found.answer), choices=tuple(map(spaced, found.choices)))
 
 
-Asked = tuple[str, str, list[str]]  # what is asked, its answer, and all answers that there are
-Items = Callable[[np.random.Generator], tuple[str, list[Asked]]]  # makes the beginning of a context, and what is asked
+Asked = tuple[str, str, list[str]]  # question, answer, and all possible answers
+Items = Callable[[np.random.Generator], tuple[str, list[Asked]]]  # makes the beginning of a context, and its questions
 
 
 def _copy(random: np.random.Generator) -> tuple[str, list[Asked]]:
@@ -144,9 +145,9 @@ BUILT_IN = (*_ITEMS, "passkey")
 
 
 def build(name: str, tokenizer: Tokenizer, filler: list[int], *, questions: int, context: int, seed: int) -> Task:
-    """Make a task of `BUILT_IN`, each context of ``context`` tokens, the rest of which ``filler`` gives.
+    """Make a task of `BUILT_IN` with contexts of ``context`` tokens, filled up with ``filler``.
 
-    Raises `InputError` if a context is too short for what is asked, or longer than the filler.
+    Raises `InputError` if a context is too short for the questions, or longer than the filler.
     """
     random = np.random.default_rng([seed, *name.encode()])
     build = _passkeys if name == "passkey" else _asked

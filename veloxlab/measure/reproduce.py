@@ -1,4 +1,4 @@
-"""Measurements of one cache as lines of Python: what a report ran, and a notebook that runs it again."""
+"""Measurements of one cache as Python code: the code of a report, and a notebook that runs it again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 @dataclass(frozen=True)
 class Step:
-    """One cell: what it is for, and its code. What its last line is, is shown."""
+    """One cell: its purpose and its code. The value of its last line is shown."""
 
     title: str
     words: str
@@ -36,10 +36,10 @@ def steps(
     tasks: Sequence[str] = (),
     questions: int = 16,
 ) -> Iterator[Step]:
-    """What measures the cache of a plan on a model.
+    """Yield the steps that measure the cache of a plan on a model.
 
-    ``model``: as `veloxlab.load` takes it. ``calibration``: Python that gives the calibrations which the plan needs.
-    ``text``: what is read; the shipped WikiText-2 test excerpt by default. ``tasks``: asked as `veloxlab.evaluate`.
+    ``model``: as for `veloxlab.load`. ``calibration``: Python code for the calibrations of the plan.
+    ``text``: text to read; the shipped WikiText-2 test excerpt by default. ``tasks``: as for `veloxlab.evaluate`.
     """
     given = "" if text is None else f"text={text!r}, "
     yield Step(
@@ -76,7 +76,7 @@ def steps(
 
 
 def calibration_code(plan: Plan, files: Sequence[Path] = (), seed: int = 0) -> str:
-    """Python that gives the calibrations of a plan: from files, and fitted with a seed where none is given."""
+    """Return Python code for the calibrations of a plan: loaded from files, or fitted with a seed if there are none."""
     found = [f"vl.Calibration.load({str(Path(file).absolute())!r})" for file in files]
     if not files:
         found = [
@@ -88,13 +88,13 @@ def calibration_code(plan: Plan, files: Sequence[Path] = (), seed: int = 0) -> s
 
 
 def run(cells: Sequence[Step], progress: Progress = silent) -> tuple[list[Any], dict[str, Any]]:
-    """Run the cells in one namespace; give what the last line of each is, and the namespace."""
+    """Run the cells in one namespace; return the value of each cell's last line, and the namespace."""
     space: dict[str, Any] = {}
     shown = []
     for i, cell in enumerate(cells):
         progress(i, len(cells), cell.title or "drawing")
         *lines, last = ast.parse(cell.code).body
-        assert isinstance(last, ast.Expr)  # `steps` writes them so
+        assert isinstance(last, ast.Expr)  # true for cells of `steps`
         exec(compile(ast.Module(lines, []), "<report>", "exec"), space)
         shown.append(eval(compile(ast.Expression(last.value), "<report>", "eval"), space))
     progress(len(cells), len(cells), "done")
@@ -102,7 +102,7 @@ def run(cells: Sequence[Step], progress: Progress = silent) -> tuple[list[Any], 
 
 
 def notebook(title: str, cells: Sequence[Step]) -> bytes:
-    """A Jupyter notebook (format 4.5) of the cells, not run yet."""
+    """Return a Jupyter notebook (format 4.5) of the cells, without outputs."""
     made: list[dict[str, Any]] = [_cell("markdown", f"# {title}")]
     for cell in cells:
         made += [_cell("markdown", f"## {cell.title}\n\n{cell.words}")] if cell.title else []

@@ -1,4 +1,4 @@
-"""Why a head is hurt: the error of its attention logits, split by RoPE pair and by coordinate of the codes' space."""
+"""Causes of one head's logit error: shares of RoPE pairs, and of coordinates in the space of the codes."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from veloxlab.measure.spectra import turned_pairs
 from veloxlab.progress import Progress, silent
 
 SCORE_ERRORS = schema(PLACE + "kind place wavelength bits share rms")
-"""Columns of `score_errors`: "pair", of channels that RoPE turns, the fastest first, or "coordinate", of the space of
+"""Columns of `score_errors`: "pair", of channels that RoPE rotates, the fastest first, or "coordinate", in the space of
 the codes; its number; tokens for one full turn of a pair; code bits of the coordinate; its share of the mean squared
-error of a logit, which may be negative where it undoes others: shares add up to 1, or for pairs to less where RoPE
-leaves channels alone; and the root-mean-square error of a logit in nats that it would make alone."""
+error of a logit, negative if it cancels others (shares sum to 1, or for pairs to less if RoPE
+does not rotate all channels); and the RMS error of a logit in nats that it would make alone."""
 
-QUERIES = 256  # of a head at once: their logits are one array
+QUERIES = 256  # of a head at a time: their logits are one array
 
 
 @checked()
@@ -45,10 +45,10 @@ def score_errors(
     progress: Progress = silent,
     **options: object,
 ) -> pl.DataFrame:
-    """Split the error of each KV head's logits, over causal pairs of a query and a key: `SCORE_ERRORS`.
+    """Split the error of each KV head's logits over causal pairs of query and key: `SCORE_ERRORS`.
 
-    Every key is in codes; a cap of logits is left out. A layer without a known RoPE has no pairs. Raises `InputError`
-    as `veloxlab.measure.layer_errors`, and for a layer that does not show its queries.
+    All keys are in codes; a soft cap of logits is ignored. A layer without a known RoPE has no pairs. Raises
+    `InputError` as `veloxlab.measure.layer_errors`, and for a layer that does not show its queries.
     """
     width = usual_bits(method, capture.exact_bits, bits)
 
@@ -65,7 +65,7 @@ def score_errors(
             turn = 2 * math.pi / np.asarray(layer.rope.angles)
             yield {"kind": "pair", "place": np.arange(len(pairs)), "wavelength": turn, "share": shares, "rms": rms}
         given = _bits_given(codec, width, heads)
-        # codes may have coordinates beside the coded ones, which are exact
+        # the space of the codes may have more coordinates, which are exact
         in_codes = lost @ np.linalg.pinv(code_axes(codec, heads)[:, : given.shape[1]])
         ours = np.array(codec.query_to_codes(queries)[0])[..., : given.shape[1]]
         shares, rms = _split(ours, in_codes, np.arange(given.shape[1])[:, None])
@@ -76,16 +76,16 @@ def score_errors(
 
 
 def _bits_given(codec: Codec, bits: float, heads: int) -> Floats:
-    """Code bits of each coded coordinate ``[H, coordinates]``."""
+    """Return code bits of each coded coordinate ``[H, coordinates]``."""
     size = codec.head_dim if isinstance(codec, Exact) else codec.code_dim
     each = codec.head_plans or [[bits * codec.head_dim / size] * size]  # a sketch has more coordinates than the head
     return np.broadcast_to(np.asarray(each, np.float32), (heads, len(each[0])))
 
 
 def _split(q: Floats, lost: Floats, parts: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Shares of the mean squared error of q · lost over causal pairs, and what each part makes alone, each ``[H, P]``.
+    """Return shares of the mean squared error of q · lost over causal pairs, and the RMS error of each part alone.
 
-    ``q`` ``[H, G·S, D]``, ``lost`` ``[H, S, D]``; a row of ``parts`` holds coordinates.
+    Both are ``[H, P]``. ``q`` ``[H, G·S, D]``, ``lost`` ``[H, S, D]``; a row of ``parts`` holds coordinates.
     """
     tokens, heads = lost.shape[1], len(lost)
     causal = np.array(create_causal_mask(tokens)).astype(np.float32)

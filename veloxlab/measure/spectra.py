@@ -1,4 +1,4 @@
-"""How many directions hold the energy of keys and values, and how much of it is one vector: their mean."""
+"""Directions that hold the energy of keys and values, and the share of energy in their mean vector."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from veloxlab.measure.errors import ratio
 from veloxlab.measure.frames import PLACE, in_schema, schema
 
 SPECTRUM = schema(PLACE + "about rank share")
-"""Columns of `spectra`: about the "origin", second moments as they are, or about the "mean", of what is left without
+"""Columns of `spectra`: about the "origin", second moments unchanged, or about the "mean", second moments without
 the mean vector; rank from 1, the strongest direction; its share of the sum over all."""
 
 DIMENSIONS = schema(PLACE + "head_dim uncentred centred mean_share")
-"""Columns of `dimensions`: effective dimensions (Σλ)² / Σλ² of the second moments, 1 to D, 0 of a head of zeros; of
+"""Columns of `dimensions`: effective dimensions (Σλ)² / Σλ² of the second moments, 1 to D, 0 for a head of zeros; of
 those about the mean; ‖mean vector‖² / mean ‖x‖²."""
 
 PAIRS = schema("layer head pair first second wavelength energy_share mean_share")
 """Columns of `rope_pairs`: pair from 0, the fastest, and its channels; tokens for one full turn; share of the head's
-Σx², the same before and after RoPE; share of the pair's energy before RoPE that its mean vector holds. Channels that
-RoPE leaves alone are in no pair."""
+Σx², the same before and after RoPE; share of the pair's energy before RoPE in its mean vector. Channels that
+RoPE does not rotate are in no pair."""
 
 PAIR_POINTS = schema("position stage x y")
-"""Columns of `pair_points`: position of the token in the text; "before RoPE", what CommVQ codes, or "after RoPE", what
-a cache is given; the pair's coordinates."""
+"""Columns of `pair_points`: position of the token in the text; "before RoPE", as CommVQ codes it, or "after RoPE", as
+a cache gets it; the pair's coordinates."""
 
-POINTS = 800  # tokens at most: of more, every nth is shown
+POINTS = 800  # tokens at most; of more, every nth is returned
 
 
 def spectra(capture: Capture, *, tensors: Tensors = None) -> pl.DataFrame:
-    """Eigenvalues of the second moments of each head, with and without its mean vector, as shares: `SPECTRUM`.
+    """Return eigenvalues of the second moments of each head, with and without its mean vector, as shares: `SPECTRUM`.
 
     Raises `InputError` for numbers that are NaN or infinite, or a head that does not vary and is not zero.
     """
@@ -55,7 +55,7 @@ def spectra(capture: Capture, *, tensors: Tensors = None) -> pl.DataFrame:
 
 
 def dimensions(capture: Capture, *, tensors: Tensors = None) -> pl.DataFrame:
-    """Effective dimensions of each head with and without its mean vector, and what the mean vector holds: `DIMENSIONS`.
+    """Return effective dimensions of each head with and without its mean vector, and the mean's share: `DIMENSIONS`.
 
     *3 % Is All You Need* (A. Gopinath, 2026) counts them about the origin. Raises `InputError` as `spectra`.
     """
@@ -71,7 +71,7 @@ def dimensions(capture: Capture, *, tensors: Tensors = None) -> pl.DataFrame:
 
 
 def spectrum_shares(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Eigenvalues of xᵀx of vectors ``[S, D]``, as shares of their sum, the largest first ``[D]``; 0 of zeros."""
+    """Return eigenvalues of xᵀx of vectors ``[S, D]``, as shares of their sum, largest first ``[D]``; 0 for zeros."""
     values = np.clip(np.linalg.eigvalsh(x.T @ x)[::-1], 0.0, None)  # rounding makes some slightly negative
     return ratio(values, values.sum())
 
@@ -86,7 +86,7 @@ def _checked_vectors(layer: LayerCapture, tensor: Tensor) -> NDArray[np.float64]
 
 
 def rope_pairs(capture: Capture) -> pl.DataFrame:
-    """Energy of each pair of key channels that RoPE turns: `PAIRS`; `InputError` if no layer's rotation is known."""
+    """Return the energy of each pair of key channels that RoPE rotates: `PAIRS`; `InputError` if RoPE is unknown."""
 
     def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
         x = vectors(layer, tensor, "before_rope").astype(np.float64)
@@ -110,7 +110,7 @@ def rope_pairs(capture: Capture) -> pl.DataFrame:
 
 
 def pair_points(layer: LayerCapture, head: int, pair: int) -> pl.DataFrame:
-    """One pair of a head's keys before and after RoPE: `PAIR_POINTS`; `InputError` if there is none of them."""
+    """Return one pair of a head's keys before and after RoPE: `PAIR_POINTS`; `InputError` if it does not exist."""
     before = vectors(layer, "keys", "before_rope")
     assert layer.rope is not None, "vectors() refuses a layer without one"
     heads, tokens, dim = before.shape
@@ -128,11 +128,11 @@ def pair_points(layer: LayerCapture, head: int, pair: int) -> pl.DataFrame:
 
 
 def turned_pairs(rope: Rope, head_dim: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First and second channel of each pair that RoPE turns, the fastest first."""
+    """Return the first and second channel of each pair that RoPE rotates, the fastest first."""
     first, second = rope.pairs(head_dim).T
     return first[: rope.dims // 2], second[: rope.dims // 2]
 
 
 def pair_energy(x: NDArray[np.float64], first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Mean over tokens of each pair's squared length, of vectors ``[H, S, D]``: ``[H, pairs]``."""
+    """Return the mean over tokens of each pair's squared length, of vectors ``[H, S, D]``: ``[H, pairs]``."""
     return np.asarray((np.square(x[..., first]) + np.square(x[..., second])).mean(axis=1))

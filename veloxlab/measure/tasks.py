@@ -1,4 +1,4 @@
-"""Questions asked through a cache: how many answers stay right when what was read is compressed."""
+"""Questions asked through a cache: the number of answers that stay right when the context is compressed."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from veloxlab.progress import Progress, silent
 from veloxlab.texts import Tokenizer
 
 ANSWERS = schema("task group question side answer right hit nll context coded_tokens")
-"""Columns of `evaluate` with ``per_question``: task; number of the context, which neighbours share; what was asked;
-which cache answered, "exact" or "compressed"; its answer, the right one, and whether they agree; −log p of the right
-one in nats, null where a harness scored it; tokens of the context, and those in codes when the question was read."""
+"""Columns of `evaluate` with ``per_question``: task; number of the context, which neighbours share; question;
+cache, "exact" or "compressed"; its answer, the right one, and whether they agree; −log p of the right
+one in nats, null if a harness scored it; tokens of the context, and those in codes when the question was read."""
 
 EVALUATION = schema("task questions chance exact compressed difference low high same nll_exact nll coded_share")
-"""Columns of `evaluate`: task, its questions, the share that a guess gets right, null if unknown; shares of right
+"""Columns of `evaluate`: task, its questions, the share of right guesses, null if unknown; shares of right
 answers with the exact and the compressed cache, compressed − exact, and the ends of its 95 % interval, paired by
 context, null for a single one; share of equal answers; mean −log p of the right answer with either, in nats; share of
 the contexts' tokens that were in codes."""
@@ -61,25 +61,25 @@ def evaluate(
     progress: Progress = silent,
     **settings: Any,
 ) -> pl.DataFrame:
-    """Ask questions about texts that the exact and a compressed cache hold: a row for each task, `EVALUATION`.
+    """Ask questions about texts in the exact and in a compressed cache: one row for each task, `EVALUATION`.
 
-    A context is read first and the question after it, which so sees the context through its codes. Of choices the most
-    probable one is the answer. A warning names a task that never reads codes. For predictions along a text take
-    `vl.fidelity`. Raises `InputError`: as `veloxlab.make_cache`; a cache that holds tokens already; an unknown task; a
-    context that is too short for a task, or longer than the text.
+    A context is read first, and the question after it, so the question sees the context through its codes. With
+    choices, the most probable one is the answer. A warning names a task that never reads codes. For predictions along a
+    text, use `vl.fidelity`. Raises `InputError`: as `veloxlab.make_cache`; for a cache that already holds tokens; an
+    unknown task; a context that is too short for a task, or longer than the text.
 
     Parameters
     ----------
-    cache : a method's id or a `veloxlab.Plan`, as for `veloxlab.make_cache`; what that gave, still empty; or a function
-        from the model to a prompt cache. ``settings`` are further arguments of `veloxlab.make_cache`.
+    cache : a method's id or a `veloxlab.Plan`, as for `veloxlab.make_cache`; an empty cache from that function; or a
+        function from the model to a prompt cache. ``settings`` are further arguments of `veloxlab.make_cache`.
     tasks : names in `veloxlab.measure.questions.BUILT_IN`, by default all; tasks of your own, such as
         ``vl.measure.Task.of_lines`` reads; and ``"lm_eval:NAME"``
         for a task of lm-evaluation-harness, if that is installed.
-    questions : how many of each task that is named.
-    context : tokens before a question of a built-in task: what is asked for, and ``text`` behind it.
-    text : what fills a context; the shipped WikiText-2 test excerpt by default.
+    questions : number for each named task.
+    context : tokens before a question of a built-in task: the facts, followed by ``text``.
+    text : text that fills a context; the shipped WikiText-2 test excerpt by default.
     seed : of the built-in questions.
-    per_question : give one row for each question and cache, `ANSWERS`.
+    per_question : return one row for each question and cache, `ANSWERS`.
     """
     given: dict[str, Any] = {"questions": questions, "context": context, "text": text, "seed": seed}
     answers, chances = ask(model, tokenizer, _maker(cache, settings), tasks or BUILT_IN, progress=progress, **given)
@@ -101,11 +101,11 @@ def ask(
     seed: int = 0,
     progress: Progress = silent,
 ) -> tuple[pl.DataFrame, dict[str, float]]:
-    """What `evaluate` asks of the exact cache and of those that ``make`` gives: `ANSWERS`, and a guess's right share.
+    """Return the answers of `evaluate` with the exact cache and those of ``make``: `ANSWERS`, and chances by task.
 
-    The shares are those of tasks by name, where they are known.
+    The chances are the shares of right guesses, where known.
     """
-    make(model)  # bad settings are refused before the model runs
+    make(model)  # raises for wrong settings before the model runs
     makers: dict[Side, CacheMaker] = {"exact": own_cache, "compressed": make}
     asked = [_known(task) for task in tasks]
     filler = first_tokens(tokenizer, text, context, **PLAIN) if {*BUILT_IN} & {*asked} else []
@@ -123,7 +123,7 @@ def ask(
 
 
 def unread(frame: pl.DataFrame) -> list[str]:
-    """A sentence for each task, in rows of `EVALUATION`, whose contexts were held exactly: it says nothing of codes."""
+    """Return a sentence for each task of `EVALUATION` whose contexts were all exact, so that it tests no codes."""
     way_out = "take longer contexts, or fewer sinks and a smaller window"
     return [
         f"The task {name!r} never reads codes, for its contexts were held exactly: {way_out}."
@@ -153,7 +153,7 @@ def _known(task: str | Task) -> str | Task:
 def _answers(
     model: Module, tokenizer: Tokenizer, task: Task, makers: Mapping[Side, CacheMaker], progress: Progress
 ) -> Iterator[Row]:
-    """Rows of `ANSWERS`. A context is read once by each cache, which is copied for each of its questions."""
+    """Yield rows of `ANSWERS`. Each cache reads a context once, and is copied for each of its questions."""
     done, total = 0, len(task.questions) * len(makers)
     for group, (context, same) in enumerate(groupby(task.questions, lambda question: question.context)):
         ids, questions = list(tokenizer.encode(context)), list(same)
@@ -169,7 +169,7 @@ def _answers(
 
 
 def _asked(reader: Reader, tokenizer: Tokenizer, question: Question) -> tuple[str, str, bool, float]:
-    """The answer, the right one, whether they agree, and −log p of the right one."""
+    """Return the answer, the right one, whether they agree, and −log p of the right one."""
     reader.read(list(tokenizer.encode(question.question, **PLAIN)))
     choices = question.choices or (question.answer,)
     nlls = {choice: reader.nll(list(tokenizer.encode(choice, **PLAIN))) for choice in choices}
@@ -182,7 +182,7 @@ def _asked(reader: Reader, tokenizer: Tokenizer, question: Question) -> tuple[st
 
 
 def summary(answers: pl.DataFrame, chances: Mapping[str, float]) -> pl.DataFrame:
-    """A row for each task, `EVALUATION`, of rows of `ANSWERS`; ``chances`` are shares that a guess gets right."""
+    """Return a row for each task, `EVALUATION`, from rows of `ANSWERS`; ``chances`` are shares of right guesses."""
     exact, compressed = (answers.filter(side=side) for side in SIDES)
     both = exact.rename({"hit": "hit_exact", "nll": "nll_exact"})
     both = both.with_columns(compressed.select("hit", "nll", "coded_tokens", other="answer"))

@@ -1,4 +1,4 @@
-"""Time of each layer of a cache, beside the exact one: to store tokens, to decode them, and to attend to them."""
+"""Times of each layer of a cache and of the exact one: to store tokens, to decode them, and to attend to them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from veloxlab.mlxlm.probe import own_cache, probe, slot_of
 from veloxlab.progress import Progress, silent
 
 LAYER_TIMES = schema("layer part side microseconds tokens held_bytes fp16_bytes")
-"""Columns of `layer_times`: "store", "decode" or "attend"; whose time it is, "exact" or "compressed"; the median in µs,
-of a token for the first two, and of one query over all tokens for the last; tokens that the layer holds; its bytes, and
+"""Columns of `layer_times`: "store", "decode" or "attend"; "exact" or "compressed"; the median in µs, for each token of
+the first two, and for one query over all tokens of the last; tokens in the layer; its bytes, and
 those of exact keys and values in 16 bits."""
 
 
@@ -40,8 +40,8 @@ def layer_times(
 ) -> pl.DataFrame:
     """Time every layer of a compressed cache, and of the exact one, on captured keys and values: `LAYER_TIMES`.
 
-    All tokens come in one call. An exact cache decodes nothing. Other work on this device makes times longer: only rows
-    of one frame are to be compared. Raises `InputError`: as `veloxlab.make_cache`; a capture of another model.
+    All tokens come in one call. An exact cache does not decode. Other work on this device makes times longer: compare
+    only rows of one frame. Raises `InputError`: as `veloxlab.make_cache`; for a capture of another model.
 
     Parameters
     ----------

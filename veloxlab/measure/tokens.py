@@ -1,4 +1,4 @@
-"""From a token to its causes: what its prediction lost and to which tokens, in which heads, and over which keys."""
+"""From a token to its causes: changes of predictions, errors of each head at a token, and its attention to keys."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ from veloxlab.progress import Progress, silent
 from veloxlab.texts import Tokenizer
 
 PREDICTIONS = schema("position token text kl flip probability exact_probability")
-"""Columns of `Predictions.tokens`: position in the text of the token that is predicted, from 1; its id and what it adds
-to the text; KL(exact ‖ compressed) of the prediction in nats; whether the most likely token changed; probability that
-the compressed and the exact cache give the token."""
+"""Columns of `Predictions.tokens`: position in the text of the predicted token, from 1; its id, and the text that it
+adds; KL(exact ‖ compressed) of the prediction in nats; whether the most likely token changed; probability of the token
+with the compressed and the exact cache."""
 
 ALTERNATIVES = schema("position rank token text probability exact_probability came")
-"""Columns of `Predictions.alternatives`: position of the token that is predicted; rank from 1 by the greater of both
+"""Columns of `Predictions.alternatives`: position of the predicted token; rank from 1 by the greater of both
 probabilities; a token's id and text; its probability with the compressed and with the exact cache; whether it is the
 token of the text."""
 
 ERRORS_OF_TOKEN = schema("layer head tensor error")
 """Columns of `errors_of_token`: layer, KV head; "keys" and "values": ‖x − x̂‖² / ‖x‖² of the token's own key and value;
-"output": ‖o − ô‖² / ‖o‖² of what attention gives it, over the query heads of this KV head."""
+"output": ‖o − ô‖² / ‖o‖² of its attention output, over the query heads of this KV head."""
 
 ATTENDED = schema("key key_end weight exact_weight error state")
-"""Columns of `attended_keys`: position of a key, and the one behind it; weight that the token gives it with compressed
+"""Columns of `attended_keys`: position of a key, and the one after it; the token's weight of the key with compressed
 and with exact keys, mean over the query heads of the KV head; ‖k − k̂‖² / ‖k‖²; "codes", or "exact" in sinks or window
-(and where nothing is lost)."""
+(and for keys without error)."""
 
-CALL = 512  # tokens that are read together: predictions of more take much memory
-BEFORE = 16  # tokens before one with which its text is found: a character may have several
+CALL = 512  # tokens of a call: predictions of more take much memory
+BEFORE = 16  # earlier tokens that are decoded with one, because a character may have several tokens
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a compressed cache changed in the predictions of a text: `token_predictions`."""
+    """Changes in the predictions of a text by a compressed cache: `token_predictions`."""
 
     ids: tuple[int, ...]
     tokens: pl.DataFrame  # `PREDICTIONS`
-    candidates: pl.DataFrame  # `ALTERNATIVES` of all positions, whose text is null
+    candidates: pl.DataFrame  # `ALTERNATIVES` of all positions, with text null
 
     @property
     def worst(self) -> int:
@@ -65,7 +65,7 @@ class Predictions:
         return int((finite if finite.height else self.tokens).sort("kl", "position")["position"][-1])
 
     def alternatives(self, tokenizer: Tokenizer, position: int) -> pl.DataFrame:
-        """The most likely tokens at a position, and the one that came: `ALTERNATIVES`."""
+        """Return the most likely tokens at a position, and the text's own token: `ALTERNATIVES`."""
         rows = self.candidates.filter(position=position)
         before = self.ids[max(0, position - BEFORE) : position]
         texts = [added_text(tokenizer, before, token) for token in rows["token"]]
@@ -85,8 +85,8 @@ def token_predictions(
 ) -> Predictions:
     """Read a text with the model's own cache and with a compressed one, and compare each prediction.
 
-    Tokens of one call see one another as the cache holds them, as in `veloxlab.fidelity`; calls have `CALL` tokens.
-    ``ids``: token ids. ``most``: of each cache's most likely tokens, how many are kept. ``settings``: of
+    Tokens of one call see each other as the cache holds them, as in `veloxlab.fidelity`; calls have `CALL` tokens.
+    ``ids``: token ids. ``most``: number of likely tokens to keep for each cache. ``settings``: of
     `veloxlab.make_cache`. Raises `InputError` as that does, and for fewer than two tokens.
     """
     if len(ids) < 2:
@@ -114,7 +114,7 @@ def token_predictions(
 
 
 def _candidates(p: Any, q: Any, position: Any, came: Any, most: int) -> pl.DataFrame:  # noqa: ANN401 - arrays
-    """The ``most`` likely tokens by either of the log-probabilities ``[S, vocabulary]``, and the ones that came."""
+    """Return the ``most`` likely tokens by either log-probabilities ``[S, vocabulary]``, and the text's tokens."""
     most = min(most, p.shape[1])
     best = [np.argpartition(-x, most - 1, axis=1)[:, :most] for x in (p, q)]
     token = np.concatenate([*best, came[:, None]], axis=1)
@@ -142,7 +142,7 @@ def as_held(
     calibration: Calibration | None = None,
     **options: object,
 ) -> LayerCapture:
-    """A layer with its keys and values as ``method`` holds them at ``bits`` of each, decoded in float32, evaluated.
+    """Return a layer with keys and values as ``method`` holds them at ``bits`` of each, decoded in float32, evaluated.
 
     The first ``sinks`` and the last ``window`` tokens are exact. Raises `InputError` as `layer_errors`.
     """
@@ -155,9 +155,9 @@ def as_held(
 
 
 def errors_of_token(pairs: Sequence[tuple[LayerCapture, LayerCapture]], position: int) -> pl.DataFrame:
-    """What each layer and KV head lost at one position: `ERRORS_OF_TOKEN`.
+    """Return the errors of each layer and KV head at one position: `ERRORS_OF_TOKEN`.
 
-    ``pairs``: each layer as it was captured, and `as_held`. Rows "output" are missing where a model shows no queries.
+    ``pairs``: each layer as captured, and `as_held`. Rows "output" are missing if a model shows no queries.
     """
     frames = []
     for exact, held in pairs:
@@ -175,9 +175,9 @@ def errors_of_token(pairs: Sequence[tuple[LayerCapture, LayerCapture]], position
 
 
 def attended_keys(exact: LayerCapture, held: LayerCapture, position: int, head: int) -> pl.DataFrame:
-    """The keys that one KV head attends to from a position, with exact and with compressed weights: `ATTENDED`.
+    """Return the keys that one KV head attends to from a position, with exact and compressed weights: `ATTENDED`.
 
-    ``exact``, ``held``: a layer as it was captured, and `as_held`. Raises `InputError` if it does not show its queries.
+    ``exact``, ``held``: a layer as captured, and `as_held`. Raises `InputError` if it does not show its queries.
     """
     exact.shown_queries("its attention cannot be seen")
     exact_weight, weight = (np.array(_weights(exact, each, position)[head].mean(axis=0)) for each in (exact, held))
@@ -189,7 +189,7 @@ def attended_keys(exact: LayerCapture, held: LayerCapture, position: int, head: 
 
 
 def pooled_keys(attended: pl.DataFrame, blocks: int) -> pl.DataFrame:
-    """The same of at most ``blocks`` blocks of keys, each with the greatest of its weights and errors."""
+    """Pool `attended_keys` into at most ``blocks`` blocks of keys, each with its greatest weights and errors."""
     size = -(-attended.height // blocks)
     pooled = attended.group_by(pl.col("key") // size * size, maintain_order=True).agg(
         pl.col("key_end", "weight", "exact_weight", "error").max(), pl.col("state").first()
@@ -198,7 +198,7 @@ def pooled_keys(attended: pl.DataFrame, blocks: int) -> pl.DataFrame:
 
 
 def worst_of_blocks(tokens: pl.DataFrame, blocks: int) -> pl.DataFrame:
-    """Of each of at most ``blocks`` blocks of `Predictions.tokens`, the token whose prediction moved most."""
+    """Return the token whose prediction moved most from each of at most ``blocks`` blocks of `Predictions.tokens`."""
     size = -(-tokens.height // blocks)
     ranked = tokens.sort(pl.col("kl").fill_nan(np.inf), descending=True, maintain_order=True)
     block = ((pl.col("position") - 1) // size).alias("block")
@@ -206,13 +206,13 @@ def worst_of_blocks(tokens: pl.DataFrame, blocks: int) -> pl.DataFrame:
 
 
 def _at(layer: LayerCapture, tensor: Tensor, position: int) -> NDArray[Any]:
-    """The key or value of one token ``[H, D]``: the other tokens stay as they are."""
+    """Return the key or value of one token ``[H, D]``, the only one converted to float32."""
     x = layer.keys if tensor == "keys" else layer.values
     return np.array(x[0, :, position].astype(mx.float32))
 
 
 def _weights(own: LayerCapture, seen: LayerCapture, position: int) -> mx.array:
-    """Attention weights of a layer's queries at a position over keys up to it ``[H, Hq/H, position + 1]``."""
+    """Return attention weights of a layer's queries at a position over keys up to it ``[H, Hq/H, position + 1]``."""
     keys = seen.keys[0, :, : position + 1].astype(mx.float32)
     assert own.queries is not None
     queries = own.queries[0, :, position].astype(mx.float32).reshape(keys.shape[0], -1, keys.shape[-1])

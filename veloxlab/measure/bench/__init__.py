@@ -1,1 +1,1 @@
-"""Times on this device, compressed against exact and against mlx-lm's own quantized cache: read them as ratios."""
+"""Times on this device: compressed caches against the exact one and mlx-lm's quantized one. Compare them as ratios."""

@@ -1,7 +1,7 @@
-"""Two runs of the benchmark side by side: which ratios moved by more than the noise that the runs measured.
+"""Comparison of two benchmark runs: ratios that moved by more than the measured noise.
 
-Times of two runs are not compared: other work on a machine slows all of a run. A ratio is of two times of one run,
-taken in turn. Its noise is that of both: half of the interquartile range of the repeats, over their median.
+Times of two runs are not compared, because other work on a machine slows a whole run. A ratio is of two times of one
+run, taken in turn. Its noise is that of both: half the interquartile range of the repeats, over their median.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from veloxlab.measure.frames import schema
 
 RATIOS = ("ratio", "of_mlx_lm", "of_ops", "peak_ratio")
 PLACES = ("shape", "query_heads", "kv_heads", "head_dim", "layers", "sequences", "tokens", "cache")
-WIDER = 2.0  # times its noise is what a ratio has to move by
-LEAST = 0.02  # noise that a ratio has at least
+WIDER = 2.0  # least change of a ratio, in units of its noise
+LEAST = 0.02  # least noise of a ratio
 
 AGAINST = schema("part case name") | dict.fromkeys(("before", "now", "change", "noise"), pl.Float64)
 AGAINST |= {"part": pl.String, "case": pl.String, "name": pl.String, "moved": pl.Boolean}
 """Columns of `against`: part of the benchmark; the row in words; the ratio's name, and its values; ``now`` over
-``before``; what that may differ from 1 by chance, null where neither run measured it; whether it differs by more."""
+``before``; the difference from 1 that noise explains, null if no run measured it; whether the change is greater."""
 
 
 def against(before: Mapping[str, Any], now: Mapping[str, Any]) -> pl.DataFrame:
-    """Ratios that are in both results of ``veloxlab bench``: `AGAINST`, those that moved first."""
+    """Return ratios that are in both results of ``veloxlab bench``: `AGAINST`, those that moved first."""
     rows = []
     for part in now.keys() & before.keys():
         olds = {_place(row): row for row in before[part]["rows"]}
@@ -56,8 +56,8 @@ def _words(row: Row) -> str:
 
 
 def _noise(rows: Sequence[Row], row: Row, name: str) -> float | None:
-    """The noise of a ratio; None if the run measured none."""
-    if name == "peak_ratio":  # of bytes
+    """Return the noise of a ratio; None if the run measured none."""
+    if name == "peak_ratio":  # a ratio of bytes
         return LEAST
     of = {"ratio": "exact", "of_mlx_lm": "mlx-lm", "of_ops": row["cache"]}[name]
     alike = [other for other in rows if _place(other)[:-1] == _place(row)[:-1] and other["cache"].startswith(of)]

@@ -1,7 +1,7 @@
-"""A CPU: attention, encoding and fitting of every method, for one layer of SmolLM2's shape, in float32.
+"""CPU times: attention, encoding and fitting of every method, for one layer of SmolLM2's shape, in float32.
 
-Times are medians, with the least beside. What is compared is timed in turn, round after round, so that other work on
-the machine slows all of it: read times as ratios of one run, where less than 1 is faster. Tokens are random.
+Times are medians, with the least time too. Compared works are timed in turn, round after round, so that other work on
+the machine slows all of them. Compare times as ratios within a run; less than 1 is faster. Tokens are random.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from veloxlab.measure.memory import bytes_of
 SHAPE = Shape(9, 3, 64)
 TOKENS = (512, 2048, 8192)
 EXACT, MLX_LM = "exact 32 bit", "mlx-lm 4 bit"
-SAMPLE = 1024  # tokens that fit a codec, and that are encoded and repeated
+SAMPLE = 1024  # tokens for the fit of a codec; their codes are repeated
 LAYERS = 8  # caches that attention reads in turn, so that their bytes come from memory
 ROUNDS = 9
-OPS_ROUNDS = 3  # of MLX operations, which may take a hundred times as long
+OPS_ROUNDS = 3  # rounds of MLX operations, which can take a hundred times as long
 _READ = 1 << 29  # bytes, more than any processor's caches
 _BITS = {"vecinfer": 3, "commvq": 2}
 
@@ -44,25 +44,25 @@ Work = Callable[[], object]
 
 
 def facts() -> Row:
-    """What `timing.facts` gives, threads, and the speed of the memory."""
+    """Return `timing.facts`, the number of threads, and the speed of the memory."""
     threads = {"cores": runtime.cores(), "threads": runtime.threads(), "blas_threads": runtime.blas_threads()}
     return timing.facts() | threads | {"gigabytes_per_second": bandwidth()}
 
 
 @cache
 def bandwidth() -> float:
-    """Gigabytes a second that the threads of this process read together, the most of `ROUNDS` times."""
+    """Return the gigabytes a second that the threads of this process read together, the most of `ROUNDS` times."""
     parts = np.array_split(np.ones(_READ // 4, np.float32), runtime.threads())
     with ThreadPoolExecutor(len(parts)) as pool:
         return _READ / min(timeit.repeat(lambda: list(pool.map(np.max, parts)), number=1, repeat=ROUNDS)) / 1e9
 
 
 def attention_of_methods(tokens: Sequence[int] = TOKENS, progress: Tell = print) -> list[Row]:
-    """Attention of one token to the fewest and the most of ``tokens``, in one layer: exact, mlx-lm's, every method.
+    """Time attention of one token to the fewest and the most of ``tokens``, in a layer: exact, mlx-lm's, every method.
 
     Rows: ``cache, query_heads, kv_heads, head_dim, tokens, microseconds, least_microseconds, ratio`` (of exact
-    attention's time), ``slope_ratio`` (the same of the time that each further token takes; on rows of the most tokens),
-    ``ops_microseconds, of_ops`` (of the time of MLX operations), ``bytes, gigabytes_per_second,
+    attention's time), ``slope_ratio`` (the same for the time of each further token; in rows of the most tokens),
+    ``ops_microseconds, of_ops`` (ratio to the time of MLX operations), ``bytes, gigabytes_per_second,
     roofline_microseconds, spread`` (`timing.spread`).
     """
     tiles = {name: [codec.encode(vectors(SAMPLE)) for codec in own] for name, own in codecs(progress).items()}
@@ -79,7 +79,7 @@ def attention_of_methods(tokens: Sequence[int] = TOKENS, progress: Tell = print)
         works: dict[str, list[Work]] = {
             name: [partial(_attended, attend, query) for attend, _ in own] for name, own in made.items()
         }
-        # what a kernel has read once it reads again, whatever is switched off
+        # new caches: a kernel that has read a cache reads it again, even if kernels are switched off
         by_ops = {name: partial(_attended, ways[name]()[0], query) for name in ways if name not in (EXACT, MLX_LM)}
         size = {name: bytes_of(own[0][1]) for name, own in made.items()}
         for row in _in_turn(works, by_ops):
@@ -93,7 +93,7 @@ def attention_of_methods(tokens: Sequence[int] = TOKENS, progress: Tell = print)
 
 
 def _with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the fewest tokens and of the most, with ratios to exact attention, the first row of each."""
+    """Return the rows of the fewest and of the most tokens, with ratios to exact attention, the first row of each."""
     few, most = ([row for row in rows if row["tokens"] == at] for at in (rows[0]["tokens"], rows[-1]["tokens"]))
     for one in (few, most):
         for row in one:
@@ -106,7 +106,7 @@ def _with_ratios(rows: Sequence[Row]) -> list[Row]:
 
 
 def encode(progress: Tell = print) -> list[Row]:
-    """Encoding of `SAMPLE` tokens of one layer: ``cache, tokens, microseconds, least_microseconds, of_ops``, …"""
+    """Time encoding `SAMPLE` tokens of a layer: ``cache, tokens, microseconds, least_microseconds, of_ops``, …"""
     x = [vectors(SAMPLE) for _ in TENSORS]
     works: dict[str, list[Work]] = {
         titled(name): [partial(timing.encoded, own, x)] for name, own in codecs(progress).items()
@@ -115,7 +115,7 @@ def encode(progress: Tell = print) -> list[Row]:
 
 
 def fit(progress: Tell = print) -> list[Row]:
-    """Fitting to `SAMPLE` tokens of one layer, of methods that are calibrated: rows as those of `encode`."""
+    """Time the fit to `SAMPLE` tokens of one layer, for methods that are calibrated: rows as those of `encode`."""
     sample = Sample(vectors(SAMPLE), rope=Rope(SHAPE.head_dim))
     works: dict[str, list[Work]] = {}
     for name, own in codecs(progress).items():
@@ -138,7 +138,7 @@ def _told(row: Row, what: str, progress: Tell) -> Row:
 
 
 def said(row: Row, time: str, unit: str) -> str:
-    """A row in words, for progress: ``time`` is the column that has it, in ``unit``."""
+    """Return a row in words, for progress: ``time`` is the column of the time, in ``unit``."""
     beside = {"ratio": "of exact", "of_mlx_lm": "of mlx-lm's", "of_ops": "of MLX operations", "busy_ratio": "when busy"}
     ratios = [f", {row[name]:.3g} {words}" for name, words in beside.items() if row.get(name)]
     return f"{row['cache']}, {row[time]:.4g} {unit}{''.join(ratios)}"
@@ -150,7 +150,7 @@ def _in_turn(
     rounds: int | None = None,
     ops_rounds: int | None = None,
 ) -> Iterator[Row]:
-    """Time all ``works`` in rounds, and those of ``by_ops`` with MLX operations alone: a row for each name."""
+    """Time all ``works`` in rounds, and those of ``by_ops`` with MLX operations only: a row for each name."""
     for own in works.values():
         for work in own:
             seconds(work)
@@ -173,7 +173,7 @@ def _in_turn(
 
 
 def seconds(work: Work) -> float:
-    """Time to do ``work`` and to evaluate what it gives."""
+    """Return the time of ``work`` and of the evaluation of its result."""
     start = time.perf_counter()
     mx.eval(work())
     return time.perf_counter() - start
@@ -181,7 +181,7 @@ def seconds(work: Work) -> float:
 
 @contextmanager
 def _operations() -> Iterator[None]:
-    """Without kernels."""
+    """Switch kernels off."""
     before = os.environ.get(SWITCH)
     os.environ[SWITCH] = "0"
     try:
@@ -192,7 +192,7 @@ def _operations() -> Iterator[None]:
 
 
 def vectors(tokens: int) -> mx.array:
-    """Random keys or values of one layer."""
+    """Return random keys or values of one layer."""
     x = timing.vectors(SHAPE, tokens, mx.float32)
     mx.eval(x)
     return x
@@ -203,12 +203,12 @@ def _bits(method: str) -> int:
 
 
 def titled(method: str) -> str:
-    """A method with its bits, as rows name it."""
+    """Return a method with its bits, as in rows."""
     return f"{method} {_bits(method)} bit"
 
 
 def fitted(method: str, bits: int) -> list[Codec]:
-    """Codecs of keys and of values, fitted to random vectors."""
+    """Return codecs of keys and of values, fitted to random vectors."""
     return [timing.fitted(method, SHAPE, tensor, bits, SAMPLE) for tensor in TENSORS]
 
 
@@ -216,7 +216,7 @@ _codecs: dict[str, list[Codec]] = {}
 
 
 def codecs(progress: Tell = print) -> dict[str, list[Codec]]:
-    """Codecs of keys and of values of every method, fitted once."""
+    """Return codecs of keys and of values of every method, fitted once."""
     for name in METHODS:
         if name not in _codecs and name != "none":
             progress(f"fitting {titled(name)}")

@@ -1,7 +1,7 @@
-"""Decoding on a CPU, by length, with a model of SmolLM2's shape and random weights, in float32.
+"""Decoding times on a CPU, by length, with a model of SmolLM2's shape and random weights, in float32.
 
 Caches are filled with random keys and values, and decode in turn, by mlx-lm's own generator. All layers have the same
-codecs, which random vectors fitted where a method has to be fitted.
+codecs, fitted to random vectors if the method needs a fit.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ MODEL = "smollm2-135m"
 VOCABULARY = 49152
 CACHES = ("turboquant:4",)
 TOKENS = (512, 2048, 8192, 32768)
-BUSY_TOKENS = 8192  # behind more, caches that share a core take a quarter of an hour
+BUSY_TOKENS = 8192  # after more tokens, caches that share a core take a quarter of an hour
 ROUNDS = 8
-STEPS = 5  # tokens that a cache decodes in a round, after one that is not timed
-_SPIN = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"  # ends with this process, however it ends
+STEPS = 5  # tokens that a cache decodes in a round, after one without timing
+_SPIN = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"  # ends when this process ends, for any reason
 
 
 def decode(
     tokens: Sequence[int] = TOKENS, caches: Sequence[str] = CACHES, busy: bool = False, progress: Tell = print
 ) -> list[Row]:
-    """A token behind ``tokens`` others: with the exact cache, mlx-lm's at 4 bits, and ``caches`` such as "rabitq:4".
+    """Time a token after ``tokens`` others with the exact cache, mlx-lm's at 4 bits, and ``caches`` such as "rabitq:4".
 
     Rows: ``cache, tokens, milliseconds, least_milliseconds, ratio`` (of the exact cache's time), ``of_mlx_lm`` (of
     mlx-lm's), ``spread, held_bytes, roofline_milliseconds`` (to read the weights and the cache once at `bandwidth`).
-    With ``busy`` those behind up to `BUSY_TOKENS` are also timed while another process keeps a core busy:
+    With ``busy``, lengths up to `BUSY_TOKENS` are also timed while another process keeps a core busy:
     ``busy_milliseconds, busy_ratio`` (to idle).
     """
     model = random_model(MODEL, mx.float32, vocab_size=VOCABULARY)
@@ -77,7 +77,7 @@ def decode(
 def _decoded(
     model: Model, held: Mapping[str, list[Any]], others: Sequence[subprocess.Popen[bytes] | None]
 ) -> dict[str, list[list[float]]]:
-    """Milliseconds of tokens by cache, and by what else runs."""
+    """Return milliseconds of tokens by cache, for each of ``others``, the work that runs at the same time."""
     spent: dict[str, list[list[float]]] = {name: [[] for _ in others] for name in held}
     for _ in range(ROUNDS):
         for name, own in held.items():
@@ -90,7 +90,7 @@ def _decoded(
 
 
 def _fill(caches: Sequence[Any], tokens: int) -> None:
-    """Fill up to so many tokens, with the same random keys and values in all layers."""
+    """Fill caches up to ``tokens`` tokens, with the same random keys and values in all layers."""
     x = vectors(CHUNK)
     for layer in caches:
         while layer.offset < tokens:
@@ -100,7 +100,7 @@ def _fill(caches: Sequence[Any], tokens: int) -> None:
 
 
 def _named(cache: str) -> tuple[str, int]:
-    """Method and bits of a word such as "turboquant:4"."""
+    """Return method and bits of a text such as "turboquant:4"."""
     method, _, bits = cache.partition(":")
     if not bits.isdecimal():
         raise InputError(f"{cache!r} is no compressed cache: give METHOD:BITS, such as {CACHES[0]}.")
@@ -116,7 +116,7 @@ def _compressed(model: Model, method: str, bits: int) -> list[Any]:
 
 @contextmanager
 def _other_process() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that waits, and in `_running` keeps a core busy."""
+    """Start a process that waits; `_running` lets it keep a core busy."""
     with subprocess.Popen([sys.executable, "-c", _SPIN, str(os.getpid())]) as other:
         try:
             other.send_signal(signal.SIGSTOP)

@@ -1,6 +1,6 @@
-"""Python's own part of a decode step on a GPU: the graph of one layer's step is made, and is not computed.
+"""Python's share of a decode step on a GPU: the graph of a layer's step is built, and not computed.
 
-It needs no GPU. Kernels are built as for CUDA, but for what MLX does at a launch: their outputs are zeros.
+It needs no GPU. Kernels are built as for CUDA, except for MLX's launch: their outputs are zeros.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from veloxlab.measure.bench.cpu import EXACT, codecs, titled
 from veloxlab.measure.bench.timing import Row, Tell, spread
 from veloxlab.mlxlm.hooks import attach
 
-PAST = 1024  # tokens before the first that is timed
+PAST = 1024  # tokens before the first timed one
 SEQUENCES = 1, 8
-BLOCKS = 5  # that are encoded while steps are timed
-LAYERS = 4  # of a step: they share what is made once a token
+BLOCKS = 5  # blocks that are encoded while steps are timed
+LAYERS = 4  # layers of a step; they share the work that is done once a token
 
 
 def host(progress: Tell = print) -> list[Row]:
-    """Microseconds of Python a layer and step, with the exact cache and with every method, alone and in a batch.
+    """Time Python's work for a layer and step, with the exact cache and with every method, alone and in a batch.
 
-    Rows: ``cache, sequences, microseconds`` (the median of all steps), ``beyond_exact`` (more than with the exact
+    Rows: ``cache, sequences, microseconds`` (the median of all steps), ``beyond_exact`` (minus that of the exact
     cache), ``mean_microseconds`` (of all steps: one in `BLOCK` encodes a block), ``most_microseconds, spread, ratio``
-    (of the exact cache's).
+    (to the exact cache's).
     """
     made: dict[str, Callable[[], Any]] = {EXACT: KVCache}
     made |= {titled(name): partial(CompressedKVCache, *two) for name, two in codecs(progress).items()}
@@ -59,9 +59,9 @@ def host(progress: Tell = print) -> list[Row]:
 
 
 def _steps(caches: Sequence[Any], sequences: int) -> list[float]:
-    """Microseconds of each step, of a layer; what one leaves is computed before the next.
+    """Return microseconds of each step and layer; arrays that a step leaves are computed before the next step.
 
-    In a batch each layer asks where its tokens are, for queries and for keys; the mask is made once for all layers.
+    In a batch, each layer requests the places of its tokens, for queries and for keys; the mask is made once.
     """
     shape = cpu.SHAPE
     forms = (1, shape.kv_heads, PAST), (sequences, shape.kv_heads, 1), (sequences, shape.query_heads, 1)
@@ -77,7 +77,7 @@ def _steps(caches: Sequence[Any], sequences: int) -> list[float]:
         )
         for cache in caches:
             if hasattr(cache, "settle"):
-                cache.settle()  # the check of what was stored, which no code depends on here
+                cache.settle()  # the check of stored tokens, which nothing else computes here
         mask = caches[0].make_mask(1) if sequences > 1 else None
         start = time.perf_counter()
         for cache in caches:
@@ -89,7 +89,7 @@ def _steps(caches: Sequence[Any], sequences: int) -> list[float]:
 
 
 def zeros_of(source: Source) -> Built:
-    """Stands for a kernel that was built."""
+    """Return a kernel whose outputs are zeros."""
 
     def kernel(
         *, output_shapes: Sequence[tuple[int, ...]], output_dtypes: Sequence[mx.Dtype], **_: object
@@ -101,7 +101,7 @@ def zeros_of(source: Source) -> Built:
 
 @contextmanager
 def _kernels_without_a_gpu() -> Iterator[None]:
-    """Let MLX's device have CUDA's kernels, of which none is computed and none is tried."""
+    """Make MLX's device use CUDA's kernels, without computation and without checks."""
     name = runtime.backend()
     before = devices.BACKENDS[name]
     devices.BACKENDS[name] = replace(devices.CUDA, build=zeros_of, tried=False)

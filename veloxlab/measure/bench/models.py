@@ -1,7 +1,7 @@
-"""Whole models: what a length of text costs, decoding behind a context, and reading a prompt.
+"""Times and memory of whole models: costs by length of text, decoding after a context, and reading a prompt.
 
-A peak is the most that MLX had allocated, without the weights. Models of random weights have fewer layers than they
-would, and a small vocabulary. All rows of one call are of one run on one device: read times as ratios.
+A peak is the most memory that MLX had allocated, without the weights. Models of random weights have fewer layers and a
+smaller vocabulary than real ones. All rows of one call are from one run on one device: compare times as ratios.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from veloxlab.mlxlm.quantized import quantized_cache
 from veloxlab.progress import OnRows, Progress, silent
 
 LENGTHS = schema("cache tokens held_bytes prefill_peak_bytes decode_peak_bytes decode_seconds")
-"""Columns of `costs_by_length`: bytes of the cache after so many tokens; at the peak while reading those since the
-length before; at the peak while computing the next token, and its median seconds, null where that fails."""
+"""Columns of `costs_by_length`: bytes of the cache after ``tokens`` tokens; peak bytes while reading tokens after the
+previous length; peak bytes while computing the next token, and its median seconds, null if that fails."""
 
-STEPS = 7  # tokens that are timed at a length
-WARM_UP = 2  # tokens that are computed before those that are timed
+STEPS = 7  # timed tokens at a length
+WARM_UP = 2  # tokens before the timed ones
 LAYERS = 8
-DECODED = {"one layer of 7B": LAYERS, "smollm2-135m": 30}  # shapes, and their layers
-SHORT = 1024  # tokens before those that are timed, of a small model
-BATCHES = (8, 4096), (32, 1024)  # sequences, and tokens of the longest
-UNLIKE = 13  # tokens by which their lengths differ
-READ = 32768  # tokens of a prompt whose reading is timed
+DECODED = {"one layer of 7B": LAYERS, "smollm2-135m": 30}  # shapes, and their numbers of layers
+SHORT = 1024  # tokens before the timed ones, for a small model
+BATCHES = (8, 4096), (32, 1024)  # sequences, and tokens of the longest one
+UNLIKE = 13  # difference of their lengths in tokens
+READ = 32768  # tokens of the timed prompt
 RUNS = 3
-_STEPS = 96  # tokens that are timed: three blocks of them leave the window
-_FIRST = 40  # tokens before them: one block, so that every kernel is compiled
+_STEPS = 96  # timed tokens: three blocks leave the window meanwhile
+_FIRST = 40  # tokens before the timed ones: one block, so that every kernel is compiled
 
 Maker = Callable[[], list[Any]]
 
 
 def makers(model: Module, bits: Sequence[int] = (4,), theirs: Sequence[int] = (4, 8)) -> dict[str, Maker]:
-    """The model's own cache, mlx-lm's quantized one at the widths ``theirs``, and TurboQuant at some ``bits``."""
+    """Return makers of the model's own cache, mlx-lm's quantized at widths ``theirs``, and TurboQuant at ``bits``."""
     made: dict[str, Maker] = {f"exact {exact_width(model)} bit": partial(own_cache, model)}
     made |= {f"mlx-lm {b} bit": partial(quantized_cache, model, b) for b in theirs}
     return made | {f"turboquant {b} bit": partial(make_cache, model, "turboquant", bits=b) for b in bits}
@@ -65,12 +65,12 @@ def costs_by_length(
     progress: Progress = silent,
     on_rows: OnRows = silent,
 ) -> pl.DataFrame:
-    """Fill ``caches`` with random tokens up to ``lengths``: `LENGTHS`; one that fails is left out from there."""
+    """Fill ``caches`` with random tokens up to ``lengths``: `LENGTHS`; a cache that fails is left out from there on."""
     wanted = {name: set(lengths[name] if isinstance(lengths, Mapping) else lengths) for name in caches}
     ids = mx.random.randint(0, 90, (1, max(max(own, default=1) for own in wanted.values())), key=mx.random.key(0))
     mx.eval(ids)
 
-    def attempts() -> Iterator[Attempt]:  # one cache at a time is held
+    def attempts() -> Iterator[Attempt]:  # holds one cache at a time
         for name, make in caches.items():
             filling = _Filling(model, make, ids)
             yield from (Attempt(name, partial(filling.row, name, n), f"{n:,} tokens") for n in sorted(wanted[name]))
@@ -79,7 +79,7 @@ def costs_by_length(
 
 
 def read(model: Module, ids: mx.array, cache: list[Any]) -> None:
-    """Feed ``ids`` ``[1, S]`` in mlx-lm's chunks, up to the last layer: mlx-lm's generator makes no logits there."""
+    """Feed ``ids`` ``[1, S]`` in mlx-lm's chunks, up to the last layer, without logits, as mlx-lm's generator does."""
     layers: Any = getattr(model, "model", model)
     for start in range(0, ids.shape[1], CHUNK):
         hidden = layers(ids[:, start : start + CHUNK], cache=cache)
@@ -88,7 +88,7 @@ def read(model: Module, ids: mx.array, cache: list[Any]) -> None:
 
 @dataclass(eq=False)
 class _Filling:
-    """One cache, which grows from length to length."""
+    """One cache that grows from length to length."""
 
     model: Module
     make: Maker
@@ -109,7 +109,7 @@ class _Filling:
         return pl.DataFrame([(name, tokens, held, prefill, *self._decoding())], schema=LENGTHS, orient="row")
 
     def _decoding(self) -> tuple[int | None, float | None]:
-        """Bytes at the peak and median seconds of a token, None where it fails; the cache is trimmed if it can be."""
+        """Return peak bytes and median seconds of a token, None if it fails; the cache is trimmed if possible."""
         seconds: list[float] = []
         slots = slots_of(self.cache)
         before = [getattr(slot, "offset", 0) for slot in slots]
@@ -123,7 +123,7 @@ class _Filling:
                 mx.eval(self.model(mx.array([[1]]), cache=self.cache))
                 mx.synchronize()
                 seconds.append(time.perf_counter() - start)
-        except RuntimeError as error:  # on CUDA mlx-lm's quantized cache has no product for some shapes
+        except RuntimeError as error:  # on CUDA, mlx-lm's quantized cache has no product for some shapes
             failed = error
         peak = mx.get_peak_memory() - self.weights
         if can_trim_prompt_cache(self.cache):
@@ -146,12 +146,13 @@ def _settle() -> None:
 def decode_steps(
     tokens: Sequence[int] = TOKENS, shapes: Mapping[str, int] = DECODED, runs: int = RUNS, progress: Tell = print
 ) -> list[Row]:
-    """Decoding behind ``tokens`` tokens, as mlx-lm does: the graph of a token is made while the one before is computed.
+    """Time decoding after ``tokens`` tokens, as mlx-lm does: the next token's graph is built while one is computed.
 
-    ``shapes`` are models and their layers; of one that has few, the caches are also shorter. The caches are filled with
-    random keys and values. Rows: ``shape, layers, cache, tokens, milliseconds`` (of a token: the median of ``runs``, of
-    the median of each), ``slowest_milliseconds`` (the same of the slowest), ``ratio`` (to the exact cache's time),
-    ``held_bytes, spread``. A cache that MLX cannot read on this device is told to ``progress`` and left out.
+    ``shapes``: models and their numbers of layers; models with few layers also have shorter caches. Caches are filled
+    with random keys and values. Rows: ``shape, layers, cache, tokens, milliseconds`` (of a token: the median over
+    ``runs`` of the median of each), ``slowest_milliseconds`` (the same for the slowest token), ``ratio`` (to the exact
+    cache's time), ``held_bytes, spread``. A cache that MLX cannot read on this device is reported to ``progress`` and
+    left out.
     """
     rows: list[Row] = []
     for shape, layers in shapes.items():
@@ -174,7 +175,7 @@ def decode_steps(
 def batch_steps(
     batches: Sequence[tuple[int, int]] = BATCHES, layers: int = LAYERS, runs: int = RUNS, progress: Tell = print
 ) -> list[Row]:
-    """A step of a batch of sequences, each behind about as many tokens, but no two behind the same number.
+    """Time a step of a batch of sequences with nearly the same number of tokens, but no two with the same number.
 
     Rows: ``layers, cache, sequences, tokens, milliseconds, slowest_milliseconds, ratio, held_bytes, spread``, as those
     of `decode_steps`.
@@ -198,7 +199,7 @@ def batch_steps(
 def _in_turn(
     model: Model, made: Mapping[str, Maker], runs: int, progress: Tell, sequences: int = 1
 ) -> dict[str, tuple[float, float, int, float]]:
-    """Of each cache the median and slowest seconds of a token, bytes and `spread`: medians over ``runs``, in turn."""
+    """Return by cache median and slowest seconds of a token, bytes and `spread`: medians over ``runs``, in turn."""
     found: dict[str, list[tuple[float, float, int, float]]] = {name: [] for name in made}
     for _ in range(runs):
         for name, make in made.items():
@@ -218,10 +219,10 @@ def _in_turn(
 def read_prompts(
     layers: int = LAYERS, tokens: int = READ, bits: Sequence[int] = (4, 3), runs: int = RUNS, progress: Tell = print
 ) -> list[Row]:
-    """Reading a prompt of ``tokens`` random tokens in mlx-lm's chunks.
+    """Time reading a prompt of ``tokens`` random tokens in mlx-lm's chunks.
 
-    Rows: ``cache, layers, tokens, seconds`` (the median of ``runs``, behind one that compiles), ``ratio`` (to the exact
-    cache's), ``peak_bytes`` beside the weights, ``peak_ratio, spread``.
+    Rows: ``cache, layers, tokens, seconds`` (the median of ``runs``, after one that compiles), ``ratio`` (to the exact
+    cache's), ``peak_bytes`` without the weights, ``peak_ratio, spread``.
     """
     model = _model(layers)
     ids = mx.random.randint(0, 90, (1, tokens), key=mx.random.key(0))
@@ -263,13 +264,13 @@ def _filled(make: Maker, model: Model, tokens: int) -> list[Any]:
 
 
 def _batch(make: Maker, model: Model, counts: Sequence[int]) -> list[Any]:
-    """Caches of a batch, as mlx-lm's server makes them of those of single sequences."""
+    """Return caches of a batch, merged from caches of single sequences as mlx-lm's server does."""
     rows = [_filled(make, model, count) for count in counts]
     return [type(layer[0]).merge(list(layer)) for layer in zip(*rows, strict=True)]
 
 
 def token_seconds(model: Model, caches: list[Any], sequences: int) -> list[float]:
-    """Seconds from token to token, each handed to the GPU while the one before is still computed."""
+    """Return seconds from token to token; each goes to the GPU while the one before is still computed."""
     token, spent = mx.array([[1]] * sequences), []
     for step in range(_FIRST + _STEPS):
         if step == _FIRST:

@@ -1,4 +1,4 @@
-"""Shapes that are timed: of layers, and of known models, with random weights, which take the time that those take."""
+"""Shapes for timing: of layers, and of known models with random weights, which take the time of the real ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Shape:
 
     @property
     def scale(self) -> float:
-        """What attention multiplies q·k with."""
+        """The factor of q·k in attention."""
         return float(self.head_dim**-0.5)
 
 
@@ -35,7 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def random_model(shape: str, dtype: mx.Dtype = mx.float16, **changes: Any) -> Model:
-    """A model of one of `MODELS`, but for ``changes``, with random weights of type ``dtype`` and a small vocabulary."""
+    """Return a model of `MODELS` with ``changes``, random weights of type ``dtype`` and a small vocabulary."""
     if shape not in MODELS:
         raise InputError(f"No shape of {shape!r} is known: choose one of {', '.join(map(repr, MODELS))}.")
     usual = {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 96}

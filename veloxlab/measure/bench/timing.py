@@ -1,8 +1,8 @@
-"""Times of single calls: attention of one token, exact, mlx-lm's quantized and over codes; and encoding beside it.
+"""Times of single calls: attention of one token (exact, mlx-lm's quantized, over codes), and encoding.
 
-Calls are timed many at once, as the layers of a model are, and alone; evaluating and making the graph apart, as a
-generator makes the graph of a token while the GPU works on the one before. Every call has a cache of its own, as far as
-memory allows, and a query of its own: mlx-lm's quantized attention scales its query in place.
+Calls are timed many at once, as in the layers of a model, and alone. Evaluation and building the graph are timed
+separately, because a generator builds a token's graph while the GPU works on the one before. Each call has its own
+cache, as far as memory allows, and its own query, because mlx-lm's quantized attention scales its query in place.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ Row = dict[str, Any]
 Tell = Callable[[str], None]
 REPEATS = 9
 FIRST_TRIES = 2
-IN_A_ROW = 32  # calls that are evaluated together: as many as a model of 8 billion parameters has layers
-LONGER = 4  # times as many are, to see what one more takes
+IN_A_ROW = 32  # calls that are evaluated together: the layers of a model of 8 billion parameters
+LONGER = 4  # factor of a longer row, for the time of one more call
 TOKENS = (4096, 32768, 131072)
 BITS = (2, 3, 4, 8)
 METHOD_BITS = 4
 FRACTION = 2.25  # bits of methods that take fractions
 ENCODED = tuple(method.id for method in METHODS.values() if method.timed)
-_TILE = 1024  # tokens of random vectors that are encoded once, and repeated
-_CACHE_BYTES = 2 << 30  # of the caches that the calls of a row take in turn
+_TILE = 1024  # random tokens that are encoded once, and repeated
+_CACHE_BYTES = 2 << 30  # of all caches that the calls of a row use in turn
 
 Cache = tuple[Callable[[mx.array], mx.array], Any]
-"""How a query attends to a cache, and its arrays."""
+"""Attention of a query to a cache, and the cache's arrays."""
 
 
 class Microseconds(NamedTuple):
-    """Median times of one call: what one more takes behind others, of making its graph, and of both for one alone.
+    """Median times of a call: one more call after others, the build of its graph, and both for a single call.
 
-    ``spread`` is of evaluating.
+    ``spread`` is of the evaluation.
     """
 
     evaluating: float
@@ -64,7 +64,7 @@ class Microseconds(NamedTuple):
 
 
 def facts() -> Row:
-    """Device, driver, versions, date, and what was found of the kernels."""
+    """Return device, driver, versions, date, and the state of the kernels."""
     device, backend = runtime.device(), current_backend()
     return {
         "device": device.name,
@@ -80,10 +80,10 @@ def facts() -> Row:
 
 
 def microseconds(calls: Sequence[Callable[[], object]]) -> Microseconds:
-    """Time ``calls``, each of which makes a lazy result, taken in turn.
+    """Time ``calls``, each of which returns a lazy result, in turn.
 
-    A GPU has nothing to do before the first of them have been handed to it: a row of `IN_A_ROW` is taken from a longer
-    one, and what is left is of the others.
+    A GPU is idle until it gets the first of them. So a row of `IN_A_ROW` calls is subtracted from a longer
+    row, and the difference is the time of the others.
     """
     of_rows = []
     for count in (IN_A_ROW, LONGER * IN_A_ROW):
@@ -96,7 +96,7 @@ def microseconds(calls: Sequence[Callable[[], object]]) -> Microseconds:
 
 
 def spread(times: Sequence[float]) -> float:
-    """Half of the interquartile range of repeats, over their median; 0 for one repeat."""
+    """Return half the interquartile range of repeats, over their median; 0 for one repeat."""
     if len(times) < 2:
         return 0.0
     low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
@@ -104,18 +104,18 @@ def spread(times: Sequence[float]) -> float:
 
 
 def _one_more(short: float, longer: float) -> float:
-    """Seconds that one call more takes; where a busy machine took longer for the short row, the most it can take."""
+    """Return the seconds of one more call; an upper limit if other work slowed the short row."""
     more = (longer - short) / ((LONGER - 1) * IN_A_ROW)
     return more if more > 0 else longer / (LONGER * IN_A_ROW)
 
 
 def median_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Median time of evaluating what ``work`` gives, on a device that has nothing else to do, after `FIRST_TRIES`."""
+    """Return the median time of evaluating the result of ``work``, on an idle device, after `FIRST_TRIES`."""
     return statistics.median([seconds(work) for _ in range(FIRST_TRIES + repeats)][FIRST_TRIES:])
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long it takes to evaluate what ``work`` gives, on a device that has nothing else to do."""
+    """Return the time of evaluating the result of ``work``, on an idle device."""
     return sum(_timed(work))
 
 
@@ -130,7 +130,7 @@ def _timed(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def vectors(shape: Shape, tokens: int, dtype: mx.Dtype = mx.float16) -> mx.array:
-    """Random keys or values."""
+    """Return random keys or values."""
     return mx.random.normal((1, shape.kv_heads, tokens, shape.head_dim)).astype(dtype)
 
 
@@ -140,11 +140,11 @@ def decode_attention(
     bits: Sequence[int] = BITS,
     progress: Tell = print,
 ) -> list[Row]:
-    """One query token that attends to ``tokens`` others: exact, mlx-lm at 4 and 8 bits, TurboQuant, those of fractions.
+    """Time one query token that attends to ``tokens`` others: exact, mlx-lm at 4 and 8 bits, TurboQuant, others.
 
     Rows: ``cache, query_heads, kv_heads, head_dim, tokens, microseconds`` (evaluating, see `timing`),
     ``making_microseconds, alone_microseconds, bytes, gigabytes_per_second, ratio`` (to the time of the exact cache) and
-    ``roofline_microseconds`` (what the bytes alone take at the fastest that anything here moved them), `spread`.
+    ``roofline_microseconds`` (time for the bytes alone at the highest measured bandwidth), `spread`.
     """
     rows: list[Row] = []
     for shape, count in product(shapes, tokens):
@@ -159,19 +159,19 @@ def decode_attention(
 def attention_of_methods(
     methods: Sequence[str], shape: Shape = SHAPES[0], tokens: int = TOKENS[1], progress: Tell = print
 ) -> list[Row]:
-    """The same at `METHOD_BITS` for each of ``methods``, fitted to random vectors."""
+    """Time each of ``methods`` as `decode_attention`, at `METHOD_BITS`, fitted to random vectors."""
     ways = {f"{name} {METHOD_BITS} bit": partial(over_codes, shape, tokens, METHOD_BITS, name) for name in methods}
     return _with_roofline(list(_rows(ways, shape, tokens, progress)))
 
 
 def _with_roofline(rows: Sequence[Row]) -> list[Row]:
-    # a kernel that only reads moves bytes faster than a copy does
+    # a kernel that only reads moves bytes faster than a copy
     fastest = max(bandwidth(), *(row["gigabytes_per_second"] for row in rows))
     return [row | {"roofline_microseconds": row["bytes"] / fastest / 1e3} for row in rows]
 
 
 def bandwidth() -> float:
-    """Gigabytes a second at which MLX copies a large array or reads it to a sum, whichever is more."""
+    """Return the gigabytes a second at which MLX copies a large array, or reads it for a sum, whichever is greater."""
     source = mx.zeros((1 << 28,), mx.float32)
     mx.eval(source)
     copied, read = median_seconds(lambda: source + 1), median_seconds(source.sum)
@@ -203,7 +203,7 @@ def _rows(ways: Mapping[str, Callable[[], Cache]], shape: Shape, tokens: int, pr
 
 
 def calls(shape: Shape, make: Callable[[], Cache]) -> tuple[list[Callable[[], mx.array]], int]:
-    """Calls of attention to own caches, too many for a GPU's second-level cache, and the bytes that one has to read."""
+    """Return calls of attention to separate caches, too large for a GPU's L2 cache, and the bytes that each reads."""
     query = mx.random.normal((1, shape.query_heads, 1, shape.head_dim)).astype(mx.float16)
     made: list[Callable[[], mx.array]] = []
     size = 0
@@ -216,25 +216,25 @@ def calls(shape: Shape, make: Callable[[], Cache]) -> tuple[list[Callable[[], mx
 
 
 def exact(shape: Shape, tokens: int, dtype: mx.Dtype = mx.float16) -> Cache:
-    """Attention to keys and values of a type."""
+    """Return attention to keys and values of a dtype."""
     k, v = vectors(shape, tokens, dtype), vectors(shape, tokens, dtype)
     return lambda q: mx.fast.scaled_dot_product_attention(q, k, v, scale=shape.scale), (k, v)
 
 
 def mlx_lm(shape: Shape, tokens: int, bits: int, dtype: mx.Dtype = mx.float16) -> Cache:
-    """Attention to mlx-lm's quantized cache."""
+    """Return attention to mlx-lm's quantized cache."""
     k, v = (mx.quantize(vectors(shape, tokens, dtype), group_size=GROUP, bits=bits) for _ in TENSORS)
     settings: dict[str, Any] = {"scale": shape.scale, "mask": None, "group_size": GROUP, "bits": bits}
     return lambda q: base.quantized_scaled_dot_product_attention(q, k, v, **settings), (k, v)
 
 
 def over_codes(shape: Shape, tokens: int, bits: float, method: str = "turboquant") -> Cache:
-    """Attention over the codes of a method: those of `_TILE` random vectors, over and over."""
+    """Return attention over the codes of a method: repeated codes of `_TILE` random vectors."""
     return repeated(shape, tokens, *_coded(shape, min(_TILE, tokens), bits, method))
 
 
 def repeated(shape: Shape, tokens: int, codecs: Sequence[Codec], tiles: Sequence[Code]) -> Cache:
-    """Attention over copies of codes of keys and of values, ``tokens`` in all."""
+    """Return attention over copies of codes of keys and of values, ``tokens`` in all."""
 
     def copied(tile: mx.array) -> mx.array:
         return mx.contiguous(mx.concatenate([tile] * -(-tokens // tile.shape[2]), axis=2)[:, :, :tokens] + 0)
@@ -251,7 +251,7 @@ def _coded(shape: Shape, tokens: int, bits: float, method: str) -> tuple[list[Co
 
 
 def fitted(method: str, shape: Shape, tensor: Tensor, bits: float = METHOD_BITS, tokens: int = 0) -> Codec:
-    """A codec of a method, fitted to random vectors; of RateQuant with heads of two widths."""
+    """Return a codec of a method, fitted to random vectors; for RateQuant with heads of two widths."""
     each = {"head_bits": tuple(bits + (-1) ** head for head in range(shape.kv_heads))}
     options: Row = each if METHODS[method].per_head else {}
     sample = Sample(vectors(shape, tokens or 2 * shape.head_dim), rope=Rope(shape.head_dim))
@@ -265,12 +265,12 @@ def encode_steps(
     methods: Sequence[str] = ENCODED,
     progress: Tell = print,
 ) -> list[Row]:
-    """Time to encode the keys and values of all layers: of a block of decoded tokens, and of a chunk of a prefill.
+    """Time the encoding of all layers' keys and values: of a block of decoded tokens, and of a chunk of a prefill.
 
     Rows: ``cache, query_heads, kv_heads, head_dim, layers, tokens, spread, microseconds, attention_microseconds,
-    ratio``. Both times are of all layers, evaluated together. ``attention`` is that of one token to ``behind`` others,
-    in 4-bit codes, and ``ratio`` is to that of as many tokens as a block has: a block is encoded once in as many steps.
-    Calibrated methods are fitted to random vectors, once for all layers.
+    ratio``. Both times are of all layers, evaluated together. Attention is of one token to ``behind`` others,
+    in 4-bit codes. ``ratio`` is to the attention of as many tokens as a block has, because a block is encoded once in
+    as many steps. Calibrated methods are fitted to random vectors, once for all layers.
     """
     attention = IN_A_ROW * microseconds(calls(shape, partial(over_codes, shape, behind, METHOD_BITS))[0]).evaluating
     rows: list[Row] = []
@@ -291,5 +291,5 @@ def encode_steps(
 
 
 def encoded(codecs: Sequence[Codec], pair: Sequence[mx.array]) -> list[dict[str, mx.array]]:
-    """Codes of keys and of values."""
+    """Return codes of keys and of values."""
     return [codec.encode(x).arrays for codec, x in zip(codecs, pair, strict=True)]
