@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One zero on a log axis makes a whole line flat, and nothing warns.
+# One zero on a log axis makes a whole line flat, without a warning.
 #
 # Versions: vl-convert-python 1.9.0.post1, Linux.
-# A log scale takes its domain from the data. A zero has no logarithm; Vega then draws every point of the line at one
-# height, those that have a logarithm too. An error that is exactly zero in one layer hides those of all other layers.
-# Give the scale a domain and raise what lies below, or leave it out.
+# A log scale takes its domain from the data. Zero has no logarithm. Vega then draws every point of the line at the same
+# height, also the points with a logarithm. So an error of exactly zero in one layer hides the errors of all other layers.
+# Give the scale a domain, and raise smaller values to its lower end or leave them out.
 #
-# Seen: 1, 10, 100, 1000 is a straight line; with 0 in the place of 100, or -5, all points are at the same height.
-# Exits 0 while that is so, 1 once it changes.
+# Observed: 1, 10, 100, 1000 is a straight line; with 0 or -5 instead of 100, all points are at the same height.
+# Exits 0 while this is so, and 1 when it changes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
