@@ -1,11 +1,11 @@
 """Attention of a few queries over a history of exact and packed tokens, in two launches.
 
-Flash decoding: each threadgroup takes a split of one KV head's tokens, reads keys, weighs and sums values, with an
-online softmax; a second kernel joins the splits. Exact tokens (sinks, recent ones) are splits like the others. Where
-the codes are of Hadamard-rotated vectors, the kernels rotate queries and rotate mixed values back.
+Flash decoding: each threadgroup takes a split of one KV head's tokens, reads keys, and sums weighted values with an
+online softmax; a second kernel joins the splits. Exact tokens (sinks, recent ones) are splits like the others. If
+codes are of Hadamard-rotated vectors, the kernels rotate queries, and rotate mixed values back.
 
-Products go through the GPU's matrix unit: levels, queries and weights in half precision on NVIDIA, sums in float32, as
-in MLX's own fused attention.
+Products use the GPU's matrix unit: levels, queries and weights in half precision on NVIDIA, sums in float32, as in
+MLX's own fused attention.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from veloxlab.kernels.splits import (
 from veloxlab.kernels.text import SIMD, Source, source_file
 from veloxlab.kernels.vectors import hartley_row
 
-MANY_SIMDGROUPS = 16  # of a threadgroup that has a processor alone
+MANY_SIMDGROUPS = 16  # of a threadgroup alone on a processor
 GROUPS_PER_PROCESSOR = 4  # threadgroups that a processor of an NVIDIA GPU works on at once
-PADDED_ROWS = MOST_ROWS = 8  # query rows that share one reading of the codes
+PADDED_ROWS = MOST_ROWS = 8  # query rows that share one read of the codes
 _COMBINE_THREADS = 512
 _SUMS = [mx.float32] * 2  # of each split: mixed values, and sums of weights
-_SMALL = 128  # dimension up to which a thread's registers let as many threadgroups work at once
+_SMALL = 128  # largest dimension at which registers allow this number of threadgroups
 _LARGEST_DIM = 512
-# where a query is, with a mask and without: strides and a mask are more arrays than Metal takes of some readers
+# index of a query, with a mask and without: with some readers, strides and a mask exceed Metal's number of arrays
 _QUERY_PLACES = (
     "((sequence * KV_HEADS * SHARED + query_head) * QUERIES + query) * EXACT_KEY",
     "sequence * q_strides[0] + query_head * q_strides[1] + query * q_strides[2]",
@@ -89,9 +89,9 @@ class AttendKernel(Threadgroups):
     def prepared_anywhere(
         self, queries: Queries, tokens: Tokens
     ) -> Callable[[Queries, Exact | None, Sizes, int], Answer]:
-        """`prepared` for sequences of which `sizes_of` says where each has its tokens in the arrays of ``tokens``.
+        """`prepared` for several sequences, whose places in the arrays of ``tokens`` are in `sizes_of`.
 
-        A call also gets where recent tokens end.
+        A call also gets the end of the recent tokens.
         """
         backend, values, blocks = self.backend, tokens.values, self.blocks
         attend, combine = built(self.attend, backend), built(self.combine, backend)
@@ -135,9 +135,9 @@ _KERNELS: dict[tuple[object, ...], AttendKernel | None] = {}
 
 
 def attend_kernel(queries: Queries, tokens: Tokens, backend: Backend) -> AttendKernel | None:
-    """The kernel of such a call, or None if its dimensions do not suit the matrix unit and the layouts of codes.
+    """The kernel of a call, or None if its dimensions do not fit the matrix unit and the layouts of codes.
 
-    All calls with the same dimensions and layouts share it. Its text is long, so it is made once.
+    All calls with the same dimensions and layouts share it. It is made once, because its text is long.
     """
     keys, values = tokens.keys, tokens.values
     which = (
@@ -209,7 +209,7 @@ def _attend_source(
 ) -> Source:
     keys, values, simdgroups = tokens.keys, tokens.values, MANY_SIMDGROUPS if large else SIMDGROUPS
     largest_key, largest_value = max(tokens.key_dim, keys.coordinates), max(tokens.value_dim, values.dim)
-    # words of threadgroup memory beside the tables; see ``attend.metal``
+    # words of threadgroup memory besides the tables; see ``attend.metal``
     taken = PADDED_ROWS * (largest_key + 16) + rows * (largest_value + 8) + simdgroups * 2 * rows + 64
     taken += keys.own_words + values.own_words
     words = min(backend.shared_bytes // 4 - taken, backend.table_words) // (1 if tokens.one_table else 2)
@@ -260,7 +260,7 @@ def _attend_source(
 
 
 def _large_bytes(tokens: Tokens, backend: Backend) -> int:
-    """Threadgroup memory for a table of which every lane has a copy, if there is one and the device has that much."""
+    """Threadgroup memory for a table with a copy for every lane, if there is one and the device has this much."""
     homes = [tokens.keys] if tokens.one_table else [tokens.keys, tokens.values]
     wanted = sum(reader.large_words > 0 for reader in homes) == 1
     return backend.large_bytes() if wanted and _largest_dim(tokens) <= _SMALL else 0
@@ -271,7 +271,7 @@ def _largest_dim(tokens: Tokens) -> int:
 
 
 def _at_once(tokens: Tokens, large: int) -> int:
-    """Threadgroups that a processor works on at once."""
+    """The number of threadgroups that share a processor."""
     if large:
         return 1
     return GROUPS_PER_PROCESSOR if _largest_dim(tokens) <= _SMALL else GROUPS_PER_PROCESSOR // 2

@@ -1,4 +1,4 @@
-"""What differs between the machines that run kernels, and how a kernel is launched."""
+"""The differences between devices that run kernels, and the launch of kernels."""
 
 from __future__ import annotations
 
@@ -19,35 +19,34 @@ from veloxlab.kernels.vectors import VectorKernel
 
 @dataclass(frozen=True, eq=False)
 class Backend:
-    """All that differs between the machines that run kernels.
+    """All that differs between devices.
 
-    Of attention: ``attention`` gives the kernel of a call, or None, as `veloxlab.kernels.attend.attend_kernel`;
-    ``together`` makes several prepared calls at once, one of each entry of a batch, and ``write`` writes tokens into a
-    buffer that is there, as `veloxlab.kernels.cpu.call.together` and `veloxlab.kernels.cpu.expand.write`.
-    Of vectors: ``build`` makes a `Source` into a function that runs it; where nothing is built of text, ``run`` runs a
-    kernel on evaluated arrays, at once, and gives each output.
+    For attention: ``attention`` returns the kernel of a call or None, as `veloxlab.kernels.attend.attend_kernel`;
+    ``together`` runs the prepared calls of all entries of a batch, and ``write`` writes tokens into an evaluated
+    buffer, as `veloxlab.kernels.cpu.call.together` and `veloxlab.kernels.cpu.expand.write`. For vectors: ``build``
+    makes a function of a `Source`; on a device without text ``run`` runs a kernel eagerly and returns its outputs.
     """
 
     name: str  # as `veloxlab.runtime.backend` gives it
     attention: Callable[[Queries, Tokens, Any], AttentionKernel | None]
-    types: Mapping[mx.Dtype, str]  # what a kernel's text calls each type of number
+    types: Mapping[mx.Dtype, str]  # names of types in the text of a kernel
     build: Callable[[Source], Built] | None = None
     together: Callable[[Sequence[Any], Queries, Sequence[Any], Sequence[int]], Answer] | None = None
     write: Callable[[Reader | mx.array, mx.array, int, int, bool], None] | None = None
     run: Callable[[VectorKernel, Sequence[mx.array]], list[mx.array]] | None = None
     shared_bytes: int = 0  # memory that the threads of a group share
-    groups: int = 0  # threadgroups of attention that keep the device busy: of more than that, the last wait for others
-    table_words: int = 0  # words of 4 bytes of it, at most, for the tables of codes
-    large_bytes: Callable[[], int] = lambda: 0  # that a threadgroup gets beside it, where it has a processor alone,
-    large: str = "threadgroup {kind} {name}[{count}];"  # and how an array in them is declared
+    groups: int = 0  # threadgroups of attention that fill the device
+    table_words: int = 0  # most words of 4 bytes of it for the tables of codes
+    large_bytes: Callable[[], int] = lambda: 0  # more of it if a threadgroup has a processor alone,
+    large: str = "threadgroup {kind} {name}[{count}];"  # and the declaration of an array there
     pair_words: int = 1  # words that a pair of levels takes there: 1 in half precision, 2 in float32
-    shares: tuple[int, int] = (1, 1)  # threads of the matrix unit that read a key together, and a value
-    points_each: int = 1  # points of a codebook search that a simdgroup has in hand, by the registers of a thread
-    least_size: int = 0  # elements of an input, at least: a smaller one is repeated along a last axis of stride 0
-    expanded_bytes: int = 16 << 20  # of decoded keys and values that are held at once, if KV heads can be taken apart
-    expanded_tokens: int = 2048  # of a layer that are decoded together, where all are
+    shares: tuple[int, int] = (1, 1)  # threads of the matrix unit that share a key, and a value
+    points_each: int = 1  # points of a codebook search in the registers of a simdgroup
+    least_size: int = 0  # least elements of an input: a smaller one is repeated along a last axis of stride 0
+    expanded_bytes: int = 16 << 20  # most bytes of decoded keys and values, if KV heads can be read separately
+    expanded_tokens: int = 2048  # tokens of a layer that are decoded together
     tried: bool = True  # whether a kernel is compared with its reference before it is used
-    lazy: bool = True  # whether outputs are computed when they are asked for; else inputs are evaluated at a launch
+    lazy: bool = True  # whether outputs are lazy; otherwise a launch evaluates its inputs
 
 
 def suited(inputs: list[mx.array], backend: Backend) -> list[mx.array]:
@@ -59,10 +58,10 @@ def suited(inputs: list[mx.array], backend: Backend) -> list[mx.array]:
 
 
 def few_numbers(numbers: Sequence[int]) -> mx.array:
-    """Whole numbers as a kernel gets them ``[n]`` uint32, for a few that change.
+    """A few whole numbers that change, as the input of a kernel ``[n]`` uint32.
 
-    They come in pairs, each an array of 8 bytes: a GPU of NVIDIA reads these where they are. The page of a larger array
-    that Python has made moves to it when it is read, which takes 150 µs.
+    They are joined from arrays of 8 bytes, which an NVIDIA GPU reads in place. For a larger array from Python the GPU
+    moves the memory page, which takes 150 µs.
     """
     return mx.concatenate([mx.array([*numbers[i : i + 2]], mx.uint32) for i in range(0, len(numbers), 2)])
 
@@ -104,12 +103,12 @@ def _built(source: Source, backend: Backend) -> Built:
 
 
 def built_kernels() -> int:
-    """How many kernels this process has built, none twice."""
+    """The number of different kernels that this process has built."""
     return _built.cache_info().misses
 
 
 def vectors_source(kernel: VectorKernel, backend: Backend, *given: mx.array) -> Source:
-    """What is built of a kernel of vectors, for arrays of these types."""
+    """The source of a kernel of vectors, for arrays of these types."""
     assert kernel.file is not None
     which = backend, *kernel.types_of(given)
     if which not in kernel.sources:
@@ -128,7 +127,7 @@ def vectors_source(kernel: VectorKernel, backend: Backend, *given: mx.array) -> 
 
 
 def vectors_key(kernel: VectorKernel, backend: Backend, *given: mx.array) -> Hashable | None:
-    """Identify the kernel that such arrays run: each of these is compared with its reference on its own.
+    """The key of a kernel for arrays of these types; each key is compared with the reference separately.
 
     None if the back end does not have the kernel for arrays of these types.
     """
@@ -145,7 +144,7 @@ def vectors_key(kernel: VectorKernel, backend: Backend, *given: mx.array) -> Has
 
 
 def run_vectors(kernel: VectorKernel, backend: Backend, *given: mx.array) -> dict[str, mx.array]:
-    """Each of the kernel's `rows`, ``[B, H, S, numbers]``. Given arrays are views with any strides, and not empty."""
+    """Run a kernel: each of its `rows` ``[B, H, S, numbers]``. Given arrays may be views, and are not empty."""
     if backend.run is not None:
         return dict(zip(kernel.rows, backend.run(kernel, given), strict=True))
     lead, rows = given[0].shape[:-1], kernel.rows.values()

@@ -1,4 +1,4 @@
-"""What attention is called with, and the arrays that its kernel gets of that."""
+"""The arguments of attention, and the arrays that its kernel gets."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Answer = tuple[mx.array, mx.array | None]  # of attention; see `PreparedCall`
 
 
 class Exact:
-    """Consecutive tokens that are not compressed: the first of keys ``[B, H, S, Dk]`` and of values of one dtype.
+    """Consecutive exact tokens: the first ones of keys ``[B, H, S, Dk]`` and values ``[B, H, S, Dv]`` of one dtype.
 
-    The arrays are buffers, which may have ``room`` for more ``tokens`` than there are.
+    The arrays are buffers with ``room`` for tokens, of which the first ``tokens`` are used.
     """
 
     def __init__(self, keys: mx.array, values: mx.array, tokens: int | None = None, room: int | None = None) -> None:
@@ -46,13 +46,13 @@ class Tokens:
 
     @property
     def exact_type(self) -> mx.Dtype:
-        """Of the exact tokens; float32 where there are none."""
+        """The dtype of the exact tokens; float32 without any."""
         some = self.sinks or self.recent
         return mx.float32 if some is None else some.keys.dtype
 
     @property
     def one_table(self) -> bool:
-        """Whether keys and values look up in the same table."""
+        """Whether keys and values have the same table."""
         return self.keys.lookup is not None and self.keys.lookup is self.values.lookup
 
 
@@ -61,51 +61,52 @@ class Queries:
     """What attends."""
 
     q: mx.array  # [B, Hq, L, Dk]
-    scale: float  # what scores are multiplied with
+    scale: float  # factor of the scores
     coded: mx.array | None = None  # q in the space of the keys' codes [B, H, Hq/H · L, keys.dim] float32, if by a codec
-    mask: mx.array | None = None  # to be added to the scores [B, Hq, L, S] float32
-    logits: mx.array | None = None  # beside the tokens' scores in each head's softmax, without a value [Hq] float32
+    mask: mx.array | None = None  # added to the scores [B, Hq, L, S] float32
+    logits: mx.array | None = None  # extra logit in each head's softmax, without a value [Hq] float32
     cap: float | None = None  # a score x becomes cap · tanh(x / cap), before the mask
 
     @property
     def kind(self) -> tuple[float, float | None, bool, bool]:
-        """What calls of one kernel have in common beside shapes and types: scale, cap, no mask, no logits."""
+        """The key of a kernel beside shapes and types: scale, cap, no mask, no logits."""
         return self.scale, self.cap, self.mask is None, self.logits is None
 
 
 class PreparedCall(Protocol):
     """Attention over a layer's tokens, of which only the recent ones change.
 
-    It gives ``[B, Hq, L, Dv]`` in the queries' dtype or float32, and, if values are not rotated back, the packed
-    tokens' part in the space of their codes ``[B, H, Hq/H · L, values.dim]`` float32, to be brought out and added.
+    The result is ``[B, Hq, L, Dv]`` in the queries' dtype or float32. If values are not rotated back, there is also the
+    packed tokens' part in the space of their codes ``[B, H, Hq/H · L, values.dim]`` float32, to be transformed and
+    added.
     """
 
     def __call__(self, queries: Queries, recent: Exact | None, packed: int | None = None, /) -> Answer:
-        """``packed`` tokens are there, on a GPU, if that is not all that the arrays have room for."""
+        """On a GPU only the first ``packed`` tokens of the arrays are used, if given."""
 
 
 class AttentionKernel(Protocol):
-    """What computes attention for calls of one kind."""
+    """Computes attention for calls of one kind."""
 
     @property
     def name(self) -> str:
         """For people."""
 
     def __hash__(self) -> int:
-        """Of the kind of call."""
+        """The hash of the kind of call."""
 
     def prepared(self, queries: Queries, tokens: Tokens) -> PreparedCall:
-        """Calls that are like this one but for the numbers of the queries, and for the recent tokens, in all."""
+        """A function for calls like this one, with other queries and recent tokens."""
 
 
 def changing_names(queries: Queries) -> tuple[str, ...]:
-    """Those inputs of ``attend.metal`` that are others at each token, the first of all."""
+    """The inputs of ``attend.metal`` that change at each token; they come first."""
     names = "q", "q_coded", "recent_keys", "recent_values", "common", "sizes"
     return names if queries.mask is None else (*names, "mask")
 
 
 def changing_inputs(queries: Queries, recent: Exact, common: mx.array, sizes: mx.array) -> list[mx.array]:
-    """The same as arrays; queries beside a mask lie in a row."""
+    """The arrays of `changing_names`; with a mask queries are contiguous."""
     q, coded, mask = queries.q, queries.coded, queries.mask
     if mask is not None:
         q = mx.contiguous(q)
@@ -114,7 +115,7 @@ def changing_inputs(queries: Queries, recent: Exact, common: mx.array, sizes: mx
 
 
 def lasting_inputs(tokens: Tokens) -> dict[str, mx.array]:
-    """The others, by name."""
+    """The inputs that do not change at each token, by name."""
     keys = tokens.keys
     sinks = tokens.sinks or nothing_of(tokens.exact_type)
     return {
@@ -128,7 +129,7 @@ def lasting_inputs(tokens: Tokens) -> dict[str, mx.array]:
 
 @lru_cache
 def nothing_of(dtype: mx.Dtype) -> Exact:
-    """Stands for exact tokens of a type where there are none."""
+    """A placeholder for exact tokens of a dtype."""
     empty = mx.zeros((1, 1, 1, STEP), dtype)
     mx.eval(empty)
     return Exact(empty, empty)

@@ -1,8 +1,7 @@
-"""Kernels that have shown, on this device, that they agree with their reference implementations.
+"""Kernels that are checked against their reference implementations on this device.
 
-Before its first use a kernel runs on a little that is made up, and so does the reference: what codecs compute with MLX
-operations. A kernel that disagrees, or that the compiler refuses, is switched off with one warning, and the reference
-does its work.
+Before its first use a kernel and its reference, MLX operations of the codec, run on small random inputs. A kernel that
+differs, or that the compiler refuses, is switched off with one warning, and the reference is used instead.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ Arrays = mx.array | Sequence[mx.array]
 _TOLERANCE = 3e-3
 # a coordinate on a boundary, to float rounding, may be coded either way: a few in 10,000, and one in a word of ten
 _SAME_WORDS = 0.99
-_TOKENS = 67  # of a trial: no multiple of anything
-_ROWS = 499  # of a loop's trial
+_TOKENS = 67  # in a trial: a multiple of nothing
+_ROWS = 499  # in the trial of a loop
 _LARGEST = 8  # whole number in a trial
 
-_states: dict[Hashable, str] = {}  # of each kernel: empty where it agrees, else what is wrong
+_states: dict[Hashable, str] = {}  # of each kernel: empty if it agrees, else the difference
 
 
 def computed(
@@ -39,9 +38,9 @@ def computed(
     reference: Callable[..., dict[str, mx.array]],
     *given: mx.array,
 ) -> dict[str, mx.array]:
-    """Named arrays, by a kernel of the device or by ``reference``, which is called with ``given`` too.
+    """Named arrays computed from ``given``, by a kernel of the device or by ``reference``.
 
-    The reference does the work where there is no kernel for such arrays, or none that runs and agrees with it.
+    The reference is used if no kernel takes these arrays, or if the kernel does not run or does not agree.
     """
     backend = current_backend()
     if backend is None or not given[0].size:
@@ -72,14 +71,14 @@ def by_loop(
     trial: Sequence[Array] = (),
     **options: int,
 ) -> tuple[Array, ...]:
-    """NumPy arrays, by the loop of that name or by ``reference``, which is called with ``given`` and ``options`` too.
+    """NumPy arrays computed from ``given`` and ``options``, by the loop of this name or by ``reference``.
 
-    It is tried on rows of normal numbers, on the first of what are indices, or on ``trial``: numbers of a model may be
-    alike, and of those that are as near either may be found.
+    The trial has rows of normal numbers, the first indices, or the arrays ``trial``. It does not use the model's
+    numbers, because with equal numbers more than one result can be right.
     """
     if not has_loops() or not len(given[0]):
         return reference(*given, **options)
-    from veloxlab.kernels.cpu.train import LOOPS  # it takes a second to import what compiles
+    from veloxlab.kernels.cpu.train import LOOPS  # the import of Numba takes a second
 
     def differs() -> str:
         first = [array[:_ROWS] if len(array) == len(given[0]) else array for array in given]
@@ -93,14 +92,14 @@ def by_loop(
 
 
 def _normal(array: Array, seed: int) -> Array:
-    """Normal numbers in the form of an array, or the array itself where it is of whole numbers."""
+    """Normal numbers in the form of an array, or the array itself if it has whole numbers."""
     if np.issubdtype(array.dtype, np.integer):
         return array
     return np.random.default_rng(seed).standard_normal((len(array), *array.shape[1:])).astype(array.dtype)
 
 
 def evaluated(*arrays: mx.array) -> bool:
-    """Evaluate the arrays, or say that they stand for arrays that ``mx.compile`` or ``mx.vmap`` does not have yet."""
+    """Evaluate the arrays; False if they are placeholders inside ``mx.compile`` or ``mx.vmap``."""
     try:
         mx.eval(arrays)
     except ValueError:
@@ -109,17 +108,17 @@ def evaluated(*arrays: mx.array) -> bool:
 
 
 def begin(*arrays: mx.array) -> None:
-    """Let MLX compute arrays that a kernel will wait for, while Python prepares its call; nothing if none waits."""
+    """Start the computation of arrays for an eager kernel, while Python prepares its call; else do nothing."""
     if not device_backend().lazy:
         with suppress(ValueError):  # see `evaluated`
             mx.async_eval(*arrays)
 
 
 def ahead(*arrays: mx.array) -> None:
-    """Let a GPU compute by themselves arrays that only some steps make.
+    """Start a separate computation of arrays that only some steps have, on a GPU.
 
-    MLX on CUDA makes a graph of what is computed together. A chain of 60 operations took 591 µs in a form that it had
-    seen, and 900 µs in a new one (H200, MLX 0.32.4).
+    MLX on CUDA makes a graph of each computation. A chain of 60 operations took 591 µs in a form that MLX had seen, and
+    900 µs in a new one (H200, MLX 0.32.4).
     """
     if arrays and device_backend().lazy:
         with suppress(ValueError):  # see `evaluated`
@@ -129,7 +128,7 @@ def ahead(*arrays: mx.array) -> None:
 def with_derivatives(
     found: Mapping[str, mx.array], reference: Callable[..., dict[str, mx.array]], *given: mx.array
 ) -> dict[str, mx.array]:
-    """The same arrays, which ``mx.grad`` and others know as what ``reference`` makes of what was ``given``."""
+    """The same arrays, with the derivatives of ``reference`` by the ``given`` arrays for ``mx.grad`` and others."""
 
     def by_graph(*some: mx.array) -> list[mx.array]:
         made = reference(*some)
@@ -139,16 +138,16 @@ def with_derivatives(
 
 
 def differentiable(reference: Callable[..., list[mx.array]], count: int = 1) -> Callable[..., list[mx.array]]:
-    """A function of ``count`` arrays that gives these, as what ``reference`` makes of all arrays behind them.
+    """A function that returns its first ``count`` arrays, with the derivatives of ``reference`` by the other arrays.
 
-    It is the way of ``mx.grad`` and others; to make it takes longer than to call it.
+    ``mx.grad`` and others use it. Making it takes longer than calling it.
     """
 
     def moving(arrays: Sequence[mx.array]) -> list[int]:
         return [place for place, array in enumerate(arrays) if mx.issubdtype(array.dtype, mx.floating)]
 
     def by_graph(known: Sequence[mx.array]) -> tuple[Callable[..., list[mx.array]], list[int], list[int]]:
-        """What is made of numbers with derivatives, which of ``known`` these are, and which are made."""
+        """A function of the arrays with derivatives, their indices in ``known``, and the indices of its results."""
         outputs, inputs = moving(known[:count]), [place + count for place in moving(known[count:])]
 
         def made(*some: mx.array) -> list[mx.array]:
@@ -183,7 +182,7 @@ def _listed(arrays: Arrays) -> list[mx.array]:
 
 
 def agrees(kernel: Hashable, name: str, backend: Backend, trial: Callable[[], str]) -> bool:
-    """Whether ``kernel`` does what its reference does. The first time ``trial`` says what is wrong, or nothing."""
+    """Whether ``kernel`` agrees with its reference. The first call runs ``trial``, which describes a difference."""
     if not backend.tried:
         return True
     if kernel not in _states:
@@ -201,12 +200,12 @@ def agrees(kernel: Hashable, name: str, backend: Backend, trial: Callable[[], st
 
 
 def states() -> dict[str, int]:
-    """How many kernels have been tried on this device, by outcome: ``"agrees"``, or what is wrong."""
+    """The number of tried kernels by outcome: ``"agrees"``, or the difference."""
     return dict(Counter(state or "agrees" for state in _states.values()))
 
 
 def made_up(array: mx.array, tokens: int, seed: int, *, whole: bool = False) -> mx.array:
-    """Random bits or normal numbers in the form of ``array``: of ``[B, H, S, n]`` one batch entry's ``tokens``."""
+    """Random bits or normal numbers like ``array``; for ``[B, H, S, n]`` with one batch entry and ``tokens`` tokens."""
     shape = (1, array.shape[1], tokens, array.shape[3]) if array.ndim == 4 else array.shape
     key = mx.random.key(seed)
     if whole:
@@ -218,7 +217,7 @@ def made_up(array: mx.array, tokens: int, seed: int, *, whole: bool = False) -> 
 
 
 def difference(found: Mapping[str, mx.array], wanted: Mapping[str, mx.array]) -> str:
-    """By what ``found`` differs from ``wanted`` beyond rounding, in words, or nothing."""
+    """A description of how ``found`` differs from ``wanted`` beyond rounding; empty if it does not."""
     for name, array in wanted.items():
         if mx.issubdtype(array.dtype, mx.integer):
             if _number((found[name] == array).mean()) < _SAME_WORDS:

@@ -1,4 +1,4 @@
-"""The machines that run kernels. A new one is a `Backend` in a file of its own, and an entry in `BACKENDS`."""
+"""The devices that run kernels. A new one is a `Backend` in its own file, and an entry in `BACKENDS`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from veloxlab.kernels.backend import Backend
 from veloxlab.kernels.text import build_with_mlx
 
 _EXPANDED_BYTES, _EXPANDED_TOKENS = 256 << 20, 1 << 24  # on a GPU launches of small tiles take longer
-EXPANDED = "VELOXLAB_EXPANDED_MB"  # in the environment: MB of decoded keys and values that a layer holds while it reads
-# 0 in the environment: no kernel, MLX operations do everything. A cache that is in use looks once a block: a look takes
-# 6 µs a layer, a fifth of a step's Python
+EXPANDED = "VELOXLAB_EXPANDED_MB"  # environment: MB of decoded keys and values of a layer
+# environment: with 0 there are no kernels, and MLX operations do all work. A cache in use reads it once for each block,
+# because that takes 6 µs a layer, a fifth of a step's Python
 SWITCH = "VELOXLAB_KERNELS"
 
 
 def _on_cpu(module: str, name: str) -> Callable[..., Any]:
-    """A function of ``kernels/cpu/``, imported when it is first called: to import what compiles takes a second."""
+    """A function of ``kernels/cpu/``, imported at its first call, because the import of Numba takes a second."""
     return lambda *given: getattr(import_module(f"veloxlab.kernels.cpu.{module}"), name)(*given)
 
 
@@ -47,7 +47,7 @@ METAL = Backend(
     points_each=4,
     expanded_bytes=_EXPANDED_BYTES,
     expanded_tokens=_EXPANDED_TOKENS,
-    least_size=8,  # MLX puts a smaller array in the `constant` address space, and a body's pointers are to one space
+    least_size=8,  # MLX puts smaller arrays in the `constant` address space, and a body's pointers are to one space
 )
 CUDA = Backend(
     name="cuda",
@@ -55,7 +55,7 @@ CUDA = Backend(
     build=partial(build_with_mlx, "cuda"),
     types={mx.float32: "float", mx.float16: "half", mx.bfloat16: "__nv_bfloat16"},
     shared_bytes=48 * 1024,
-    groups=512,  # an H200 works on 528 at once, some of which have exact tokens
+    groups=512,  # an H200 runs 528 together, some of which have exact tokens
     table_words=8192,
     large_bytes=cache(_large_bytes),
     large="extern __shared__ {kind} {name}[];",
@@ -78,18 +78,18 @@ BACKENDS = {backend.name: backend for backend in (METAL, CUDA, CPU)}
 
 
 def device_backend() -> Backend:
-    """That of MLX's default device, whether kernels run there or not."""
+    """The back end of MLX's default device, whether kernels run there or not."""
     return BACKENDS[runtime.backend()]
 
 
 def expanded_bytes() -> int:
-    """Bytes of decoded keys and values that a layer holds at most while it reads a prompt, if its heads are alike."""
+    """Most bytes of decoded keys and values of a layer that reads a prompt, if heads can be read separately."""
     said = os.environ.get(EXPANDED, "")
     return int(said) * 10**6 if said.isdecimal() and int(said) else device_backend().expanded_bytes
 
 
 def current_backend() -> Backend | None:
-    """The same, or None where no kernel runs, or ``VELOXLAB_KERNELS=0`` forbids kernels."""
+    """`device_backend`, or None if no kernel runs, or ``VELOXLAB_KERNELS=0`` forbids kernels."""
     backend = device_backend()
     if backend is CPU:
         return CPU if has_loops() else None
@@ -103,5 +103,5 @@ def has_loops() -> bool:
 
 @cache
 def _has_compiler() -> bool:
-    """Whether there is one of loops for a CPU."""
+    """Whether Numba is installed."""
     return find_spec("numba") is not None

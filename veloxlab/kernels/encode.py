@@ -1,6 +1,6 @@
-"""Kernels that encode vectors as they come: nearest centroids, signs, groups, widths by a plan, trellises.
+"""Kernels that encode vectors without a rotation: nearest centroids, signs, groups, widths by a plan, trellises.
 
-What each writes is what the codec of the same layout computes with MLX operations.
+Each writes the same as the codec of its layout computes with MLX operations.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from veloxlab.kernels.rotated import FACTORS
 from veloxlab.kernels.text import SIMD
 from veloxlab.kernels.vectors import IN_LANES, THREADS, Loss, VectorKernel, fits_lanes, lanes, words_per_row
 
-_SIMDGROUPS = THREADS // SIMD  # of a threadgroup: a vector for each
-_LARGEST_DIM = 4096  # of which the codes of a threadgroup take half of Metal's threadgroup memory
+_SIMDGROUPS = THREADS // SIMD  # of a threadgroup, each with one vector
+_LARGEST_DIM = 4096  # at which the codes of a threadgroup take half of Metal's threadgroup memory
 _WIDEST = 8  # bits of a code of a plan
-# what a vector's root-mean-square is to be multiplied with, from the sums that ``planned.metal`` makes
+# the factor of a vector's root-mean-square, from the sums of ``planned.metal``
 _FACTORS: Final = {
     "norm": "1.0f",
     "mse": "(inner > 0.0f ? inner : 0.0f) / squares",
     "unbiased": "energy / (inner > energy / {largest}f ? inner : energy / {largest}f)",
 }
-_MOST_SHARED = 192  # dimension of the entries of a table that Metal's threadgroup memory holds
+_MOST_SHARED = 192  # largest dimension of table entries in Metal's threadgroup memory
 _SEARCH_SIMDGROUPS = 8  # of a threadgroup that searches a codebook
-_TRELLIS_SIMDGROUPS = 8  # of a threadgroup: each searches the trellis of a head at a time
+_TRELLIS_SIMDGROUPS = 8  # of a threadgroup, each with one head at a time
 _SCALE_BITS = 4  # of a head, in a row of a trellis
 _TILE = 256  # centroids in threadgroup memory at a time
 _CHUNK = 16  # coordinates of them
-_QUAD = 4  # coordinates that are read at once
+_QUAD = 4  # coordinates that are read together
 
 
 @lru_cache
 def sign_kernel(dim: int, rows: int) -> VectorKernel:
-    """Signs of projections ``[B, H, S, rows]`` float32, and the size of the vectors ``[B, H, S, dim]`` before them.
+    """Signs of projections ``[B, H, S, rows]`` float32, and the size of their vectors ``[B, H, S, dim]``.
 
     Gives ``signs`` ``[B, H, S, ⌈rows / 32⌉]`` uint32, LSB first, 1 for 0 and above, and ``root_rms``, the square root
     of the root-mean-square, ``[B, H, S, 1]`` float16.
@@ -59,7 +59,7 @@ def sign_kernel(dim: int, rows: int) -> VectorKernel:
 def group_kernel(dim: int, bits: int, group: int, steps: int, shift: float) -> VectorKernel | None:
     """Equal ``steps`` from the least to the largest of every ``group`` coordinates of ``[B, H, S, dim]``.
 
-    A level lies ``shift`` steps, 0 to 1, after the begin of its step. The last group may be shorter. Gives ``codes``
+    A level is ``shift`` steps, 0 to 1, after the start of its step. The last group may be shorter. Gives ``codes``
     ``[B, H, S, ⌈dim·bits / 32⌉]`` uint32, LSB first without gaps, and roots ``half_step``, ``least``
     ``[B, H, S, groups]`` float16, that of a negative number negative. None for vectors that do not fit.
     """
@@ -97,12 +97,13 @@ def plan_kernel(
 
     Parameters
     ----------
-    tables : ``first_bits``, where each coordinate's code of 0 to 8 bits begins in a row of bits, and where the last one
-        ends ``[D + 1]`` uint32; ``first_codes``, the first coordinate that has bits in each word ``[words]`` uint32;
+    tables : ``first_bits``, the first bit of each coordinate's code of 0 to 8 bits in a row, and the end of the last
+    one
+        ``[D + 1]`` uint32; ``first_codes``, the first coordinate that has bits in each word ``[words]`` uint32;
         ``boundaries`` and ``levels`` for coordinates of mean 0 and variance 1 ``[511]`` float32. Those of n bits begin
-        at 2^n − 1; of widths that no coordinate has anything may stand there.
+        at 2^n − 1; entries of unused widths are arbitrary.
     mean, deviation : of each KV head's coordinates ``[H, 1, D]`` float32, for vectors of root-mean-square 1.
-    scale : ``"norm"``, ``"mse"`` or ``"unbiased"``, as `veloxlab.codecs.spectralquant` has them.
+    scale : ``"norm"``, ``"mse"`` or ``"unbiased"``, see `veloxlab.codecs.spectralquant`.
     largest : factor of an unbiased scale.
 
     Returns
@@ -136,11 +137,11 @@ def plan_kernel(
 def search_kernel(dim: int, parts: int, bits: int, backend: Backend) -> VectorKernel:
     """Packed indices of the nearest of ``2**bits`` centroids to each of the ``parts`` sub-vectors of a vector.
 
-    It is called with vectors ``[B, H, S, parts · dim]`` and centroids ``[2**bits, dim]``, and gives ``packed``
-    ``[B, H, S, ⌈parts·bits / 32⌉]`` uint32. Of centroids at the same distance it is the first.
+    Its inputs are vectors ``[B, H, S, parts · dim]`` and centroids ``[2**bits, dim]``. It gives ``packed``
+    ``[B, H, S, ⌈parts·bits / 32⌉]`` uint32. If centroids have the same distance, the first is taken.
 
-    A threadgroup takes a few dozen points and all centroids, a tile of them at a time. Inner products are summed up in
-    registers, in float32, and each point's least distance ``‖c‖²/2 − x·c`` is kept there.
+    A threadgroup takes a few dozen points and all centroids, tile by tile. Inner products are summed in float32
+    registers, which also keep each point's least distance ``‖c‖²/2 − x·c``.
     """
     threads, points, count = _SEARCH_SIMDGROUPS * SIMD, _SEARCH_SIMDGROUPS * backend.points_each, 1 << bits
     tile = min(max(count, SIMD), _TILE)
@@ -165,7 +166,7 @@ def search_kernel(dim: int, parts: int, bits: int, backend: Backend) -> VectorKe
             "CHUNK": f"{chunk}u",
             "CHUNKS": f"{chunks}u",
             "QUADS": f"{quads}u",
-            "ROW_QUADS": f"{quads | 1}u",  # an odd number: lanes that read a row each then meet in no bank
+            "ROW_QUADS": f"{quads | 1}u",  # odd, so that lanes that read a row each use different banks
             "STEPS": f"{-(-count // tile) * chunks}u",
             "LINES": f"{lines}u",
             "CENTROID_LOADS": f"{-(-tile // lines)}u",
@@ -174,7 +175,7 @@ def search_kernel(dim: int, parts: int, bits: int, backend: Backend) -> VectorKe
             "ROWS": f"{points // span}u",
             "SPAN_WORDS": f"{words_per_row(span, bits)}u",
             "WORDS": f"{words_per_row(parts, bits)}u",
-            "GROUPS_PER_PROCESSOR": 1,  # or the compiler has too few registers
+            "GROUPS_PER_PROCESSOR": 1,  # otherwise the compiler has too few registers
         },
         types={"POINT_TYPE": 0, "CENTROID_TYPE": 1},
         headers=(),
@@ -188,14 +189,14 @@ def search_kernel(dim: int, parts: int, bits: int, backend: Backend) -> VectorKe
 def sums_kernel(
     table: mx.array, order: mx.array, scale: str, starts: int, rounds: int, largest: float, loss: Loss
 ) -> VectorKernel:
-    """Indices of the entries whose sum stands for a vector: of each stage T_a + i·T_b.
+    """Indices of the entries whose sum approximates a vector: T_a + i·T_b for each stage.
 
     Parameters
     ----------
-    table : entries of every KV head and stage ``[H, R, N, D]`` float16, N a power of two; ``order`` has the places of
-        their real parts, then those of the imaginary ones ``[D]`` int32.
+    table : entries of every KV head and stage ``[H, R, N, D]`` float16, N a power of two; ``order`` has the indices of
+        their real parts, then of the imaginary ones ``[D]`` int32.
     scale : as for `veloxlab.kernels.rotated.encode_kernel`; the factor is 0 to ``largest``.
-    starts, rounds : descents of a search, and the turns that each takes.
+    starts, rounds : the number of descents of a search, and the rounds of each.
     loss : see `VectorKernel`.
 
     Returns
@@ -215,7 +216,7 @@ def sums_kernel(
         defines={
             "HEAD_DIM": f"{dim}u",
             "HALF": f"{dim // 2}u",
-            "ROW": f"{dim + 2}u",  # of an entry: lanes that read one each meet in no bank
+            "ROW": f"{dim + 2}u",  # of an entry: lanes that read one each use different banks
             "ENTRIES": f"{entries}u",
             "INDEX_BITS": f"{bits}u",
             "CODE_BYTES": f"{count}u",
@@ -241,12 +242,12 @@ def trellis_kernel(
     words: int,
     steps: int,
 ) -> VectorKernel:
-    """Rows of bits of tokens ``[B, 1, S, H·D]``, whose coordinates have ``widths`` ``[H, D]``, and squared errors
-    ``weights``, both in the order of a string: from each head's last coordinate to its first.
+    """Rows of bits of tokens ``[B, 1, S, H·D]`` whose coordinates have ``widths`` ``[H, D]`` and ``weights`` of squared
+    errors, both in the order of a string: from each head's last coordinate to its first.
 
-    ``levels`` ``[9, states]`` are by width and state, the newest bits lowest; ``backwards`` turns eight bits round. It
-    has one number where every coordinate is coded alone. A scale is of ``steps`` an octave, and ``headroom`` ``[H]``
-    steps above the root-mean-square; of no steps all are 1.
+    ``levels`` ``[9, states]`` are by width and state, the newest bits lowest; ``backwards`` reverses eight bits, or has
+    one number if every coordinate is coded alone. A scale has ``steps`` an octave, and is ``headroom`` ``[H]`` steps
+    above the root-mean-square; with 0 steps all are 1.
     """
     heads, dim = widths.shape
     states, alone = levels.shape[1], len(backwards) == 1

@@ -1,8 +1,8 @@
-"""Keys or values of a layer, decoded by one launch into the array that fused attention reads, exact tokens among them.
+"""Keys or values of a layer, decoded by one launch into the array for fused attention, together with exact tokens.
 
-Four threads share a vector: they read its codes as attention does, and rotate it back in registers. Readers of codes
-of 2^k Hadamard-rotated coordinates have it. Strings of a trellis become levels by one launch, which their codec brings
-out by a product. Other codes are decoded by their codecs.
+Four threads share a vector: they read its codes as attention does, and rotate it back in registers. This is for codes
+of 2^k Hadamard-rotated coordinates. Strings of a trellis become levels by one launch, and their codec then applies a
+matrix product. Other codes are decoded by their codecs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from veloxlab.kernels.text import Source, source_file
 THREADS = 128
 PER_GROUP = 512  # tokens of a threadgroup, which fills the reader's table
 SHARES = 4  # threads of a vector
-LEAST_DIM, LARGEST_DIM = 32, 256  # a thread has 64 numbers of it in registers at most
+LEAST_DIM, LARGEST_DIM = 32, 256  # a thread has at most 64 of its numbers in registers
 MOST_AFTER = 2  # runs of exact tokens behind the packed ones
 LARGEST_HALF = 65504.0  # of float16
 
@@ -28,7 +28,7 @@ _SOURCES: dict[tuple[object, ...], Source] = {}
 
 
 def can_expand(reader: Reader, exact: Sequence[mx.array], dtype: mx.Dtype, backend: Backend) -> bool:
-    """Whether a kernel decodes what ``reader`` reads, beside runs of ``exact`` tokens, all in ``dtype``."""
+    """Whether a kernel decodes the codes of ``reader`` together with runs of ``exact`` tokens, all in ``dtype``."""
     power = LEAST_DIM <= reader.dim <= LARGEST_DIM and reader.dim & (reader.dim - 1) == 0
     same = dtype in backend.types and all(x.dtype == dtype for x in exact)
     return reader.signs is not None and power and reader.shares(SHARES) and same
@@ -45,7 +45,7 @@ def expand(
 ) -> mx.array:
     """Exact tokens ``before`` ``[B, H, S, D]``, packed ones, and exact ones ``behind``: ``[B, len(heads), S, D]``.
 
-    It is done once ``after`` is computed. What is packed is finite in float16 too.
+    It runs after ``after`` is computed. Decoded tokens are finite in float16 too.
     """
     assert reader.signs is not None
     nothing = nothing_of(dtype).keys
@@ -73,7 +73,7 @@ def expand(
 
 
 def levels_in_codes(reader: Reader, dtype: mx.Dtype, backend: Backend) -> mx.array:
-    """Vectors in the space of the codes ``[B, H, S, dim]``, scaled, of a reader that has `levels_alone`."""
+    """Scaled vectors in the space of the codes ``[B, H, S, dim]``, for a reader with `levels_alone`."""
     arrays = reader.arrays("c")
     (out,) = launch(
         _source("levels", reader, dtype, tuple(arrays), backend),
@@ -88,7 +88,7 @@ def levels_in_codes(reader: Reader, dtype: mx.Dtype, backend: Backend) -> mx.arr
 
 
 def _source(kind: str, reader: Reader, dtype: mx.Dtype, inputs: tuple[str, ...], backend: Backend) -> Source:
-    """Of ``expand.metal``, or of ``levels.metal``."""
+    """The source with the body ``expand.metal`` or ``levels.metal``."""
     which = kind, backend, reader.key, dtype
     if which not in _SOURCES:
         text = reader.fragment("c", "c", Room(backend.table_words, backend.pair_words))

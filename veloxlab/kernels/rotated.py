@@ -1,7 +1,7 @@
 """Kernels of the Hadamard rotation: rotate and encode vectors, decode and rotate them back, or rotate alone.
 
-A vector lies in the registers of a simdgroup's lanes (``source/lanes.h``): it is read once, and only results are
-written. They are those of ``RotatedCodec.encode`` and ``decode``, and of `SignedHadamard`.
+A vector is in the registers of a simdgroup's lanes (``source/lanes.h``): it is read once, and only results are
+written. The results are those of ``RotatedCodec.encode`` and ``decode``, and of `SignedHadamard`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from veloxlab.kernels.vectors import (
     words_per_row,
 )
 
-# what a vector's root-mean-square is to be multiplied with, from sums over y, of length √D, and its levels
+# the factor of a vector's root-mean-square, from sums over y, of length √D, and its levels
 FACTORS: Final = {"norm": "1.0f", "mse": "inner / squares", "unbiased": "HEAD_DIM / inner"}
 _FILL_LEVELS: Final = (
     "threadgroup float table[1 << CODE_BITS], bounds[1 << CODE_BITS];\n"
@@ -32,7 +32,7 @@ _FILL_LEVELS: Final = (
     "}\n"
     "group_barrier();"
 )
-# what is left of a vector of length √D when the nearest multiple of its grid point is taken away
+# the residual of a vector of length √D after the nearest multiple of its grid point
 _REST: Final = (
     "float rest = 0.0f;\n"
     "UNROLL for (uint i = 0; i < each; i++) {\n"
@@ -45,13 +45,13 @@ _KEEP_REST: Final = "if (lane == 0) sines[vector] = half(square_root(rest / floa
 
 
 class Quantizer(NamedTuple):
-    """How a kernel quantizes a coordinate of a rotated vector of root-mean-square 1."""
+    """The quantizer of a coordinate of a rotated vector of root-mean-square 1, in a kernel."""
 
     bits: int  # of a code, 1 to 8
-    tried: int  # how many stretches are tried; 0 by levels, or where all that matter are tried
+    tried: int  # number of stretches; 0 by levels, or if all that matter are tried
     arrays: Mapping[str, mx.array]  # inputs of the kernel
-    fill: str  # text of threadgroup variables, and what fills them
-    made: str  # text of the quantizer, once a rotated vector lies in ``y``
+    fill: str  # text that declares and fills threadgroup variables
+    made: str  # text of the quantizer, for a rotated vector in ``y``
 
 
 def nearest_level(boundaries: mx.array, levels: mx.array, bits: int) -> Quantizer:
@@ -61,11 +61,11 @@ def nearest_level(boundaries: mx.array, levels: mx.array, bits: int) -> Quantize
 
 
 def stretched_grid(stretches: mx.array, bits: int, *, tried: bool) -> Quantizer:
-    """The steps ±½, ±1½ … ±(2^(bits − 1) − ½), which stretched coordinates find downwards in size.
+    """The steps ±½, ±1½ … ±(2^(bits − 1) − ½), to which stretched coordinates are rounded down in size.
 
-    The first of ``stretches`` ``[n]`` float32 serves all vectors. If they are to be ``tried``, they are in units of the
-    stretch at which a vector's largest coordinate leaves the grid, and the one is taken with which vector and grid
-    point have the largest cosine.
+    The first of ``stretches`` ``[n]`` float32 is for all vectors. With ``tried`` they are relative to the stretch at
+    which a vector's largest coordinate leaves the grid, and the one of the largest cosine between vector and grid point
+    is taken.
     """
     best = f"best_stretch<HEAD_DIM, CODE_BITS>(y, stretches, stretches_strides[0], {stretches.size})"
     stretch = best if tried else "stretches[0]"
@@ -74,7 +74,7 @@ def stretched_grid(stretches: mx.array, bits: int, *, tried: bool) -> Quantizer:
 
 
 def best_grid(bits: int) -> Quantizer:
-    """The same steps, of the stretch of the largest cosine of all; only CPUs have it."""
+    """The same steps, with the best of all stretches; only CPUs have it."""
     return Quantizer(bits, 0, {}, "", "")
 
 
@@ -94,13 +94,13 @@ def encode_kernel(
     Parameters
     ----------
     signs : ±1 of each coordinate ``[dim]``, float32, of `veloxlab.codecs.parts.transforms.SignedHadamard`; None for
-        vectors that are rotated, which only CPUs take.
+        rotated vectors, which only CPUs take.
     quantizer : of coordinates.
     scale : ``"norm"``, ``"mse"`` or ``"unbiased"``; see `veloxlab.codecs.parts.scales.scale_factor`.
-    fields : name and bits of each part that a code is cut into, from its high bits down; they are packed apart.
-    sine : whether that of the angle between a vector and what its codes stand for is kept too.
-    sketch : a matrix ``[rows, dim]``, of whose products with what is left of a vector of length √dim ``signs`` are kept
-        too, and as ``residual_norm`` its length; only CPUs have that.
+    fields : name and bits of each part of a code, from its high bits down; parts are packed separately.
+    sine : whether to store the sine of the angle between a vector and its decoded codes.
+    sketch : a matrix ``[rows, dim]``; the signs of its products with the residual of a vector of length √dim are stored
+        as ``signs``, and the residual's length as ``residual_norm``; only CPUs have this.
     loss : see `VectorKernel`.
 
     Returns
@@ -143,7 +143,7 @@ def encode_kernel(
 def _rows(
     dim: int, fields: Mapping[str, int], sketch: mx.array | None, *, sine: bool
 ) -> dict[str, tuple[int, mx.Dtype]]:
-    """What is kept of a vector: see `VectorKernel`."""
+    """The stored rows of a vector; see `VectorKernel`."""
     number = 1, mx.float16
     rows = {name: (words_per_row(dim, width), mx.uint32) for name, width in fields.items()}
     if sketch is not None:
@@ -152,7 +152,7 @@ def _rows(
 
 
 def _packing(dim: int, widths: Sequence[int]) -> tuple[list[str], str]:
-    """Names of the rows that the parts of a code go to, high bits first, and the text that packs them."""
+    """Names of the rows for the parts of a code, high bits first, and the text that packs them."""
     rows = [f"row_{width}_{i}" for i, width in enumerate(widths)]
     below = [sum(widths[i + 1 :]) for i in range(len(widths))]  # bits of a code under the field
     return rows, "\n  ".join(
@@ -164,7 +164,7 @@ def _packing(dim: int, widths: Sequence[int]) -> tuple[list[str], str]:
 def decode_kernel(signs: mx.array, levels: mx.array, dtype: mx.Dtype) -> VectorKernel | None:
     """Undoes `encode_kernel` with one field: levels of the codes, rotated back, times the scale.
 
-    It is called with codes and roots of scales, and gives ``out`` ``[B, H, S, D]`` in ``dtype``. ``levels`` are
+    Its inputs are codes and roots of scales. It gives ``out`` ``[B, H, S, D]`` in ``dtype``. ``levels`` are
     ``[2**bits]`` float32. None for vectors that do not fit the registers.
     """
     dim = signs.shape[0]

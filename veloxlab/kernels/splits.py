@@ -1,4 +1,4 @@
-"""How the tokens of sequences are shared out among a kernel's threadgroups, and the numbers that tell it so."""
+"""The division of the tokens of sequences among a kernel's threadgroups, and the numbers that describe it."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from veloxlab.kernels.backend import few_numbers
 from veloxlab.kernels.text import SIMD
 
 SIMDGROUPS = 4  # of a threadgroup
-NUMBERS = 7  # that the kernels get of a sequence
-_TILE = 16  # tokens of one turn of a simdgroup
-_EXACT_SPLIT, _MOST_EXACT_SPLITS = 128, 64  # exact tokens of one split at least; splits of either run at most
-_LEAST_SPLIT = 2 * SIMD * SIMDGROUPS  # packed tokens: a table is not filled for fewer
+NUMBERS = 7  # for each sequence
+_TILE = 16  # tokens of one step of a simdgroup
+_EXACT_SPLIT, _MOST_EXACT_SPLITS = 128, 64  # least exact tokens of a split; most splits of either run
+_LEAST_SPLIT = 2 * SIMD * SIMDGROUPS  # packed tokens: fewer are not worth filling a table
 
 
 @dataclass(frozen=True, eq=False)
 class Threadgroups:
-    """How a kernel is launched."""
+    """The launch of a kernel."""
 
     kv_heads: int
-    rows: int  # of a KV head's queries that a threadgroup takes
+    rows: int  # of a KV head's queries in a threadgroup
     row_tiles: int  # threadgroups for all of them
     groups: int  # of all splits of packed tokens, at most
     simdgroups: int
 
     @property
     def blocks(self) -> int:
-        """Threadgroups that a split of a sequence takes."""
+        """The number of threadgroups for a split of a sequence."""
         return self.kv_heads * self.row_tiles
 
 
 class Places(NamedTuple):
-    """How many tokens a sequence has, and where: the entry and the first of packed, of exact and of a mask's tokens.
+    """The tokens of a sequence, and their places: entry and first index of packed, exact and mask tokens.
 
-    Sinks are the first tokens of their entry. Recent tokens of all sequences end at the same one of their arrays, which
-    a kernel is told at each call: all that is here stays until a block of tokens leaves the window.
+    Sinks are the first tokens of their entry. The recent tokens of all sequences end at the same index, which is an
+    argument of each call. All numbers here are valid until a block of tokens leaves the window.
     """
 
     sinks: int
@@ -52,7 +52,7 @@ class Places(NamedTuple):
 
     @property
     def moving(self) -> tuple[int, int]:
-        """The first of the numbers that kernels get: what another block of packed tokens changes."""
+        """The first numbers, which another block of packed tokens changes."""
         return self.packed, self.first_recent
 
     @property
@@ -62,7 +62,7 @@ class Places(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """Tokens of a split, and the most splits of a sequence."""
+    """The tokens of a split, and the most splits of a sequence."""
 
     of_packed: int
     of_exact: int
@@ -70,19 +70,19 @@ class Splits(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What kernels have to know of the tokens of each sequence."""
+    """The description of the tokens of each sequence for kernels."""
 
     numbers: mx.array  # of `Places` [B, 7], uint32
     splits: Splits
 
 
 def most_splits(groups: int) -> int:
-    """More splits than any history has: those of packed tokens are so many ``groups``, those of exact ones are few."""
+    """An upper bound of the splits of any history: ``groups`` of packed tokens, and a few of exact ones."""
     return groups + 1 + 2 * _MOST_EXACT_SPLITS
 
 
 def sizes_of(sequences: Sequence[Places], columns: int, kernel: Threadgroups) -> Sizes:
-    """What the kernels have to know of each sequence, in arrays of so many recent tokens."""
+    """The description of sequences in arrays with ``columns`` recent tokens."""
     if len(sequences) == 1:
         numbers = few_numbers([*sequences[0].moving, *sequences[0].lasting])[None]
         mx.async_eval(numbers)
@@ -93,14 +93,14 @@ def sizes_of(sequences: Sequence[Places], columns: int, kernel: Threadgroups) ->
 
 
 def numbers_of(sequences: Sequence[Places]) -> mx.array:
-    """`Sizes.numbers` of several sequences, which takes a GPU long: it moves what Python makes, and waits for that."""
+    """`Sizes.numbers` of several sequences. This is slow on a GPU, which waits to copy arrays from Python."""
     numbers = mx.array([(*each.moving, *each.lasting) for each in sequences], mx.uint32)
-    return numbers + mx.array(0, mx.uint32)  # what a GPU computes is in its own memory
+    return numbers + mx.array(0, mx.uint32)  # a computed array is in the GPU's own memory
 
 
 def splits_of(sinks: int, packed: Sequence[int], columns: int, kernel: Threadgroups) -> Splits:
-    """How the tokens of sequences are shared out among threadgroups: sinks at most, packed of each, recent at most."""
-    turn = _TILE * kernel.simdgroups  # of which all simdgroups of a threadgroup have the same number of tiles
+    """The division among threadgroups, for at most ``sinks`` and ``columns`` exact tokens, and ``packed`` of each."""
+    turn = _TILE * kernel.simdgroups  # tokens in one step of all simdgroups of a threadgroup
     of_exact, of_packed = (
         -(-max(least, tokens) // turn) * turn
         for least, tokens in (
@@ -114,7 +114,7 @@ def splits_of(sinks: int, packed: Sequence[int], columns: int, kernel: Threadgro
 
 @lru_cache(maxsize=4096)
 def common_numbers(recent_end: int, splits: Splits, _: int) -> mx.array:
-    """The numbers that are the same for all sequences, as the kernels get them; of one thread."""
+    """The kernels' numbers that are the same for all sequences; cached by thread."""
     numbers = few_numbers([recent_end, splits.most, splits.of_packed, splits.of_exact])
-    mx.async_eval(numbers)  # a wait would be for all that the device has to do
+    mx.async_eval(numbers)  # to wait would be to wait for all work of the device
     return numbers

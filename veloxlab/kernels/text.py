@@ -1,8 +1,8 @@
-"""The text of a kernel, and how MLX builds it.
+"""The text of a kernel, and its build by MLX.
 
-A kernel's body is written once, in the subset that Metal and CUDA share, under Metal's names; ``source/cuda.h`` and
-``source/metal.h`` supply what differs. What is known when a kernel is built (widths, dimensions) comes as ``#define``,
-so that the compiler unrolls by it; a kernel is built once for each set of them.
+A kernel's body is written once, in the common subset of Metal and CUDA with Metal's names; ``source/cuda.h`` and
+``source/metal.h`` define what differs. Constants of the build (widths, dimensions) are ``#define``s, so that the
+compiler unrolls loops. A kernel is built once for each set of them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Built = Callable[..., list[mx.array]]  # called as the kernels that ``mx.fast.me
 
 @dataclass(frozen=True)
 class Source:
-    """A kernel in a form that all back ends take, but for the prelude."""
+    """The text of a kernel for all back ends, without the prelude."""
 
     name: str  # of the kernel, for people and profilers
     inputs: tuple[str, ...]  # names of the arrays, as the body uses them
     outputs: tuple[str, ...]
-    defines: tuple[tuple[str, int | str], ...]  # what is known when it is built
+    defines: tuple[tuple[str, int | str], ...]  # constants of the build
     headers: tuple[str, ...]  # files of ``source/`` with the functions that the body calls, in order
     body: str
-    large_bytes: int = 0  # of threadgroup memory that is given at the launch
+    large_bytes: int = 0  # of threadgroup memory that the launch allocates
 
     def __hash__(self) -> int:
         return self._hash
@@ -48,7 +48,7 @@ class Source:
         return {}
 
     def header(self, prelude: str) -> str:
-        """What comes before the body: definitions, the prelude, the functions."""
+        """The text before the body: definitions, the prelude, the functions."""
         defines = "".join(f"#define {name} {value}\n" for name, value in self.defines)
         return "\n".join([defines, source_file(prelude), *map(source_file, self.headers)])
 
@@ -62,7 +62,7 @@ def source_file(name: str) -> str:
 def build_with_mlx(language: str, source: Source) -> Built:
     """A kernel of ``mx.fast``, in ``"metal"`` or ``"cuda"``.
 
-    MLX keeps compiled kernels by name, on disk too, so that the name has a checksum of the text.
+    MLX caches compiled kernels by name, also on disk, so the name has a checksum of the text.
     """
     body, header = _bare(source.body), _bare(source.header(f"{language}.h"))
     checksum = hashlib.sha256((header + body).encode()).hexdigest()[:16]
@@ -76,16 +76,16 @@ def build_with_mlx(language: str, source: Source) -> Built:
         source=body,
         header=header,
         **large,
-        ensure_row_contiguous=False,  # a cache's arrays are views of growing buffers: bodies go by their strides
+        ensure_row_contiguous=False,  # a cache's arrays are views of growing buffers: bodies use their strides
     )
     return kernel
 
 
 def _included(source: Source, body: str, header: str, checksum: str) -> tuple[str, str]:
-    """Body and header that include the text from files of the user's cache, where these can be written.
+    """Body and header that include the text from files in the user's cache folder, if these can be written.
 
-    At every launch MLX copies a kernel's text and makes a checksum of it: of 30 KB that takes longer than the rest. It
-    looks in the body for the names of shapes and strides.
+    At every launch MLX copies a kernel's text and hashes it, which for 30 KB takes longer than the rest. MLX searches
+    the body for the names of shapes and strides.
     """
     facts = (f"{name}_{fact}" for name in source.inputs for fact in ("shape", "strides", "ndim"))
     files = {kept_in("kernels") / f"{checksum}_{part}.h": text for part, text in (("body", body), ("header", header))}

@@ -1,4 +1,4 @@
-"""Kernels that take vectors ``[B, H, S, ·]`` and write, in one launch, a row of each output for every vector."""
+"""Kernels of vectors ``[B, H, S, ·]``: one launch writes a row of each output for every vector."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from veloxlab.kernels.text import SIMD, Source
 
 THREADS = 128  # of a threadgroup
 IN_LANES = ("simd.h", "lanes.h")  # headers of kernels that keep a vector in the registers of a simdgroup's lanes
-_MOST_EACH = 32  # numbers of a vector that a lane keeps there
+_MOST_EACH = 32  # most numbers of a vector in the registers of a lane
 _WORD_BITS = 32
 
-Loss = Callable[[Mapping[str, mx.array], mx.array], mx.array]  # of outputs, and of the array that they are made of
+Loss = Callable[[Mapping[str, mx.array], mx.array], mx.array]  # of outputs, and of their input
 
 
 @dataclass(frozen=True, eq=False)
 class VectorKernel:
-    """One such kernel. Of its ``defines`` a type stands for the back end's name of it.
+    """One such kernel. A type in ``defines`` becomes the back end's name of the type.
 
-    ``variant`` is what else tells it from others of its name, for back ends that do not read text. ``types`` are
-    definitions that are the type of a given array: the name of each, and which array. If it is to be tried on
-    ``whole_numbers``, its answer to others would depend on rounding. Of answers that are as good, to rounding, any may
-    be found by a search that says what is lost by one, its ``loss``: no more may be lost than by the reference's.
+    ``variant`` distinguishes kernels of one name, for back ends that do not read text. ``types`` are definitions by the
+    type of a given array: name, and index of the array. With ``whole_numbers`` the trial has whole numbers, because
+    results for others depend on rounding. A search can have several results that are equally good. Such a kernel has a
+    ``loss``, and is right if it loses no more than its reference.
     """
 
     name: str  # of the kernel, for people and profilers
     file: str | None  # of ``source/``, with the body; None for a kernel that only CPUs have
-    given: tuple[str, ...]  # names that the body has for the arrays that the kernel is called with, [B, H, S, ·]
-    rows: Mapping[str, tuple[int, mx.Dtype]]  # by output: the numbers that it has for a vector, and their type
+    given: tuple[str, ...]  # names of the given arrays in the body, [B, H, S, ·]
+    rows: Mapping[str, tuple[int, mx.Dtype]]  # by output: the number of values for a vector, and their type
     at_once: int = 1  # vectors of a threadgroup
-    defines: Mapping[str, int | str | mx.Dtype] = field(default_factory=dict)  # what is known when it is built
+    defines: Mapping[str, int | str | mx.Dtype] = field(default_factory=dict)  # constants of the build
     variant: Mapping[str, Any] = field(default_factory=dict)
     types: Mapping[str, int] = field(default_factory=lambda: {"IN_TYPE": 0})
     headers: tuple[str, ...] = IN_LANES  # files of ``source/`` that the body needs
-    texts: Mapping[str, str] = field(default_factory=dict)  # what is put in the place of each ``$name`` of the body
+    texts: Mapping[str, str] = field(default_factory=dict)  # replacements of each ``$name`` in the body
     tables: Mapping[str, mx.array] = field(default_factory=dict)  # further inputs, the same for all vectors
-    outputs: tuple[str, ...] = ()  # names that the body has for the outputs, where they are not those of `rows`
+    outputs: tuple[str, ...] = ()  # names of the outputs in the body, if they differ from those of `rows`
     spans: int = 1  # threadgroups that share a vector
     threads: int = THREADS  # of a threadgroup
     whole_numbers: bool = False
@@ -68,7 +68,7 @@ def fits_lanes(dim: int) -> bool:
 
 
 def hartley_row(dim: int) -> str:
-    """Row 1 of the m-point Hartley matrix by 1/√dim, for dim = m·2^k with m odd; Metal's own cosine is a coarse one."""
+    """Row 1 of the m-point Hartley matrix times 1/√dim, for dim = m·2^k with m odd; Metal's own cosine is inexact."""
     odd = dim // (dim & -dim)
     angles = [2 * math.pi * i / odd for i in range(odd)]
     return ", ".join(f"{(math.cos(angle) + math.sin(angle)) / math.sqrt(dim)!r}f" for angle in angles)

@@ -1,1 +1,1 @@
-"""Kernels of a CPU: loops that numba compiles when they are first called, and keeps on disk."""
+"""CPU kernels: loops that Numba compiles at their first call and caches on disk."""

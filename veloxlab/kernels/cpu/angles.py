@@ -1,4 +1,4 @@
-"""Loop of the recursive polar transform: angles of pairs, of pairs of radii, and so on."""
+"""The loop of the recursive polar transform: angles of pairs, of pairs of radii, and so on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from veloxlab.kernels.cpu.machine import compiled, part, u8_at
 from veloxlab.kernels.cpu.rows import MSE, NORM, load, pack_bytes, to_half, transform
 
 _PI, _HALF_PI, _QUARTER_PI = np.float32(np.pi), np.float32(np.pi / 2), np.float32(np.pi / 4)
-_EIGHTH = np.float32(np.tan(np.pi / 8))  # of which and less the polynomial is right to 1e-7
+_EIGHTH = np.float32(np.tan(np.pi / 8))  # up to which the polynomial is accurate to 1e-7
 
 
 @part
@@ -33,7 +33,7 @@ def angle(y, x):
 
 @part
 def halve(radii, count, angles):
-    """Angles of ``count`` pairs of radii, and in their place the radii of the pairs."""
+    """Angles of ``count`` pairs of radii; the radii of the pairs replace them."""
     for i in range(count):
         angles[i] = angle(radii[2 * i + 1], radii[2 * i])
     for i in range(count):
@@ -42,7 +42,7 @@ def halve(radii, count, angles):
 
 @part
 def assign(radii, dim, widths, edges, angles, codes):
-    """Codes of the angles of all levels of a vector, one level after the other; its blocks' radii are left."""
+    """Codes of the angles of all levels of a vector, level by level; the radii of its blocks remain."""
     begin, edge, around = 0, 0, 1 << widths[0]
     for level in range(len(widths)):
         count, bounds = dim >> (level + 1), (1 << widths[level]) - 1
@@ -59,7 +59,7 @@ def assign(radii, dim, widths, edges, angles, codes):
 
 @part
 def rescale(y, codes, widths, circles, scale, directions, inner, radii):
-    """Radii of a vector's blocks that suit the directions which its codes stand for."""
+    """The radii of a vector's blocks for the decoded directions."""
     dim, levels, blocks = len(y), len(widths), len(inner)
     begin, entry, block = dim - (dim >> levels), len(circles), dim // blocks
     for b in range(blocks):
@@ -87,7 +87,7 @@ def rescale(y, codes, widths, circles, scale, directions, inner, radii):
 
 @part
 def gather(codes, dim, widths, bits, together):
-    """Bring the codes of levels of one width together, and count them."""
+    """Join the codes of the levels of one width, and count them."""
     begin, filled = 0, 0
     for level in range(len(widths)):
         count = dim >> (level + 1)
@@ -103,8 +103,8 @@ def gather(codes, dim, widths, bits, together):
 def encode_angles(first, last, x, dim, signs, hartley, widths, edges, circles, fields, scale, root_rms):
     """Codes of the angles of each level, and the radius of each block of ``2**len(widths)`` coordinates.
 
-    ``edges`` between angles are those of all levels but the first, one level after the other, and ``circles``, cosine
-    and sine, of all. ``fields`` are of each width the address, bytes and bits: levels of one width are packed together.
+    ``edges`` between angles are of all levels but the first, level by level, and ``circles``, cosine and sine, of all.
+    ``fields`` have address, bytes and bits for each width: levels of one width are packed together.
     """
     blocks = root_rms.shape[1]
     y, spare, radii = np.empty(dim, np.float32), np.empty(dim, np.float32), np.empty(dim, np.float32)
@@ -113,7 +113,7 @@ def encode_angles(first, last, x, dim, signs, hartley, widths, edges, circles, f
     size = np.sqrt(np.float32(dim // blocks))
     for vector in range(first, last):
         load(x, vector, dim, y)
-        if signs is not None:  # else vectors are rotated
+        if signs is not None:  # otherwise vectors are rotated already
             for i in range(dim):
                 y[i] *= signs[i]
             transform(np.int64(y.ctypes.data), dim, np.int64(hartley.ctypes.data), np.int64(spare.ctypes.data))

@@ -1,7 +1,7 @@
 """Attention of a few queries over sinks, packed and recent tokens in one pass, with an online softmax.
 
-A piece of work is a split of the tokens of one KV head. It expands a tile of tokens at a time, once for all query heads
-that share them, and keeps sums of values; `combine` joins the splits. Pieces are shared among threads.
+A piece of work is a split of the tokens of one KV head. It expands tile by tile, once for all query heads that share
+the tokens, and sums values; `combine` joins the splits. Threads share the pieces.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LEAST: Final = np.float32(np.finfo(np.float32).min)
 _TANH_IS_ONE: Final = np.float32(20)  # from there on, in float32
 _LOG2_E: Final = np.float32(math.log2(math.e))
 
-# where a call's numbers are: sizes, addresses, and strides in bytes; from `CHANGING` on each call has its own
+# indices of a call's numbers: sizes, addresses, and strides in bytes; those from `CHANGING` on differ by call
 (BATCH, KV_HEADS, SHARED, LENGTH, KEY, VALUE, CODED_KEY, CODED_VALUE, K_SIGNS, K_HARTLEY, V_SIGNS, V_HARTLEY) = range(
     12
 )
@@ -50,7 +50,7 @@ def exponential(x):
 
 @part
 def load_queries(job, scale, b, h, plain, coded, spare):
-    """The scaled queries of a KV head, as they are, and in the space of the keys' codes."""
+    """The scaled queries of a KV head, plain and in the space of the keys' codes."""
     length, dim, codes = job[LENGTH], job[KEY], job[CODED_KEY]
     rows = job[SHARED] * length
     for r in range(rows):
@@ -98,7 +98,7 @@ def score_tile(job, cap, b, h, queries, keys, dim, scales, position, count, scor
 
 @part
 def weigh_tile(scores, count, found, largest):
-    """Make a row's scores weights, of the largest score so far, and scale what was summed before down to it."""
+    """Convert a row's scores to weights relative to the largest score so far, and rescale the earlier sums."""
     x, y = f32_at(scores), f32_at(found)
     most, total = y[0], np.float32(0)
     for t in range(count):
@@ -115,7 +115,7 @@ def weigh_tile(scores, count, found, largest):
 
 @part
 def mix_tile(weights, scales, values, count, dim, mixed):
-    """Add a tile's values, by a row of weights."""
+    """Add a tile's values with a row of weights."""
     factors, own, z = f32_at(weights), f32_at(scales), f32_at(mixed)
     for t in range(count):
         weight, x = factors[t] * own[t], f32_at(values + 4 * t * dim)
@@ -125,9 +125,9 @@ def mix_tile(weights, scales, values, count, dim, mixed):
 
 @compiled
 def attend(job, scale, cap, first, last):
-    """Do pieces ``first`` to ``last``. What is found of a query row: the largest score, the sum of weights, and sums.
+    """Do pieces ``first`` to ``last``. The result of a query row: the largest score, the sum of weights, and sums.
 
-    These are of values, as they are and as the space of the codes has them, each with room for the larger of both.
+    The sums are of plain values and of values in the space of the codes, each with room for the larger of both.
     """
     job = i64_at(job)
     heads, rows = job[KV_HEADS], job[SHARED] * job[LENGTH]
@@ -175,7 +175,7 @@ def attend(job, scale, cap, first, last):
 
 @compiled
 def combine(job):
-    """Join the splits: the exact part, to which the packed part is added if it can be rotated back here."""
+    """Join the splits of the exact part; add the packed part if it can be rotated back here."""
     job = i64_at(job)
     heads, rows, dim, codes = job[KV_HEADS], job[SHARED] * job[LENGTH], job[VALUE], job[CODED_VALUE]
     largest, all_rows = max(dim, codes), job[BATCH] * job[KV_HEADS] * rows

@@ -1,4 +1,4 @@
-"""Attention on a CPU, as `veloxlab.kernels.attend` is on a GPU: arrays in, arrays out, at once and not lazily."""
+"""Attention on a CPU, as `veloxlab.kernels.attend` on a GPU, but eager."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from veloxlab.kernels.cpu.readers import OWN
 from veloxlab.kernels.cpu.threads import shared
 from veloxlab.runtime import threads
 
-_SHARED_NUMBERS: Final = 3 << 16  # of keys and values, from which on a second thread gains more than it costs
+_SHARED_NUMBERS: Final = 3 << 16  # of keys and values, from which on a second thread is faster
 _FLOAT: Final = 4  # bytes
 _RECENT: Final = OWN + 1  # numbers of recent keys
 _NUMBERS: Final = Struct(f"={loops.NUMBERS - loops.CHANGING + 2 * _RECENT}q")
@@ -51,7 +51,7 @@ class CpuAttendKernel:
 
 
 class PreparedCall:
-    """Attention of queries of one form over sinks and packed tokens that stay, while recent tokens change and grow."""
+    """Attention of queries of one form over fixed sinks and packed tokens, while recent tokens change."""
 
     def __init__(self, queries: Queries, tokens: Tokens) -> None:
         keys, values = tokens.keys, tokens.values
@@ -62,7 +62,7 @@ class PreparedCall:
         sinks = described_exact(tokens.sinks) if tokens.sinks is not None else (NOTHING, NOTHING)
         self._kept = packed, packed_values, sinks
         rows = batch * query_heads * length
-        # numbers of an answer, of its part in the space of codes, of a split's sums of values and of weights
+        # sizes of a result, of its part in the space of codes, of a split's sums of values and of weights
         self.sizes = rows * dim, rows * values.dim, 2 * rows * max(dim, values.dim), 2 * rows
         self.scale, self.cap = np.float32(queries.scale), np.float32(queries.cap or 0)
         self.form = (batch, query_heads, length, dim)
@@ -80,11 +80,11 @@ class PreparedCall:
         ]
 
     def __call__(self, queries: Queries, recent: Exact | None, _: int | None = None) -> Answer:
-        """See `veloxlab.kernels.call.PreparedCall`; the answer is float32."""
+        """See `veloxlab.kernels.call.PreparedCall`; the result is float32."""
         return together([self], queries, [recent])
 
     def place(self, *numbers: int) -> int:
-        """Complete what the loops are told, and give its address; the caller keeps all that has one."""
+        """Complete the job of the loops and return its address; the caller keeps the arrays alive."""
         _NUMBERS.pack_into(self._job.data, 8 * loops.CHANGING, *numbers)
         return self._address
 
@@ -92,9 +92,9 @@ class PreparedCall:
 def together(
     calls: Sequence[PreparedCall], queries: Queries, recents: Sequence[Exact | None], columns: Sequence[int] = (0,)
 ) -> Answer:
-    """Attention of a batch by one call, or of each of its entries by one, with tokens of its own.
+    """Attention of a batch whose entries have their own tokens, with one prepared call for each entry.
 
-    ``columns`` are where in the mask the tokens of each call begin. All calls are alike but for their tokens.
+    ``columns`` are the first columns of each call's tokens in the mask. The calls differ only in their tokens.
     """
     q, coded, mask, logits = queries.q.astype(mx.float32), queries.coded, queries.mask, queries.logits
     exact = [() if run is None else (as_bits(run.keys), as_bits(run.values)) for run in recents]
@@ -137,7 +137,7 @@ def together(
 
 
 def _placed(x: mx.array | Array | None) -> tuple[Array | None, int, tuple[int, ...]]:
-    """An array as NumPy has it, its address, and its strides in bytes."""
+    """A NumPy array, its address, and its strides in bytes."""
     if x is None:
         return None, 0, (0, 0, 0, 0)
     seen = x if isinstance(x, np.ndarray) else numpy_of(x)
@@ -145,7 +145,7 @@ def _placed(x: mx.array | Array | None) -> tuple[Array | None, int, tuple[int, .
 
 
 def attend_kernel(queries: Queries, tokens: Tokens) -> CpuAttendKernel:
-    """The kernel of such a call: one for all calls with the same dimensions, types and layouts."""
+    """The kernel of a call: one for all calls with the same dimensions, types and layouts."""
     keys, values, q = tokens.keys, tokens.values, queries.q
     shape = q.shape[1], q.shape[2], tokens.key_dim, tokens.value_dim
     kind = (keys.key, values.key, *shape, q.dtype, tokens.exact_type, *queries.kind)
@@ -158,7 +158,7 @@ def _kernel(name: str, kind: tuple[object, ...]) -> CpuAttendKernel:
 
 
 class _Room(threading.local):
-    """Memory of a thread, of float32, that its calls use again."""
+    """Float32 memory of a thread, which its calls reuse."""
 
     numbers: Array = np.empty(0, np.float32)
     address = 0
@@ -168,7 +168,7 @@ _ROOM: Final = _Room()
 
 
 def _room(size: int) -> tuple[Array, int]:
-    """Room for so many numbers, and its address."""
+    """Room for ``size`` numbers, and its address."""
     if _ROOM.numbers.size < size:
         _ROOM.numbers = np.empty(size, np.float32)
         _ROOM.address = address_of(_ROOM.numbers)

@@ -1,4 +1,4 @@
-"""What the loops are told of a layer's tokens: descriptions of arrays, made once for as long as the arrays stay."""
+"""Descriptions of a layer's tokens for the loops, made once for each set of arrays."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ Numbers = list[int]
 Array = np.ndarray[Any, Any]
 
 KINDS: Final = {mx.float32: FLOAT32, mx.float16: FLOAT16, mx.bfloat16: BFLOAT16}
-_BYTE: Final = 8  # bits of an index that is a byte, which is looked up quickest
-_TILE = 32  # tokens that are expanded together, at most
-_LEVEL = 17  # bit of a coordinate's word where its first level begins, in `PlanReader`
+_BYTE: Final = 8  # bits of an index; the look-up of whole bytes is fastest
+_TILE = 32  # most tokens that are expanded together
+_LEVEL = 17  # first bit of a coordinate's first level in its word, in `PlanReader`
 
 
 class Description(NamedTuple):
-    """Numbers for a loop, their address, those of a rotation's signs and Hartley matrix or 0, and all arrays meant."""
+    """Numbers for a loop and their address, addresses of a rotation's signs and Hartley matrix or 0, and the arrays."""
 
     numbers: Array
     address: int
@@ -46,12 +46,12 @@ class Description(NamedTuple):
 
 
 NOTHING: Final = Description(np.zeros(0, np.int64), 0, (0, 0), ())
-"""Of no tokens: nothing there is read."""
+"""The description of no tokens."""
 _known: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def arrays_of(tokens: Reader | Exact) -> list[mx.array]:
-    """What has to be evaluated before the tokens are described; nothing once they are."""
+    """Arrays to evaluate before the tokens are described; empty after that."""
     if tokens in _known:
         return []
     if isinstance(tokens, Exact):
@@ -60,7 +60,7 @@ def arrays_of(tokens: Reader | Exact) -> list[mx.array]:
 
 
 def as_bits(x: mx.array) -> mx.array:
-    """An array that NumPy can look at: bfloat16 as the bits that it is."""
+    """An array that NumPy can read: bfloat16 as its bits."""
     return x.view(mx.uint16) if x.dtype == mx.bfloat16 else x
 
 
@@ -70,12 +70,12 @@ def numpy_of(x: mx.array) -> Array:
 
 
 def address_of(x: Array) -> int:
-    """Where an array begins."""
+    """The address of an array."""
     return int(x.__array_interface__["data"][0])
 
 
 def described_exact(tokens: Exact) -> tuple[Description, Description]:
-    """Keys, and values."""
+    """The descriptions of keys and of values."""
     if tokens not in _known:
         _known[tokens] = described_array(tokens.keys), described_array(tokens.values)
     both: tuple[Description, Description] = _known[tokens]
@@ -83,24 +83,24 @@ def described_exact(tokens: Exact) -> tuple[Description, Description]:
 
 
 def described_array(x: mx.array) -> Description:
-    """Vectors that are not compressed."""
+    """The description of exact vectors."""
     seen = vectors_of(x)
     return _made(exact_numbers(seen, KINDS[x.dtype]), seen)
 
 
 def vectors_of(x: mx.array) -> Array:
-    """The same memory ``[B, H, S, D]``, or, if a vector is not in one piece, as a gather may give it, a copy."""
+    """The same memory ``[B, H, S, D]``; a copy if vectors are not contiguous, for example after a gather."""
     seen = numpy_of(x)
     return seen if seen.strides[3] == seen.itemsize else np.ascontiguousarray(seen)
 
 
 def exact_numbers(x: Array, kind: int) -> Numbers:
-    """What a loop is told of exact vectors ``[B, H, S, D]`` of one of `KINDS`."""
+    """The numbers of exact vectors ``[B, H, S, D]`` of one of `KINDS`, for a loop."""
     return [loops.exact(), x.shape[3], address_of(x), *x.strides[:3], 0, 0, 0, 0, 0, kind]
 
 
 def described(reader: Reader) -> Description:
-    """The packed tokens of a reader."""
+    """The description of a reader's packed tokens."""
     if reader not in _known:
         rows = numpy_of(reader.rows)
         own = _LAYOUTS[type(reader)](reader)
@@ -119,21 +119,21 @@ def _made(numbers: Numbers, *kept: object, rotation: tuple[Array, ...] = ()) -> 
 
 @lru_cache
 def hartley(dim: int) -> Array:
-    """The m-point Hartley matrix by 1/√dim ``[m, m]``, for dim = m·2^k with m odd."""
+    """The m-point Hartley matrix times 1/√dim ``[m, m]``, for dim = m·2^k with m odd."""
     odd = dim // (dim & -dim)
     angle = 2 * np.pi * np.outer(np.arange(odd), np.arange(odd)) / odd
     return np.asarray((np.cos(angle) + np.sin(angle)) / math.sqrt(dim), np.float32)
 
 
 def _placed(x: Array | None) -> Numbers:
-    """Address and strides of batch entry, head and token ``[B, H, S, n]``; zeros for nothing."""
+    """Address and strides of batch entry, head and token of ``[B, H, S, n]``; zeros for None."""
     return [0, 0, 0, 0] if x is None else [address_of(x), *x.strides[:3]]
 
 
 class _Own(NamedTuple):
-    """What a layout says of itself: function, address of the heads' places among the scales, numbers, arrays.
+    """A layout's own part: function, address of the heads' places among the scales, numbers, arrays.
 
-    Where its function scales the vectors, attention does not.
+    If its function scales the vectors, attention does not.
     """
 
     function: int
@@ -167,7 +167,7 @@ class _Table(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _wide_table(bits: int, table: mx.array, dim: int) -> _Table:
-    """The entries of as many codes at once as a byte has, where they are narrow and the vector has whole bytes."""
+    """The entries of all codes in a byte, if codes are narrow and the vector has whole bytes."""
     return _widened(bits, np.ascontiguousarray(numpy_of(table), np.float32), dim)
 
 
@@ -186,7 +186,7 @@ def _widths(reader: WidthsReader) -> _Own:
 
 @lru_cache(maxsize=256)
 def _head_tables(heads: mx.array, table: mx.array, dim: int) -> tuple[Array, Array, list[_Table]]:
-    """Of each head what ``widths`` reads, its place among the scales, and its table."""
+    """For each head: the numbers for ``widths``, its place among the scales, and its table."""
     levels, tables, rows = np.asarray(table), [], []
     said = np.asarray(heads).astype(np.int64)
     for bits, first_word, _, first in said:
@@ -206,7 +206,7 @@ def _plan(reader: PlanReader) -> _Own:
 
 @lru_cache(maxsize=256)
 def _planned(plan: mx.array, fit: mx.array, dim: int, row_bytes: int) -> tuple[Array, Array, Array]:
-    """Of each coordinate the first of the four bytes that have its code, shift, mask and first level; levels, fit."""
+    """For each coordinate: the first of the four bytes of its code, shift, mask and first level; levels; fit."""
     words = np.asarray(plan)
     said, levels = words[:dim], words[dim:].view(np.float32).copy()
     begins, widths = said & 8191, said >> 13 & 15
@@ -230,7 +230,7 @@ def _polar(reader: PolarReader) -> _Own:
 
 @lru_cache(maxsize=256)
 def _angle_levels(widths: tuple[int, ...], table: mx.array, dim: int) -> tuple[Array, list[Array]]:
-    """Of each level its bits, whether they are in the other row, the first bit there, numbers of an entry, table."""
+    """For each level: its bits, whether they are in the other row, the first bit there, entry size, table."""
     circles, used = np.asarray(table), dict.fromkeys(widths, 0)
     firsts = [0, *accumulate(1 << bits for bits in widths)]
     rows, tables = [], []
@@ -264,13 +264,13 @@ def _trellis(reader: TrellisReader) -> _Own:
 
 @lru_cache
 def _scale_sizes() -> Array:
-    """What the codes of scales stand for."""
+    """The values of the codes of scales."""
     return np.asarray(2.0 ** (np.arange(1 << trellis.SCALE_BITS) / trellis.STEPS), np.float32)
 
 
 @lru_cache(maxsize=512)
 def _windows(windows: mx.array, table: mx.array, row_bytes: int) -> tuple[Array, int]:
-    """Of each coordinate ``[H, 5, D]`` byte, shift, mask, shift up and first level; and up to where some have bits."""
+    """For each coordinate ``[H, 5, D]``: byte, shift, mask, shift up and first level; the end of those with bits."""
     begins, masks, lifts, levels = np.moveaxis(np.asarray(windows).astype(np.int64), -1, 0)
     starts = np.minimum(begins >> 3, row_bytes - 4)
     own = np.stack([starts, begins - 8 * starts, masks, lifts, levels], axis=1).astype(np.int32)
@@ -279,7 +279,7 @@ def _windows(windows: mx.array, table: mx.array, row_bytes: int) -> tuple[Array,
 
 @lru_cache(maxsize=512)
 def _turned(angles: mx.array) -> tuple[int, tuple[Array, Array]]:
-    """The position of the first token, angles of pairs, and cosines and sines of a tile's tokens ``[TILE, 2 · P]``."""
+    """Position of the first token, angles of pairs, and cosines and sines of a tile's tokens ``[TILE, 2 · P]``."""
     both = np.asarray(angles)
     turn = np.arange(_TILE)[:, None] * both[1:].astype(np.float64)
     fine = np.concatenate([np.cos(turn), np.sin(turn)], axis=1).astype(np.float32)

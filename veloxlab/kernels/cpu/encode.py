@@ -1,4 +1,4 @@
-"""Loops that rotate vectors and quantize their coordinates, or undo that: those of `veloxlab.kernels.rotated`."""
+"""The loops of `veloxlab.kernels.rotated`: rotate vectors and quantize their coordinates, or undo that."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from veloxlab.kernels.cpu.rows import (
     transform,
 )
 
-_LINEAR_BITS = 4  # of an index that is found by comparing with all boundaries, before the search halves what is left
-_TOGETHER = 24  # steps of sizes that are put in order
+_LINEAR_BITS = 4  # of an index that is found by comparison with all boundaries; more bits are found by bisection
+_TOGETHER = 24  # steps of sizes that are sorted together
 _TINY = np.float32(1e-30)
 _GREATEST = np.float32(3.4028234663852886e38)
 
 
 @part
 def nearest_levels(y, dim, boundaries, bits, codes):
-    """Index of the nearest level of each coordinate: how many boundaries lie below it, all of them below NaN."""
+    """Index of the nearest level of each coordinate: the number of boundaries below it; all are below NaN."""
     coarse = min(bits, _LINEAR_BITS)
     step = 1 << (bits - coarse)
     c, x = i32_at(codes.ctypes.data), f32_at(y.ctypes.data)
@@ -41,7 +41,7 @@ def nearest_levels(y, dim, boundaries, bits, codes):
 
 @part
 def best_stretch(sizes, dim, tries, top):
-    """Of ``tries``, times the stretch at which the largest of ``sizes`` leaves the grid, that of the least angle."""
+    """The best of ``tries`` times the stretch at which the largest of ``sizes`` leaves the grid, by angle."""
     largest, squares = _TINY, np.float32(0)
     for i in range(dim):
         largest = sizes[i] if sizes[i] > largest else largest
@@ -68,10 +68,10 @@ def best_stretch(sizes, dim, tries, top):
 
 @part
 def best_step(sizes, dim, top):
-    """Of all stretches at which one of ``sizes`` steps, and 0, that of the least angle.
+    """The best stretch by angle, among all at which one of ``sizes`` steps, and 0.
 
-    Step j of a size adds it to the product with the grid point, and 2j to the square of that. Some steps at a time are
-    put in order. The search ends where even real numbers in place of what may still step would not be better.
+    Step j of a size adds the size to the product with the grid point, and 2j to the square of the grid point. Some
+    steps at a time are sorted. The search ends when even real numbers for the remaining steps would not be better.
     """
     room = 2 * dim + _TOGETHER
     times, places = np.empty(room, np.float32), np.empty((room, 2), np.int64)
@@ -110,12 +110,12 @@ def best_step(sizes, dim, top):
         if not begin < np.inf:
             break
         end = np.float32(min(begin + width, _GREATEST))
-    return best * np.float32(1 + 1e-6)  # so that it does not round to just below the step
+    return best * np.float32(1 + 1e-6)  # so that rounding does not fall below the step
 
 
 @part
 def grid_points(y, sizes, dim, stretch, top, codes, levels):
-    """Codes of the grid's steps, and the levels that they stand for."""
+    """Codes of the grid's steps, and their levels."""
     last = np.float32(top - 1)
     for i in range(dim):
         step = np.floor(stretch * sizes[i])
@@ -128,7 +128,7 @@ def grid_points(y, sizes, dim, stretch, top, codes, levels):
 
 @part
 def rest_of(y, levels, dim, ratio):
-    """Take levels times a ratio from a vector, and give the sum of squares of what is left."""
+    """Subtract levels times a ratio from a vector, and return the sum of squares of the residual."""
     squares = np.float32(0)
     for i in range(dim):
         y[i] -= ratio * levels[i]
@@ -150,11 +150,11 @@ def signs_of(y, dim, matrix, bits):
 def encode(
     first, last, x, dim, bits, signs, hartley, boundaries, table, tries, sketch, fields, scale, root_scale, sine, norm
 ):
-    """Vectors ``first`` to ``last``. ``fields`` are of each the address, words, bits, and bits below it.
+    """Encode vectors ``first`` to ``last``. ``fields`` have address, words, bits, and lower bits of each field.
 
     Codes are by ``boundaries`` and the levels in ``table``, or by the ``tries`` of a stretched grid, or by its best
-    stretch. Without ``signs`` vectors are rotated. The last field is of the signs of the products of what is left with
-    a matrix, ``sketch``, if there is one. What is None is not compiled.
+    stretch. Without ``signs`` vectors are rotated already. With ``sketch``, a matrix, the last field has the signs of
+    its products with the residual. Parts that are None are not compiled.
     """
     y, spare, levels = np.empty(dim, np.float32), np.empty(dim, np.float32), np.empty(dim, np.float32)
     codes, top = np.empty(dim, np.int32), 1 << bits >> 1

@@ -1,7 +1,7 @@
-"""Tokens of a layer, expanded straight into the buffer that fused attention reads.
+"""Tokens of a layer, expanded directly into the buffer for fused attention.
 
-They are rotated back and rounded to its type. A piece of work is a tile of the tokens of one KV head. Pieces are shared
-among threads.
+They are rotated back and rounded to its type. A piece of work is a tile of the tokens of one KV head. Threads share the
+pieces.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from veloxlab.kernels.cpu.rows import FLOAT16, FLOAT32, bits_of_float, to_half, 
 from veloxlab.kernels.cpu.run import share
 from veloxlab.kernels.readers import Reader
 
-_NANOSECONDS: Final = 1  # that a number takes
+_NANOSECONDS: Final = 1  # for a number
 _LARGEST_HALF: Final = np.float32(65504)
 _INFINITE: Final = np.uint32(0x7F800000)
 
-# where a call's numbers are
+# indices of a call's numbers
 (TOKENS, COUNT, HEADS, FIRST_HEAD, DIM, PACKED, SIGNS, HARTLEY, OUT, OUT_TOKENS, KIND, FINITE) = range(12)
 
 
 @part
 def to_bfloat(number):
-    """The bits of the bfloat16 that is nearest to a float32, of two the even one."""
+    """The bits of the nearest bfloat16 of a float32, ties to even."""
     bits = bits_of_float(number)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
     is_nan = bits & np.uint32(0x7FFFFFFF) > _INFINITE
@@ -39,7 +39,7 @@ def to_bfloat(number):
 
 @part
 def round_to(y, count, kind, finite, out):
-    """Write numbers in 16 bits, which stay finite if they shall."""
+    """Write numbers in 16 bits; with ``finite`` they are clipped to the finite range."""
     if kind != FLOAT16:
         for i in range(count):
             out[i] = to_bfloat(y[i])
@@ -84,8 +84,8 @@ def expand(job, first, last):
 def write(tokens: Reader | mx.array, out: mx.array, place: int, first_head: int, finite: bool) -> None:
     """Write packed or exact tokens ``[B, H, n, D]`` to ``out`` ``[B, h, S, D]``, evaluated, from token ``place`` on.
 
-    The heads of ``out`` are those from ``first_head`` on. Packed tokens come scaled, and rotated back if their reader
-    has ``signs``, else in the space of their codes. Where they are ``finite``, none is more than float16 can hold.
+    The heads of ``out`` are those from ``first_head`` on. Packed tokens are scaled, and rotated back if their reader
+    has ``signs``, else in the space of their codes. With ``finite`` they are clipped to float16's range.
     """
     own = described(tokens) if isinstance(tokens, Reader) else described_array(tokens)
     to, (batch, heads, room, dim) = numpy_of(out), out.shape

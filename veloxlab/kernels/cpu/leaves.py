@@ -1,6 +1,6 @@
-"""Nearest centroids and k-means++ where there are many points of few coordinates: most lie in boxes too far away.
+"""Nearest centroids and k-means++ for many points with few coordinates: most boxes of points are too far away.
 
-Points are put in boxes of as many by halves: see `veloxlab.kernels.cpu.train.in_boxes`.
+Points are divided into boxes of equal size by halving: see `veloxlab.kernels.cpu.train.in_boxes`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import numpy as np
 from veloxlab.kernels.cpu.machine import compiled, part
 from veloxlab.kernels.cpu.wide import COUNT, first_bit, least_of_sums, up_to
 
-_ROUNDING = np.float32(1e-6)  # of a squared distance, of the point's own square
+_ROUNDING = np.float32(1e-6)  # of a squared distance, relative to the point's square
 
 
 @part
 def nearest_in_leaves(x, leaves, half, places, low, high, room):
-    """Index of the nearest centroid of ``x`` ``[d]``, of equal ones the first, and ``‖c‖²/2 − x·c``.
+    """Index of the nearest centroid of ``x`` ``[d]``, the first of equal ones, and ``‖c‖²/2 − x·c``.
 
     ``leaves`` are ``[64, d, 64]``, ``half`` and indices, ``places``, ``[64, 64]``, ``low`` and ``high`` ``[d, 64]``.
     """
@@ -85,7 +85,7 @@ def far_off(low, high, seeds, s, distances):
 
 @part
 def nearer(points, begin, inside, seeds, s, distances, own):
-    """Lower the squared distances of the points of a box to those from a seed; gives whether one is lower now."""
+    """Lower the squared distances of the points of a box to those from a seed; returns whether one changed."""
     for i in range(inside):
         distances[i] = 0
     for k in range(len(seeds)):
@@ -102,7 +102,7 @@ def nearer(points, begin, inside, seeds, s, distances, own):
 
 @part
 def sum_boxes(left, sums):
-    """Sums of 64 numbers after others; gives that of all."""
+    """Sums of 64 numbers each; returns the total."""
     total = 0.0
     for box in range(len(sums)):
         own = 0.0
@@ -115,7 +115,7 @@ def sum_boxes(left, sums):
 
 @part
 def drawn(wanted, left, sums):
-    """The place up to which the numbers sum up to ``wanted``."""
+    """The index at which the cumulative sum reaches ``wanted``."""
     box = 0
     while box < len(sums) - 1 and wanted >= sums[box]:
         wanted -= sums[box]
@@ -129,13 +129,13 @@ def drawn(wanted, left, sums):
 
 @compiled
 def spread_seeds(points, low, high, places, uniform, known_each, chosen):
-    """K-means++ from zero: which points are drawn, by ``uniform`` numbers, some at a time.
+    """K-means++ from zero: indices of the drawn points, by ``uniform`` numbers, some at a time.
 
-    A point is drawn with probability ∝ its squared distance to the nearest seed so far. ``points`` ``[d, N]`` lie in
-    boxes of 64, between ``low`` and ``high`` ``[d, boxes]``; ``places`` ``[N]`` are those that they are drawn by.
+    A point is drawn with probability ∝ its squared distance to the nearest seed so far. ``points`` ``[d, N]`` are in
+    boxes of 64, between ``low`` and ``high`` ``[d, boxes]``; ``places`` ``[N]`` are their indices in the drawing order.
     """
     (dim, count), boxes = points.shape, low.shape[1]
-    left, order = np.empty(count, np.float32), np.empty(count, np.int64)  # by places, and where in the boxes a place is
+    left, order = np.empty(count, np.float32), np.empty(count, np.int64)  # in drawing order; place in the boxes
     own, most = np.zeros((boxes, COUNT), np.float32), np.empty(boxes, np.float32)
     for p in range(count):
         for k in range(dim):
@@ -145,7 +145,7 @@ def spread_seeds(points, low, high, places, uniform, known_each, chosen):
         most[box] = own[box].max()
     seeds, sums = np.empty((dim, len(uniform)), np.float32), np.empty(boxes, np.float64)
     distances, off, changed = np.empty(COUNT, np.float32), np.empty(boxes, np.float32), np.zeros(boxes, np.bool_)
-    known, latest = 0, 0  # seeds, and those of them that `left` knows
+    known, latest = 0, 0  # seeds, and the number of them that `left` includes
     while known < len(uniform):
         for s in range(latest, known):
             far_off(low, high, seeds, s, off)

@@ -1,7 +1,7 @@
-"""What the loops are made of: numbers at addresses, calls through addresses, and how functions are compiled.
+"""The basis of the loops: numbers at addresses, calls through addresses, and the compilation of functions.
 
-A loop gets its arrays as addresses and strides in one array of int64: to be called with an array takes Numba 0.3 µs,
-and a decode step calls a loop in every layer. Whoever makes such a description keeps its arrays alive.
+A loop gets its arrays as addresses and strides in one array of int64, because an array argument takes Numba 0.3 µs, and
+a decode step calls a loop in every layer. The owner of such a description keeps its arrays alive.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _OPTIONS: Final[dict[str, Any]] = {
     "error_model": "numpy",
     "fastmath": {"reassoc", "contract", "nsz", "arcp", "afn"},
 }
-_EXPAND: Final = 6  # whole numbers that an `expander` is called with
+_EXPAND: Final = 6  # number of arguments of an `expander`
 
 
 @cache
 def folder() -> str:
-    """Where compiled loops are kept: another place for each version of this folder's files.
+    """The cache folder of compiled loops, by a hash of the files in this folder.
 
-    Numba compiles anew when the file of a loop has changed, but not when the file of a piece of it has.
+    Numba compiles again if the file of a loop has changed, but not if the file of a part of it has.
     """
     checksum = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
@@ -47,9 +47,9 @@ def folder() -> str:
 
 @contextmanager
 def _kept() -> Iterator[None]:
-    """What is decorated here is kept in our folder, and what others decorate is not.
+    """Loops that are decorated inside are cached in our folder; others are not affected.
 
-    Numba would take another folder below it for each path that these files are installed at, and compile there again.
+    Numba would use a subfolder for each installation path of these files, and compile again there.
     """
     place, before = folder(), (config.CACHE_DIR, caching._CacheLocator.get_suitable_cache_subpath)
     config.CACHE_DIR, caching._CacheLocator.get_suitable_cache_subpath = place, staticmethod(lambda path: "")
@@ -60,7 +60,7 @@ def _kept() -> Iterator[None]:
 
 
 def _where_it_can_be_kept(make: Callable[[bool], Any]) -> Any:
-    """What ``make(cache)`` gives, kept on disk if a folder can be written."""
+    """The result of ``make(cache)``, with the cache on disk if a folder can be written."""
     with _kept():
         try:
             return make(True)
@@ -69,14 +69,14 @@ def _where_it_can_be_kept(make: Callable[[bool], Any]) -> Any:
 
 
 def compiled(function: Function) -> Function:
-    """A loop: compiled when it is first called, kept on disk, run without the GIL."""
+    """A loop: compiled at its first call, cached on disk, run without the GIL."""
     options = _OPTIONS | {"nogil": True, "no_cfunc_wrapper": True}
     loop: Function = _where_it_can_be_kept(lambda cache: njit(cache=cache, **options)(function))
     return loop
 
 
 class _Unfinished(JITCodeLibrary):
-    """A piece in LLVM's language. What it is linked to optimizes it and makes machine code of it: Numba would, too."""
+    """A part as LLVM IR, without its own machine code: the loop that it is linked to optimizes and compiles it."""
 
     def _optimize_functions(self, module: Any) -> None:
         module.data_layout = self._codegen._data_layout
@@ -87,12 +87,12 @@ class _Unfinished(JITCodeLibrary):
         self._finalized = True
 
     def get_pointer_to_function(self, name: str) -> int:
-        """There is none."""
+        """There is no machine code."""
         return 0
 
     @property
     def codegen(self) -> Any:
-        """Who would be told where the function's Python objects are; it has none."""
+        """The function has no Python objects."""
         return self
 
     def set_env(self, name: str, environment: object) -> None:
@@ -100,14 +100,14 @@ class _Unfinished(JITCodeLibrary):
 
 
 class _Piece(Compiler):
-    """Numba's compiler, up to an `_Unfinished` piece."""
+    """Numba's compiler, up to an `_Unfinished` part."""
 
     def __init__(self, types: Any, target: Any, library: Any, *others: Any) -> None:
         super().__init__(types, target, _Unfinished(target.codegen(), "piece"), *others)
 
 
 def part(function: Function) -> Function:
-    """A piece of a loop, compiled with each loop that calls it."""
+    """A part of a loop, compiled with each loop that calls it."""
     options = _OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": _Piece}
     piece: Function = njit(**options)(function)
     return piece
@@ -116,8 +116,8 @@ def part(function: Function) -> Function:
 def expander(function: Callable[..., None]) -> Callable[[], int]:
     """A function that loops call through its address: it writes some tokens of a tensor as float32.
 
-    It is called with the address of a description, a batch entry, a KV head, the first token, how many, and the address
-    of what is to be written. Gives a function that compiles it, the first time, and gives its address.
+    Its arguments are the address of a description, a batch entry, a KV head, the first token, the number of tokens, and
+    the address of the output. The result is a function that compiles it at the first call and returns its address.
     """
 
     @cache
@@ -129,10 +129,10 @@ def expander(function: Callable[..., None]) -> Callable[[], int]:
 
 
 class _Compiling(event.Listener):
-    """Tells that a loop of ours is compiled: the first call of each, on a new machine, takes a second."""
+    """Reports the compilation of our loops: on a new machine the first call of each takes a second."""
 
     def on_start(self, event: Any) -> None:
-        """See the base class; a loop that is read from disk is no event."""
+        """See the base class; a loop that is read from disk gives no event."""
         if event.data["dispatcher"].py_func.__module__.startswith(__package__):
             notice("compiling loops for this processor: some seconds, once")
 

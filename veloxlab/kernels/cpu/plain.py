@@ -1,4 +1,4 @@
-"""Loops that encode vectors as they come: signs, steps of groups, and widths by a plan."""
+"""Loops that encode vectors without a rotation: signs, steps of groups, and widths by a plan."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ABOVE_INFINITE = np.uint32(0x7F800000)
 
 @compiled
 def encode_signs(first, last, x, y, dim, rows, signs, root_rms):
-    """Bits that are 1 from 0 upwards of the projections ``y``, and the root of the size of the vectors ``x``."""
+    """Bits that are 1 for projections ``y`` of 0 or more, and the root of the size of the vectors ``x``."""
     own, projected = np.empty(dim, np.float32), np.empty(rows, np.float32)
     bits = np.empty(rows, np.int32)
     for vector in range(first, last):
@@ -38,7 +38,7 @@ def encode_signs(first, last, x, y, dim, rows, signs, root_rms):
 
 @compiled
 def encode_groups(first, last, x, dim, group, steps, shift, bits, codes, half_step, least):
-    """Equal ``steps`` from the least to the largest of every ``group`` coordinates; a level lies ``shift`` in one."""
+    """Equal ``steps`` from the least to the largest of every ``group`` coordinates; levels at ``shift`` in a step."""
     y, found = np.empty(dim, np.float32), np.empty(dim, np.int32)
     most, words = np.float32((1 << bits) - 1), codes.shape[1]
     for vector in range(first, last):
@@ -54,7 +54,7 @@ def encode_groups(first, last, x, dim, group, steps, shift, bits, codes, half_st
             if special > _ABOVE_INFINITE:
                 low, high = np.float32(np.nan), np.float32(np.nan)
             root = to_half(-np.sqrt(-low) if low < 0 else np.sqrt(low))
-            low = signed_square(half(root))  # codes are of what is kept
+            low = signed_square(half(root))  # codes are relative to the rounded number
             left = high - low
             left = np.float32(0) if left < 0 else left
             root_half = to_half(np.sqrt(left / np.float32(2 * steps)))

@@ -1,7 +1,7 @@
-"""How the loops read codes: a function for each layout, which expands some tokens of a head to float32.
+"""The readers of codes in loops: a function for each layout, which expands some tokens of a head to float32.
 
 A description is an array of int64: the function's address, the dimension, then address and three strides in bytes (of
-batch entry, head and token) of the rows and of the scales, then what the layout needs, in the order of its function.
+batch entry, head and token) of the rows and of the scales, then the layout's own numbers, in its function's order.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from veloxlab.kernels.cpu.machine import (
 )
 from veloxlab.kernels.cpu.rows import FLOAT16, FLOAT32, signed_square
 
-FUNCTION, DIM, ROWS, SCALES, PLACES, OWN = 0, 1, 2, 6, 10, 11  # where they are in a description
+FUNCTION, DIM, ROWS, SCALES, PLACES, OWN = 0, 1, 2, 6, 10, 11  # indices in a description
 
 
 @part
 def place(at, batch, head, token):
-    """Address of a token's row of the array whose place and strides are at an address."""
+    """Address of a token's row, in the array whose address and strides are at ``at``."""
     d = i64_at(at)
     return d[0] + batch * d[1] + head * d[2] + token * d[3]
 
 
 @part
 def load_scales(description, batch, head, first, count, scales):
-    """What expanded tokens are to be multiplied with: the squares of what is kept, 1 where there is nothing."""
+    """The factors of expanded tokens: the squares of the stored roots, or 1."""
     d, y = i64_at(description), f32_at(scales)
     place_of_head = head if d[PLACES] == 0 else i64_at(d[PLACES])[head]
     row = place(description + 8 * SCALES, batch, place_of_head, first)
@@ -48,7 +48,7 @@ def load_scales(description, batch, head, first, count, scales):
 
 @expander
 def exact(description, batch, head, first, count, out):
-    """Tokens that are not compressed. Own: their type."""
+    """Exact tokens. Own: their type."""
     d = i64_at(description)
     dim, kind, y = d[DIM], d[OWN], f32_at(out)
     for t in range(count):
@@ -69,7 +69,7 @@ def exact(description, batch, head, first, count, out):
 
 @part
 def next_code(x, bits, left, have, word):
-    """The next code of a row of bits, and the state: bits that are left of the words read, how many, the next word."""
+    """The next code of a row of bits, and the state: remaining bits, their number, the next word."""
     if have < bits:
         left |= np.uint64(x[word]) << np.uint64(have)
         word += 1
@@ -80,7 +80,7 @@ def next_code(x, bits, left, have, word):
 
 @part
 def look_up(row, bits, codes, width, table, out):
-    """Entries of ``width`` numbers, 1 or pairs of them, for each of the ``codes`` of a row."""
+    """Look up an entry of ``width`` numbers, 1 or even, for each of the ``codes`` of a row."""
     x, words, pairs, entries, y = u8_at(row), u32_at(row), width >> 1, u64_at(table), u64_at(out)
     numbers, z, left, have, word = f32_at(table), f32_at(out), np.uint64(0), bits - bits, bits - bits
     if bits == 8 and pairs == 1:
@@ -121,9 +121,9 @@ def look_up(row, bits, codes, width, table, out):
 
 @expander
 def table(description, batch, head, first, count, out):
-    """Codes of one width. Own: bits, numbers of an entry, table, shifts [H, dim] or 0, where their scales are.
+    """Codes of one width. Own: bits, entry size, table, shifts [H, dim] or 0, place of their scales.
 
-    Where vectors are shifted, the scale goes before the sum.
+    If vectors are shifted, they are scaled before.
     """
     d = i64_at(description)
     dim, bits, width, entries, shifts = d[DIM], d[OWN], d[OWN + 1], d[OWN + 2], d[OWN + 3]
@@ -141,7 +141,7 @@ def table(description, batch, head, first, count, out):
 
 @expander
 def stages(description, batch, head, first, count, out):
-    """Codes of two rows, the first one's in the high bits of an index. Own: bits, numbers of an entry, table, rows."""
+    """Codes of two rows; those of the first are the high bits of an index. Own: bits, entry size, table, rows."""
     d = i64_at(description)
     dim, bits, width, entries, y = d[DIM], d[OWN], d[OWN + 1], f32_at(d[OWN + 2]), f32_at(out)
     for t in range(count):
@@ -160,7 +160,7 @@ def stages(description, batch, head, first, count, out):
 
 @expander
 def widths(description, batch, head, first, count, out):
-    """A width for each head. Own: of each head bits of an index, numbers of an entry, first byte, table."""
+    """A width for each head. Own: for each head bits of an index, entry size, first byte, table."""
     d = i64_at(description)
     own, dim = i64_at(d[OWN] + head * 32), d[DIM]
     for t in range(count):
@@ -170,7 +170,7 @@ def widths(description, batch, head, first, count, out):
 
 @expander
 def plan(description, batch, head, first, count, out):
-    """A width for each coordinate. Own: of each [dim] byte, shift, mask and first level; levels, fit [H, 2, dim]."""
+    """A width for each coordinate. Own: for each [dim] byte, shift, mask and first level; levels, fit [H, 2, dim]."""
     d = i64_at(description)
     dim = d[DIM]
     starts, shifts, masks, first_levels = (
@@ -212,10 +212,9 @@ def groups(description, batch, head, first, count, out):
 
 @expander
 def polar(description, batch, head, first, count, out):
-    """Radii and trees of angles. Own: levels, other rows, radii, and of each level its bits, row, first bit and table.
+    """Radii and trees of angles. Own: levels, other rows, radii, and for each level bits, row, first bit and table.
 
-    Where bytes hold whole angles, the table has cosines and sines of all angles of a byte, ``width`` numbers, else of
-    one.
+    If bytes hold whole angles, the table has cosines and sines of all angles in a byte, ``width`` numbers; else of one.
     """
     d = i64_at(description)
     dim, levels, of_levels = d[DIM], d[OWN], i64_at(d[OWN + 9])

@@ -1,7 +1,7 @@
-"""Parts of loops that take one vector after another: read it, rotate it, pack its codes, round to 16 bits.
+"""Parts of loops over vectors: read a vector, rotate it, pack its codes, round to 16 bits.
 
-A loop gets arrays ``[B, H, S, n]`` of any strides as eight numbers each: the address, a strides of bytes for each axis,
-what the numbers are, H and S. Vectors are counted in the order of the batch, the heads and the tokens.
+A loop gets arrays ``[B, H, S, n]`` of any strides as eight numbers each: the address, a stride in bytes for each axis,
+the type of the numbers, H and S. Vectors are counted in the order of batch, heads and tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 
 from veloxlab.kernels.cpu.machine import f32_at, float_of_bits, half, part, u16_at, u32_at
 
-FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2  # what the numbers are
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2  # types of numbers
 NORM, MSE, UNBIASED = 0, 1, 2  # scales
 _F32_BYTES, _U16_BYTES = 4, 2
 _INFINITE_HALF, _NAN_HALF = np.uint32(0x7C00), np.uint32(0x7E00)
@@ -44,10 +44,10 @@ def head_of(x, vector):
 
 @part
 def to_half(number):
-    """The bits of the float16 that is nearest to a float32, of two the even one."""
+    """The bits of the nearest float16 of a float32, ties to even."""
     bits = bits_of_float(number)
     sign, size = (bits >> np.uint32(16)) & np.uint32(0x8000), bits & np.uint32(0x7FFFFFFF)
-    # what is below the normal numbers is rounded by the addition of ½, whose last bit is their step
+    # subnormal numbers are rounded by the addition of ½, whose last bit is their step
     small = bits_of_float(float_of_bits(size) + np.float32(0.5)) - np.uint32(0x3F000000)
     usual = (size + np.uint32(0xC8000FFF) + (size >> np.uint32(13) & np.uint32(1))) >> np.uint32(13)
     rounded = small if size < np.uint32(0x38800000) else usual & np.uint32(0x7FFF)
@@ -58,7 +58,7 @@ def to_half(number):
 
 @part
 def load(x, vector, count, out):
-    """Numbers of a vector, float32."""
+    """Load the numbers of a vector as float32."""
     at, step, kind = row_at(x, vector), x[4], x[5]
     if kind == FLOAT32:
         if step == _F32_BYTES:
@@ -83,7 +83,7 @@ def load(x, vector, count, out):
 
 @part
 def root_mean_square(y, count):
-    """Of the first numbers of a vector."""
+    """The root-mean-square of the first ``count`` numbers of a vector."""
     total = np.float32(0)
     for i in range(count):
         total += y[i] * y[i]
@@ -98,8 +98,8 @@ def signed_square(root):
 
 @part
 def scale_factor(scale, inner, squares, dim):
-    """What levels are to be multiplied with: by their product with the vector, their squares, and its length √dim."""
-    inner = np.float32(dim) if inner == 0 else inner  # of a zero vector, whose scale is 0 if the factor is finite
+    """The factor of levels, from their product with the vector, their squares, and the vector's length √dim."""
+    inner = np.float32(dim) if inner == 0 else inner  # a zero vector has scale 0 if the factor is finite
     if scale == MSE:
         return inner / squares
     return np.float32(dim) / inner if scale == UNBIASED else np.float32(1)
@@ -109,8 +109,8 @@ def scale_factor(scale, inner, squares, dim):
 def transform(y, dim, hartley, spare):
     """Hadamard transforms of the m blocks of a vector, ``dim`` = m·2^k and m odd, mixed by ``hartley`` ``[m, m]``.
 
-    All are addresses but ``dim``; ``spare`` is room for a vector, and ``hartley`` has all scaling. A step puts sums
-    and differences of the halves of a block next to one another: after k of them all are where they were.
+    All are addresses but ``dim``; ``spare`` is room for a vector, and ``hartley`` includes all scaling. A step writes
+    sums and differences of the halves of a block next to each other: after k steps the order is the original one.
     """
     block = dim & -dim
     odd, half_block = dim // block, block >> 1
@@ -139,7 +139,7 @@ def transform(y, dim, hartley, spare):
 
 @part
 def push(row, code, bits, held, have, word):
-    """Write a code behind others; the state is the bits that wait for a whole word, how many, and the next word."""
+    """Append a code; the state is the bits that wait for a whole word, their number, and the next word."""
     held |= np.uint64(code) << np.uint64(have)
     have += bits
     if have >= _WORD_BITS:

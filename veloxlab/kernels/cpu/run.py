@@ -1,4 +1,4 @@
-"""Kernels of vectors on a CPU: for each, by its name, the loop that does its work."""
+"""Kernels of vectors on a CPU: the loop of each kernel, by its name."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from veloxlab.kernels.vectors import VectorKernel
 from veloxlab.runtime import threads
 
 _SCALES: Final = {"norm": NORM, "mse": MSE, "unbiased": UNBIASED}
-_LEAST_SHARE: Final = 1e5  # nanoseconds of work, below which a thread costs more than it gains
-_PAIR: Final = 0.2  # nanoseconds that a point takes with a centroid
-_STEP: Final = 5  # and a coordinate with a step of a grid
+_LEAST_SHARE: Final = 1e5  # nanoseconds of work below which another thread costs more than it gains
+_PAIR: Final = 0.2  # nanoseconds for a point and a centroid
+_STEP: Final = 5  # and for a coordinate and a step of a grid
 
 
 class Vectors:
-    """An array ``[B, H, S, n]`` as loops read it: see `veloxlab.kernels.cpu.rows`. It keeps the array alive."""
+    """An array ``[B, H, S, n]`` in the form for loops, see `veloxlab.kernels.cpu.rows`. It keeps the array alive."""
 
     def __init__(self, array: mx.array) -> None:
         kind, bits = KINDS.get(array.dtype, FLOAT32), as_bits(array)
@@ -36,7 +36,7 @@ class Vectors:
 
 
 class Work(NamedTuple):
-    """What a loop is made of: the kernel, its tables, what it was given, as it is and as loops read it, and outputs."""
+    """The inputs of a loop: kernel, tables, given arrays, the same in the form for loops, and outputs."""
 
     kernel: VectorKernel
     tables: Mapping[str, Array]
@@ -51,7 +51,7 @@ class Work(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A loop, what it takes behind the first and the last vector, and nanoseconds that it takes for a coordinate."""
+    """A loop, its arguments after the first and the last vector, and its nanoseconds for a coordinate."""
 
     loop: Callable[..., None]
     arguments: tuple[Any, ...]
@@ -59,7 +59,7 @@ class Call(NamedTuple):
 
 
 def run(kernel: VectorKernel, given: Sequence[mx.array]) -> list[mx.array]:
-    """Each output of a kernel, ``[B, H, S, numbers]``, of evaluated arrays.
+    """Each output of a kernel, ``[B, H, S, numbers]``, for evaluated arrays.
 
     Raises `RuntimeError` where a loop does not compile.
     """
@@ -75,7 +75,7 @@ def run(kernel: VectorKernel, given: Sequence[mx.array]) -> list[mx.array]:
 
 
 def share(loop: Callable[[int, int], object], count: int, nanoseconds: float) -> None:
-    """Run a loop over ``count`` rows, each of which takes some ``nanoseconds``, on as many threads as gain by it.
+    """Run a loop over ``count`` rows of ``nanoseconds`` each, on the number of threads that is fastest.
 
     Raises `RuntimeError` where it does not compile.
     """
@@ -87,7 +87,7 @@ def share(loop: Callable[[int, int], object], count: int, nanoseconds: float) ->
 
 
 def _empty(name: str, vectors: int, count: int, dtype: mx.Dtype) -> Array:
-    """Where a loop writes an output: numbers of 16 bits as whole ones, except vectors, which MLX rounds."""
+    """The buffer of an output: 16-bit floats as whole numbers, except vectors, which MLX rounds."""
     if mx.issubdtype(dtype, mx.floating):
         return np.empty((vectors, count), np.float32 if name == "out" else np.uint16)
     return np.empty((vectors, count), np.uint32 if dtype == mx.uint32 else np.uint8)
@@ -97,7 +97,7 @@ _known: WeakKeyDictionary[VectorKernel, Mapping[str, Array]] = WeakKeyDictionary
 
 
 def _tables(kernel: VectorKernel) -> Mapping[str, Array]:
-    """The kernel's tables, each in one piece, and the Hartley matrix where it has the signs of a rotation."""
+    """The kernel's tables, each contiguous, and the Hartley matrix if it has the signs of a rotation."""
     if kernel not in _known:
         tables = {name: np.ascontiguousarray(np.array(table, copy=False)) for name, table in kernel.tables.items()}
         _known[kernel] = tables | ({"hartley": hartley(len(tables["signs"]))} if "signs" in tables else {})
@@ -105,7 +105,7 @@ def _tables(kernel: VectorKernel) -> Mapping[str, Array]:
 
 
 def stage_tables(table: Array) -> dict[str, Array]:
-    """What `sums` reads of entries ``[..., 64, D]``, whose real parts come first."""
+    """Tables for `sums` of entries ``[..., 64, D]``, whose real parts come first."""
     real, imaginary = np.split(table, 2, axis=-1)
     both = 2 * table @ np.concatenate([-imaginary, real], axis=-1).swapaxes(-1, -2)
     return {
@@ -123,7 +123,7 @@ def _encode(work: Work) -> Call:
         written.pop(name).ravel() if name in written else None for name in ("root_scale", "sine", "residual_norm")
     ]
     below = [sum(widths[i + 1 :]) for i in range(len(widths))]
-    packed = zip(written.values(), (*widths, 1), (*below, 0), strict=False)  # the last one of signs, if there are any
+    packed = zip(written.values(), (*widths, 1), (*below, 0), strict=False)  # the last is for signs, if there are any
     fields = np.array([[address_of(row), row.shape[1], *field] for row, *field in packed], np.int64)
     named = [tables.get(name) for name in ("signs", "hartley", "boundaries", "levels", "stretches", "sketch")]
     by_steps = named[3] is None and named[4] is None
@@ -166,7 +166,7 @@ def _encode_by_plan(work: Work) -> Call:
 def _encode_sums(work: Work) -> Call:
     (x,), (codes, root_scale), variant = work.vectors, work.written, work.kernel.variant
     order = work.tables["order"]
-    # made anew each time: all layers' would take much more memory than what is learned
+    # made each time: for all layers they would take much more memory than the learned arrays
     stages = stage_tables(work.tables["table"].astype(np.float32)[..., order])
     cost = 8 * stages["stages"].shape[1]
     options = variant["starts"], variant["rounds"], work.scale, np.float32(variant["largest"])

@@ -1,4 +1,4 @@
-"""Loops that look for nearest centroids, and move levels: ``‖c‖²/2 − x·c`` orders centroids as ``‖x − c‖`` does."""
+"""Loops that find nearest centroids, and move levels; ``‖c‖²/2 − x·c`` orders centroids as ``‖x − c‖`` does."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import numpy as np
 from veloxlab.kernels.cpu.machine import compiled, part
 from veloxlab.kernels.cpu.rows import bits_of_float, load, pack
 
-_POINTS = 128  # that meet every centroid together
+_POINTS = 128  # that are compared with every centroid together
 _INFINITE = np.uint32(0x7F800000)
 
 
 @part
 def finite(number):
-    """Whether it is neither NaN nor infinite."""
+    """Whether a number is neither NaN nor infinite."""
     return bits_of_float(number) & _INFINITE != _INFINITE
 
 
 @part
 def nearest(points, count, centroids, half, least, index):
-    """The nearest of ``centroids`` ``[C, d]`` to ``points`` ``[d, count]``, of equal ones the first; 0 of NaN."""
+    """The nearest of ``centroids`` ``[C, d]`` to ``points`` ``[d, count]``, the first of equal ones; 0 for NaN."""
     for p in range(count):
         least[p], index[p] = np.float32(np.inf), 0
     dim = len(points)
@@ -111,7 +111,7 @@ def nearest_centroids(first, last, points, centroids, half, codes, distances):
 
 @part
 def on_line(x, cell, t, sums):
-    """A function of which ``sums`` ``[T]`` are values at ``t``, at x in this cell."""
+    """The function with values ``sums`` ``[T]`` at ``t``, interpolated at x in this cell."""
     return (sums[cell + 1] - sums[cell]) / (t[cell + 1] - t[cell]) * (x - t[cell]) + sums[cell]
 
 

@@ -1,8 +1,8 @@
-"""Loops over stages whose entries come in pairs: a vector is stood for by Σ T_a + i·T_b, half of it the real parts.
+"""Loops over stages with pairs of entries: a vector is approximated by Σ T_a + i·T_b; its first half are real parts.
 
-A stage's table ``T`` is ``[D, 64]``, first of the real parts, then of the imaginary ones, one column for an entry. As
-``i·T`` is a turn of ``T``, one pass over the table gives the products of a vector with both, and what a and b have to
-do with one another, ``2·T_a·(i·T_b)``, changes its sign when they change their places.
+A stage's table ``T`` is ``[D, 64]``, first the real parts, then the imaginary ones, one column for an entry. Because
+``i·T`` is a rotation of ``T``, one pass over the table gives the products of a vector with both. The joint term of a
+and b, ``2·T_a·(i·T_b)``, is antisymmetric.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from veloxlab.kernels.cpu.wide import least_of_differences, least_of_sums, turne
 
 INDEX_BITS = 6
 _F32_BYTES = 4
-_TOGETHER = 32  # vectors that read a stage's table one after the other
+_TOGETHER = 32  # vectors that use a stage's table one after the other
 _GREATEST = np.float32(3.4028234663852886e38)
 
 
 @part
 def distances(r, table, norms, of_a, of_b):
-    """‖r − T_a − i·T_b‖² − ‖r‖², as what depends on a and what on b, but for the part of both."""
+    """The terms in a and in b of ‖r − T_a − i·T_b‖² − ‖r‖², without the joint term."""
     turned_products(r.ctypes.data, table.ctypes.data, len(r) // 2, of_a.ctypes.data, of_b.ctypes.data)
     for j in range(ENTRIES):
         of_a[j] = norms[j] - 2 * of_a[j]
@@ -31,9 +31,9 @@ def distances(r, table, norms, of_a, of_b):
 
 @part
 def search(of_a, of_b, both, means, rounds, likely, a, b):
-    """The best (a, b) of descents from the likeliest a, as many as there is room for: in turn the best for the other.
+    """The best (a, b) of several descents from the likeliest a, which alternate between the best a and the best b.
 
-    Descents that meet go on as one.
+    Descents that meet are merged.
     """
     of_a_at, of_b_at, both_at, likely_at = of_a.ctypes.data, of_b.ctypes.data, both.ctypes.data, likely.ctypes.data
     count, row = len(a), _F32_BYTES * ENTRIES
@@ -66,7 +66,7 @@ def search(of_a, of_b, both, means, rounds, likely, a, b):
 
 @part
 def subtract(r, table, a, b):
-    """Take ``T_a + i·T_b`` from a vector."""
+    """Subtract ``T_a + i·T_b`` from a vector."""
     half = len(r) // 2
     for p in range(half):
         r[p] -= table[p, a] - table[half + p, b]
@@ -77,8 +77,8 @@ def subtract(r, table, a, b):
 def encode_sums(first, last, x, order, tables, norms, both, means, starts, rounds, scale, most, codes, root_scale):
     """Codes of each stage, 6 bits for a and 6 for b, and the scale of their sum.
 
-    Of each head and stage there are ``tables`` ``[H, R, D, 64]``, ``norms`` and ``means`` ``[H, R, 64]``, and ``both``
-    ``[H, R, 64, 64]``. ``order`` has the places of the real parts, then those of the imaginary ones.
+    For each head and stage there are ``tables`` ``[H, R, D, 64]``, ``norms`` and ``means`` ``[H, R, 64]``, and ``both``
+    ``[H, R, 64, 64]``. ``order`` has the indices of the real parts, then of the imaginary ones.
     """
     stages, dim = tables.shape[1], tables.shape[2]
     row, y = np.empty(dim, np.float32), np.empty((_TOGETHER, dim), np.float32)
@@ -145,7 +145,7 @@ def search_all(first, last, x, table, norms, both, means, starts, rounds, a, b):
 
 @compiled
 def add_up(first, last, x, a, b, of_a, of_b, together):
-    """Add vectors to what their a and their b have, and count the pairs."""
+    """Add vectors to the sums of their a and their b, and count the pairs."""
     for v in range(first, last):
         together[a[v], b[v]] += 1
         for i in range(x.shape[1]):

@@ -1,4 +1,4 @@
-"""A few threads that share the work of a loop with the thread that calls it, and wait without spinning."""
+"""A few threads that share the work of a loop with the calling thread, and wait without spinning."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def _pool() -> ThreadPoolExecutor:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not live on in a forked process
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has no threads
 
 
 def shared(loop: Callable[[int, int], object], pieces: int, count: int) -> None:
-    """Call ``loop(first, last)`` for all ``pieces``, cut in ``count`` parts. What no thread has begun is done here."""
+    """Call ``loop(first, last)`` for all ``pieces`` in ``count`` parts. Parts that no thread has begun run here."""
     own, *others = pairwise(pieces * i // count for i in range(count + 1))
     waiting: list[tuple[Future[object] | None, tuple[int, int]]] = []
     for part in others:
         try:
             waiting.append((_pool().submit(loop, *part), part))
-        except RuntimeError:  # the interpreter ends, and no thread begins anything now
+        except RuntimeError:  # the interpreter ends, and threads start no more work
             waiting.append((None, part))
     loop(*own)
     for future, part in waiting:

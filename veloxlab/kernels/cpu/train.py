@@ -1,4 +1,4 @@
-"""Loops over NumPy arrays that training is made of, for each what its reference gives."""
+"""The loops of training, over NumPy arrays; each gives the same as its reference."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from veloxlab.kernels.cpu.describe import Array
 from veloxlab.kernels.cpu.run import share, stage_tables
 from veloxlab.kernels.cpu.wide import COUNT
 
-_PAIR, _NEAREST, _DESCENT = 0.2, 200, 4  # nanoseconds: of a point with a centroid, in leaves, of a coordinate
-_LEAST_LEAVES, _FEW = 8, 4  # leaves and coordinates: with fewer leaves or more coordinates hardly one is left out
+_PAIR, _NEAREST, _DESCENT = 0.2, 200, 4  # nanoseconds for a point and a centroid, a point in leaves, a coordinate
+_LEAST_LEAVES, _FEW = 8, 4  # leaves and coordinates: with fewer leaves or more coordinates hardly any leaf is skipped
 
 
 def nearest_centroids(points: Array, centroids: Array) -> tuple[Array, ...]:
@@ -29,7 +29,7 @@ def nearest_centroids(points: Array, centroids: Array) -> tuple[Array, ...]:
     order, low, high = in_boxes(centroids)
     leaves, places = np.zeros((COUNT, dim, COUNT), np.float32), np.zeros((COUNT, COUNT), np.int64)
     halves, bounds = np.full((COUNT, COUNT), np.inf, np.float32), np.full((2, dim, COUNT), np.inf, np.float32)
-    order = np.sort(order.reshape(-1, COUNT), axis=1)  # of equal ones the first is found
+    order = np.sort(order.reshape(-1, COUNT), axis=1)  # so that the first of equal ones is found
     full = len(order)
     leaves[:full] = centroids[order].swapaxes(1, 2)
     halves[:full], places[:full] = half[order], order
@@ -41,7 +41,7 @@ def nearest_centroids(points: Array, centroids: Array) -> tuple[Array, ...]:
 
 
 def drawn_seeds(points: Array, uniform: Array, known_each: int) -> tuple[Array, ...]:
-    """Which of ``points`` ``[N, d]`` k-means++ draws by ``uniform`` numbers."""
+    """Indices of the ``points`` ``[N, d]`` that k-means++ draws by ``uniform`` numbers."""
     chosen = np.empty(len(uniform), np.int64)
     order, low, high = in_boxes(points)
     columns = np.ascontiguousarray(points[order].T)
@@ -50,10 +50,10 @@ def drawn_seeds(points: Array, uniform: Array, known_each: int) -> tuple[Array, 
 
 
 def in_boxes(points: Array) -> tuple[Array, Array, Array]:
-    """An order of ``points`` ``[N, d]`` in which every 64 are neighbours, and what those lie between ``[d, boxes]``.
+    """An order of ``points`` ``[N, d]`` in boxes of 64 neighbours, and the bounds of the boxes ``[d, boxes]``.
 
-    All are halved at the middle of their widest coordinate, until 64 are together. What fills the last ones up is taken
-    for the largest, and left out in the end.
+    Points are halved at the middle of their widest coordinate, until 64 are together. Padding of the last boxes counts
+    as the largest, and is removed at the end.
     """
     count, dim = points.shape
     levels = (-(-count // COUNT) - 1).bit_length()
@@ -65,7 +65,7 @@ def in_boxes(points: Array) -> tuple[Array, Array, Array]:
         some = own[..., ::4]
         widest = np.argmax(some.max(axis=2) - some.min(axis=2), axis=0)
         numbers = np.where(order < count, own[widest, np.arange(1 << level)], np.inf)
-        del own, some  # as large as all points: not while their order is copied
+        del own, some  # as large as all points: free them before the order is copied
         order = np.take_along_axis(order, np.argpartition(numbers, order.shape[1] // 2, axis=1), 1).ravel()
     order = order[:count]
     sorted_points, begins = points[order], np.arange(0, count, COUNT)
@@ -74,7 +74,7 @@ def in_boxes(points: Array) -> tuple[Array, Array, Array]:
 
 
 def descend(x: Array, table: Array, b: Array) -> tuple[Array, ...]:
-    """The best a for each vector's b, then the best b for that; a b that is negative is first the best alone."""
+    """The best a for each vector's b, then the best b for that a; a negative b stands for the best b alone."""
     x, tables, found = np.ascontiguousarray(x), stage_tables(table), np.empty((2, len(x)), np.int64)
     given = x, tables["stages"], tables["norms"], tables["both"], b, *found
     share(lambda first, last: sums.descend(first, last, *given), len(x), _DESCENT * x.shape[1])
@@ -90,7 +90,7 @@ def search_sums(x: Array, table: Array, starts: int, rounds: int) -> tuple[Array
 
 
 def add_up(x: Array, a: Array, b: Array, entries: int) -> tuple[Array, ...]:
-    """Sums of the rows of ``x`` by a and by b ``[entries, D]``, and how often both are together."""
+    """Sums of the rows of ``x`` by a and by b ``[entries, D]``, and the counts of each (a, b)."""
     x = np.ascontiguousarray(x)
     of_a, of_b = np.zeros((2, entries, x.shape[1]), np.float32)
     together = np.zeros((entries, entries), np.int64)
@@ -99,7 +99,7 @@ def add_up(x: Array, a: Array, b: Array, entries: int) -> tuple[Array, ...]:
 
 
 def settled_levels(levels: Array, t: Array, mass: Array, first: Array, least: Array, rounds: int) -> tuple[Array, ...]:
-    """Levels that Lloyd's iteration has moved to the means of their cells."""
+    """Levels after Lloyd's iteration, at the means of their cells."""
     levels = levels.copy()
     search.settle_levels(levels, t, mass, first, least, rounds)
     return (levels,)

@@ -1,4 +1,4 @@
-"""Loops of a bitshift trellis: the search for a vector's string of bits, and reading one."""
+"""Loops of a bitshift trellis: the search for a vector's bit string, and the reader."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from veloxlab.kernels.cpu.rows import load, push
 from veloxlab.kernels.cpu.turned import cosine_and_sine
 
 _MOST = np.float32(np.inf)
-SCALE_BITS, STEPS = 4, 4  # of a vector's scale: its code, and steps of an octave
+SCALE_BITS, STEPS = 4, 4  # of a vector's scale: its bits, and steps in an octave
 
 
 @part
 def scale_code(y, widths, steps, headroom):
-    """Code of a vector's scale: some steps above the root-mean-square of the coordinates that have bits, 0 or more."""
+    """Code of a vector's scale, 0 or more: the root-mean-square of the coordinates with bits, plus a headroom."""
     squares, count = np.float32(0), np.float32(0)
     for i in range(len(y)):
         if widths[i] > 0:
             squares += y[i] * y[i]
             count += np.float32(1)
-    if not (steps > 0 and squares > 0):  # of NaN too
+    if not (steps > 0 and squares > 0):  # NaN too
         return 0
     code = np.rint(np.float32(0.5) * steps * np.log2(squares / count) + headroom)
     return np.int64(min(max(code, np.float32(0)), np.float32((1 << SCALE_BITS) - 1)))
@@ -29,7 +29,7 @@ def scale_code(y, widths, steps, headroom):
 
 @part
 def forget(costs, count, width, least, back):
-    """Of the states that become one when their oldest bits are gone, the least cost and which one has it."""
+    """For states that become one when their oldest bits are dropped: the least cost, and its state."""
     rest = count >> width
     for r in range(rest):
         least[r] = costs[r]
@@ -43,13 +43,13 @@ def forget(costs, count, width, least, back):
     low = least[0]
     for r in range(1, rest):
         low = least[r] if least[r] < low else low
-    for r in range(rest):  # or what later coordinates cost, which weigh less, would be lost by rounding
+    for r in range(rest):  # otherwise the smaller costs of later coordinates would be lost in rounding
         least[r] -= low
 
 
 @part
 def extend(least, count, width, levels, number, weight, costs):
-    """Costs of all states, by the least cost of what each had before and its own distance."""
+    """Costs of all states: the least cost of their predecessors plus their own distance."""
     rest = count >> width
     if width == 1:
         for r in range(rest):
@@ -75,9 +75,9 @@ def extend(least, count, width, levels, number, weight, costs):
 
 @part
 def search(y, widths, weights, levels, costs, least, back, codes):
-    """The string of bits whose levels are nearest to a vector, as the code of each coordinate.
+    """The bit string whose levels are nearest to a vector, as the code of each coordinate.
 
-    A state is the newest bits, the first of them highest; of ``levels`` ``[9, states]`` each width has a row.
+    A state is the newest bits, the first of them highest; ``levels`` ``[9, states]`` have a row for each width.
     """
     dim, count = len(y), levels.shape[1]
     for s in range(count):
@@ -102,7 +102,7 @@ def search(y, widths, weights, levels, costs, least, back, codes):
 
 @part
 def nearest(y, widths, levels, codes):
-    """The nearest level of each coordinate alone, whose levels ascend."""
+    """The nearest level of each coordinate alone; levels ascend."""
     for i in range(len(y)):
         own, code, step = levels[widths[i]], 0, (1 << widths[i]) >> 1
         while step > 0:
@@ -114,11 +114,11 @@ def nearest(y, widths, levels, codes):
 
 @compiled
 def encode(first, last, x, widths, weights, headroom, levels, backwards, steps, rows):
-    """Rows of tokens: the scales of all heads, then each head's string of bits.
+    """Rows of tokens: the scales of all heads, then each head's bit string.
 
-    ``x`` has the unit coordinates of all heads of a token, ``widths`` and ``weights`` are ``[H, D]`` from each head's
-    last coordinate, with which its string begins, to its first, and ``backwards`` turns eight bits round; it has one
-    number where each coordinate is coded alone. Scales have ``steps`` an octave and ``headroom`` ``[H]``, or are 1.
+    ``x`` has the unit coordinates of all heads of a token. ``widths`` and ``weights`` ``[H, D]`` are in the order of a
+    string, from each head's last coordinate to its first. ``backwards`` reverses eight bits, or has one number if each
+    coordinate is coded alone. Scales have ``steps`` an octave and ``headroom`` ``[H]``, or are 1.
     """
     heads, dim, count = widths.shape[0], widths.shape[1], levels.shape[1]
     y, found = np.empty((heads, dim), np.float32), np.empty((heads, dim), np.int64)
@@ -156,7 +156,7 @@ def encode(first, last, x, widths, weights, headroom, levels, backwards, steps, 
 
 @compiled
 def strings(first, last, x, widths, levels, states):
-    """States that each vector ``[N, D]`` goes through, to train levels by."""
+    """The states of each vector ``[N, D]``, for the training of levels."""
     dim, count = x.shape[1], levels.shape[1]
     costs, least = np.empty(count, np.float32), np.empty(count, np.float32)
     weights = np.ones(dim, np.float32)
@@ -171,9 +171,9 @@ def strings(first, last, x, widths, levels, states):
 
 @expander
 def trellis(description, batch, head, first, count, out):
-    """Windows of a row of all heads. Own: coordinates, how many have bits at most, and of each [H, 5, coordinates] the
-    byte, shift, mask, shift up and first level; table, sizes of scales, shifts [H, coordinates] or 0, and of positions:
-    that of the first token, or −1, angles, fine turns.
+    """Windows of a row of all heads. Own: coordinates, the most that have bits, and for each [H, 5, coordinates] byte,
+    shift, mask, shift up and first level; table, sizes of scales, shifts [H, coordinates] or 0; for positions: that of
+    the first token, or −1, angles, fine turns.
     """
     d = i64_at(description)
     dim, coordinates, coded, own = d[DIM], d[OWN], d[OWN + 1], d[OWN + 2] + 20 * d[OWN] * head
@@ -200,7 +200,7 @@ def trellis(description, batch, head, first, count, out):
 
 @part
 def turns(position, pairs, angles, fine, count, step, out):
-    """Cosines and sines of the angles of tokens' positions, ``step`` bytes apart: of the first one, turned on."""
+    """Cosines and sines of the angles of tokens' positions, ``step`` bytes apart, by rotation of the first."""
     x, y = f32_at(angles), f32_at(out)
     for i in range(pairs):
         y[i], y[pairs + i] = cosine_and_sine(np.float32(position) * x[i])

@@ -1,4 +1,4 @@
-"""How the loops read sums of entries that are turned to their positions, as in CommVQ; and what a turn is."""
+"""The loops for sums of entries that are rotated to their positions, as in CommVQ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TURN: Final = math.pi / 2
 
 @part
 def cosine_and_sine(angle):
-    """Of an angle in radians, to 3e-7."""
+    """Cosine and sine of an angle in radians, to 3e-7."""
     whole = np.floor(np.float64(angle) * (1 / _TURN) + 0.5)
     x = np.float32(np.float64(angle) - whole * _TURN)
     quarter = np.int64(whole) & 3
@@ -29,7 +29,7 @@ def cosine_and_sine(angle):
 
 @expander
 def sums(description, batch, head, first, count, out):
-    """Sums of entries, turned to their positions. Own: stages, rotated coordinates, 1 if neighbours, table, angles."""
+    """Sums of entries, rotated to their positions. Own: stages, rotated coordinates, 1 if neighbours, table, angles."""
     d = i64_at(description)
     dim, stages, rotated, neighbours = d[DIM], d[OWN], d[OWN + 1], d[OWN + 2]
     entries = d[OWN + 3] + head * stages * 64 * dim * 2
@@ -63,7 +63,7 @@ def sums(description, batch, head, first, count, out):
 
 @part
 def add_halves(total, a, b, begin, pairs):
-    """Add entry a and i times entry b, whose pairs are halves of what begins at ``begin``."""
+    """Add entry a and i times entry b; pairs are by halves of the coordinates from ``begin`` on."""
     for i in range(begin, begin + pairs):
         total[i] += half(a[i]) - half(b[i + pairs])
     for i in range(begin, begin + pairs):
@@ -72,7 +72,7 @@ def add_halves(total, a, b, begin, pairs):
 
 @part
 def turn(y, pairs, angles, token):
-    """Turn pairs of neighbours to a token's position; the first of ``angles`` is the position of token 0."""
+    """Rotate pairs of neighbours to a token's position; the first of ``angles`` is the position of token 0."""
     position = angles[0] + np.float32(token)
     for pair in range(pairs):
         cosine, sine = cosine_and_sine(position * angles[1 + pair])

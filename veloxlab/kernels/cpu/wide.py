@@ -1,4 +1,4 @@
-"""Functions of loops on 64 neighbouring float32, which stay in registers: LLVM makes no such thing of a loop."""
+"""Functions on 64 neighbouring float32 that stay in registers, which LLVM does not achieve for a plain loop."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def _spread(builder, number):
 
 
 def _least(combine):
-    """Index of the least of the sums or differences of the numbers at two addresses, the first of equal ones.
+    """Index of the least sum or difference of the numbers at two addresses, the first of equal ones.
 
-    Some index where one of them is NaN.
+    The index is arbitrary if one of them is NaN.
     """
 
     @intrinsic
@@ -47,7 +47,7 @@ least_of_sums, least_of_differences = _least("fadd"), _least("fsub")
 
 @intrinsic
 def up_to(typingctx, x, most):
-    """A bit for each of the numbers at an address that is ``most`` or less."""
+    """A mask with a 1 for each number at an address that is at most ``most``."""
 
     def generate(context, builder, signature, arguments):
         numbers = _loaded(builder, arguments[0])
@@ -58,7 +58,7 @@ def up_to(typingctx, x, most):
 
 @intrinsic
 def first_bit(typingctx, bits):
-    """Place of the lowest bit that is 1."""
+    """Index of the lowest bit that is 1."""
 
     def generate(context, builder, signature, arguments):
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
@@ -68,7 +68,7 @@ def first_bit(typingctx, bits):
 
 @intrinsic
 def turned_products(typingctx, x, table, half, real, imaginary):
-    """Products of a vector of ``half`` real and as many imaginary parts with 64 columns of such a table, ``conj(T)·x``.
+    """Products of a vector of ``half`` real and ``half`` imaginary parts with 64 table columns, ``conj(T)·x``.
 
     All five are addresses but ``half``; real and imaginary parts of the products are written to the last two.
     """

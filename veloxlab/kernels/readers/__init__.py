@@ -1,4 +1,4 @@
-"""How kernels read codes: a class for each layout that codes have."""
+"""Readers of codes for kernels: a class for each layout of codes."""
 
 from veloxlab.kernels.readers.blocks import GroupsReader, PolarReader
 from veloxlab.kernels.readers.reader import Fragment, Reader, Room

@@ -1,4 +1,4 @@
-"""Codes of blocks of coordinates that have numbers of their own: a step and a least number, or a radius."""
+"""Codes of blocks of coordinates, each with its own step and least number, or radius."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class GroupsReader(Reader):
     half_steps: mx.array  # of each group of a vector [B, H, S, groups], float16: the roots, with the number's sign
     leasts: mx.array  # the same
     bits: int
-    group: int  # coordinates that share both; the last ones of a vector may be fewer
-    centred: bool  # whether levels are in the middle of their steps, and not where those begin
+    group: int  # coordinates that share both; the last group may be smaller
+    centred: bool  # whether levels are in the middle of their steps, or at the start
 
     @property
     def constants(self) -> tuple[int, ...]:
@@ -41,7 +41,7 @@ class GroupsReader(Reader):
 class PolarReader(Reader):
     """Blocks of ``2**len(widths)`` coordinates, each with a radius and a binary tree of angles.
 
-    The codes of levels of one width are in one row of bytes, level after level: those as wide as level 1 in ``rows``.
+    Levels of one width share a row of bytes, level after level. ``rows`` has those that are as wide as level 1.
     """
 
     name: ClassVar[str] = "polar"

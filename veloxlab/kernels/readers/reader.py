@@ -1,8 +1,8 @@
-"""What a kernel asks of codes: arrays and tables that a codec hands over, so that no kernel knows an algorithm.
+"""The interface between codes and kernels: a codec provides arrays and tables, so no kernel depends on an algorithm.
 
-A reader is keys or values of a layer's packed tokens, vectors ``[B, H, S, dim]`` in the space of the codes. What they
-are is what the codec expands the same arrays to; ``source/read_*.h`` say it to a GPU, ``cpu/readers.py`` to a CPU.
-On Metal a kernel takes 31 arrays, and the strides of one count as another: a reader has room for 7.
+A reader has the keys or values of a layer's packed tokens, vectors ``[B, H, S, dim]`` in the space of the codes. The
+codec's `expand` of the same arrays defines them; ``source/read_*.h`` read them on a GPU, ``cpu/readers.py`` on a CPU.
+On Metal a kernel takes 31 arrays, and the strides of an array count as another: a reader can have 7.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ _BANKS = 32  # of threadgroup memory, 4 bytes wide
 
 
 class Room(NamedTuple):
-    """Threadgroup memory for a reader's tables: words of 4 bytes, and how many of them a pair of levels takes.
+    """Threadgroup memory for a reader's tables: words of 4 bytes, and the words of a pair of levels.
 
-    There are ``large_words`` more where a threadgroup has a processor alone; ``large`` declares an array in them.
+    A threadgroup alone on a processor has ``large_words`` more; ``large`` declares an array there.
     """
 
     words: int
@@ -28,9 +28,9 @@ class Room(NamedTuple):
     large: str = "threadgroup {kind} {name}[{count}];"
 
     def copies(self, entries: int, pairs: int) -> int:
-        """How often ``entries`` of so many ``pairs`` (0: one number) may stand there, a power of two; 1 at least.
+        """The number of copies of ``entries`` of ``pairs`` each (0: one number) that fit, a power of two, 1 or more.
 
-        Of as many copies as there are banks every lane has its own.
+        With as many copies as banks every lane has its own.
         """
         copies, words = 1, pairs * self.pair_words or 1
         while 2 * copies * max(pairs, 1) <= _BANKS and 2 * copies * words * entries <= self.words:
@@ -41,11 +41,10 @@ class Room(NamedTuple):
 class Fragment(NamedTuple):
     """Text of a reader in a kernel: threadgroup variables, and statements that make the reader.
 
-    ``queries`` are statements for row ``r`` of the queries ``q_coded[at]``, which is ``real``; ``kept`` says whether
-    coordinate ``i`` of codes counts, and ``place`` as which it is read. ``added`` makes what scores have beside those
-    of codes, ``summed`` what becomes of sums of values; see ``source/attend.h``. ``number`` is coordinate ``i`` of a
-    vector in the space of the codes, of its scaled level ``x``, and ``rest`` writes to ``row`` what it has of its
-    position.
+    ``queries`` are statements for row ``r`` of the queries ``q_coded[at]``, which is ``real``. ``kept`` is whether
+    coordinate ``i`` of codes counts, and ``place`` its index. ``added`` makes the part of scores that is not from
+    codes, ``summed`` transforms sums of values; see ``source/attend.h``. ``number`` is coordinate ``i`` of a vector in
+    the space of the codes, from its scaled level ``x``, and ``rest`` writes the part for its position to ``row``.
     """
 
     declarations: str
@@ -65,15 +64,15 @@ class Reader(ABC):
 
     name: ClassVar[str]  # of the layout
     stored: ClassVar[tuple[str, ...]] = ("rows",)  # fields with a row for every token, in the kernel's order
-    tables: ClassVar[tuple[str, ...]] = ()  # fields that are the same for all tokens
-    sum_headers: ClassVar[tuple[str, ...]] = ()  # files of ``source/`` with what attention has besides its levels
-    levels_alone: ClassVar[bool] = False  # whether a kernel decodes them, and their codec brings them out
-    one_copy: ClassVar[bool] = False  # whether keys and values that have the same ``table`` share its copy
+    tables: ClassVar[tuple[str, ...]] = ()  # fields without a token axis
+    sum_headers: ClassVar[tuple[str, ...]] = ()  # files of ``source/`` for the parts of attention besides levels
+    levels_alone: ClassVar[bool] = False  # whether a kernel decodes to levels, and the codec transforms these
+    one_copy: ClassVar[bool] = False  # whether keys and values with the same ``table`` share its copy
 
     dim: int  # coordinates of a vector in the space of the codes
     rows: mx.array  # packed codes [B, H, S, words], uint32, or bytes
     scales: mx.array | None  # square root of each vector's scale [B, H, S, 1], float16, or None for 1
-    signs: mx.array | None  # of the Hadamard rotation to that space [dim], float32; None for a transform unknown here
+    signs: mx.array | None  # of the Hadamard rotation to that space [dim], float32; None for other transforms
 
     @property
     @abstractmethod
@@ -83,13 +82,13 @@ class Reader(ABC):
     @property
     @abstractmethod
     def constants(self) -> tuple[int, ...]:
-        """Numbers that the text is made for, beside those of `key`."""
+        """Constants in the text, besides those of `key`."""
 
     @abstractmethod
     def fragment(self, prefix: str, home: str, room: Room) -> Fragment:
-        """Text that makes ``{prefix}_reader``, with its tables in at most as much threadgroup memory as there is room.
+        """Text that makes ``{prefix}_reader``, with tables in threadgroup memory within ``room``.
 
-        ``home`` is the prefix of the reader that fills the table: the other one's, if both look up in the same.
+        ``home`` is the prefix of the reader that fills the table: the other one's, if both share a table.
         """
 
     @property
@@ -104,31 +103,31 @@ class Reader(ABC):
 
     @property
     def lookup(self) -> mx.array | None:
-        """The table, of which one copy is enough for keys and values that have the same; None without one."""
+        """The table, of which keys and values with the same one can share a copy; None without one."""
         return getattr(self, "table", None) if self.one_copy else None
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What tells the kernel that reads this from other kernels."""
+        """The key of the kernel for this reader."""
         return self.name, self.dim, self.kv_heads, self.signs is None, self.scales is None, *self.constants
 
     @property
     def coordinates(self) -> int:
-        """Those that codes of a token say, of `dim`; the others say where it is."""
+        """How many of `dim` coordinates are from codes; the others are from the position."""
         return self.dim
 
     @property
     def large_words(self) -> int:
-        """Words of a table of which every lane should have a copy, once; 0 without one."""
+        """Words of one copy of a table that every lane should have; 0 without one."""
         return 0
 
     @property
     def own_words(self) -> int:
-        """Words of threadgroup memory that are taken beside tables."""
+        """Words of threadgroup memory besides tables."""
         return 0
 
     def shares(self, count: int) -> bool:
-        """Whether a vector can be read in ``count`` equal shares, each by a thread of its own, in whole pairs."""
+        """Whether ``count`` threads can read a vector in equal shares of whole pairs."""
         return self.coordinates % (2 * count) == 0
 
     def arrays(self, prefix: str) -> dict[str, mx.array]:
@@ -138,12 +137,12 @@ class Reader(ABC):
 
     @property
     def stored_arrays(self) -> list[mx.array]:
-        """Those that have something of every token."""
+        """The inputs with a row for every token."""
         fields = (*self.stored, "scales")
         return [array for name in fields if (array := getattr(self, name)) is not None]
 
     def begins(self, prefix: str) -> list[str]:
-        """Members of the kernel's reader: where the head's part of each stored array begins, and a token's step."""
+        """Members of the kernel's reader: the start of the head's part of each stored array, and a token's stride."""
         return [with_stride(f"{prefix}_{name}") for name in self.stored if getattr(self, name) is not None]
 
     def scaled(self, prefix: str, head: str = "head") -> tuple[str, str]:
@@ -154,7 +153,7 @@ class Reader(ABC):
 
 
 def with_stride(name: str, head: str = "head") -> str:
-    """Two members of a reader: where this batch entry's and head's part of an array begins, and a token's step."""
+    """Two members of a reader: the start of this batch entry's and head's part of an array, and a token's stride."""
     return f"{name} + batch * {name}_strides[0] + {head} * {name}_strides[1], uint({name}_strides[2])"
 
 

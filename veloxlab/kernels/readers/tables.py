@@ -1,12 +1,12 @@
-"""Codes of one width, each of which stands for an entry of a table, or for a term of a sum of entries.
+"""Codes of one width: indices of table entries, or of the terms of a sum of entries.
 
-A vector codebook could be read the other way round: a table of each query's products with all centroids, made once, of
-which a token's score sums D/d entries. At ``d4b8``, D = 128, that is 32 · 256 numbers a query row, 16 KB in half
-precision, and 64 KB for the 4 rows that share a KV head, where there are 48 KB (32 on Metal); the codebook takes 2 KB,
-so that 16 copies of it fit and lanes meet in no bank. A token's score takes as many reads of threadgroup memory either
-way. To make the table takes 32,768 multiplications a row, which a split of 256 tokens would itself take without it.
-So there is none; ``d8b12`` would have 128 KB a row, ``d2b8`` 32 KB. For `SumsReader` it would also have to be turned to
-every token's position, 64 entries of every stage, where the sum of a token's own is turned once.
+An alternative for a vector codebook is a table of each query's products with all centroids, of which a token's score
+sums D/d entries. It is not used. At ``d4b8``, D = 128, it has 32 · 256 numbers a query row: 16 KB in half precision,
+and 64 KB for the 4 rows that share a KV head, but there are only 48 KB (32 on Metal). The codebook takes 2 KB, so 16
+copies fit, and lanes use different banks. A token's score takes the same number of reads in both cases. The table takes
+32,768 multiplications a row, as many as a split of 256 tokens takes without it. ``d8b12`` would have 128 KB a row,
+``d2b8`` 32 KB. For `SumsReader` the table would also need a rotation of 64 entries of every stage to every token's
+position, where one rotation of the sum is enough.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import mlx.core as mx
 
 from veloxlab.kernels.readers.reader import Fragment, Reader, Room, made, with_stride
 
-_MOST_NUMBERS = 4096  # of a table of vectors that goes to threadgroup memory
+_MOST_NUMBERS = 4096  # in a table of vectors that is copied to threadgroup memory
 _ENTRIES = 64  # of a stage of sums
 
 
 @dataclass(frozen=True, eq=False)
 class TableReader(Reader):
-    """Codes of ``bits`` bits, LSB first and without gaps, each of which stands for a row of ``table``.
+    """Codes of ``bits`` bits, LSB first and without gaps: indices of the rows of ``table``.
 
-    That is ``[2**bits, n]`` float32, with n 1 or even: the levels of n neighbouring coordinates. Narrow scalar codes
-    are read two at a time; the codes of a vector quantizer are of the same kind. With two stages the table is
-    ``[4**bits, n]``, n 1 or 2, the code in ``rows`` in the high bits of the index.
+    The table is ``[2**bits, n]`` float32, with n 1 or even: the levels of n neighbouring coordinates, as for pairs of
+    narrow scalar codes and for vector quantizers. With two stages the table is ``[4**bits, n]``, n 1 or 2, and the code
+    in ``rows`` is in the high bits of the index.
     """
 
     name: ClassVar[str] = "table"
@@ -39,7 +39,7 @@ class TableReader(Reader):
     bits: int  # of a code, of either stage if there are two
     table: mx.array
     fine: mx.array | None = None  # a second stage's codes [B, H, S, words], uint32
-    shifts: mx.array | None = None  # what is added to a KV head's vectors once they are scaled [H, dim], float32
+    shifts: mx.array | None = None  # added to a KV head's scaled vectors [H, dim], float32
 
     @property
     def headers(self) -> tuple[str, ...]:
@@ -68,10 +68,10 @@ class TableReader(Reader):
 
 
 def _table_text(table: mx.array, prefix: str, home: str, room: Room) -> tuple[str, str, Fragment]:
-    """Type and value of ``table`` ``[entries, n]``, the input ``{prefix}_table``, as ``source/read_table.h`` has it.
+    """Type and value of ``table`` ``[entries, n]``, the input ``{prefix}_table``, for ``source/read_table.h``.
 
-    It goes to threadgroup memory as often as there is room, unless it is a large one of vectors. The text of that, and
-    of what fills it, is at its home.
+    As many copies as fit are in threadgroup memory, unless it is a large table of vectors. The declaration and the
+    statements that fill it are at its home.
     """
     entries, width = table.shape
     if width > 1 and table.size > _MOST_NUMBERS:
@@ -88,7 +88,7 @@ def _table_text(table: mx.array, prefix: str, home: str, room: Room) -> tuple[st
         if width == 1
         else f"make_pair({prefix}_table[e * {width} + 2 * w], {prefix}_table[e * {width} + 2 * w + 1])"
     )
-    # lanes write their entries' copies in an order of their own, or they would all meet in one bank
+    # lanes write the copies in different orders, so that they use different banks
     fill = (
         f"for (uint i = thread_id; i < {entries * words}; i += THREADS) {{\n"
         f"  const uint e = i / {words}, w = i % {words};\n"
@@ -102,11 +102,11 @@ def _table_text(table: mx.array, prefix: str, home: str, room: Room) -> tuple[st
 
 @dataclass(frozen=True, eq=False)
 class SumsReader(Reader):
-    """Two indices of 6 bits a stage, in rows of bytes: Σ entry a + i · entry b, whose pairs of neighbours are complex.
+    """Two indices of 6 bits a stage, in rows of bytes: Σ entry a + i · entry b, where pairs of neighbours are complex.
 
-    Pairs of the table's first ``rotated`` coordinates are neighbours if ``traditional``, else halves, as of the others.
-    ``angles`` are of the first token the position, and of each pair the angle for one position ``[1 + dim/2]``,
-    float32; None where nothing is turned.
+    The table's first ``rotated`` coordinates are paired as neighbours if ``traditional``, all others by halves.
+    ``angles`` has the position of the first token, and the angle of each pair for one position ``[1 + dim/2]``,
+    float32; None without RoPE.
     """
 
     name: ClassVar[str] = "sums"
@@ -123,7 +123,7 @@ class SumsReader(Reader):
         return self.table.shape[1], self.dim, self.rotated, int(self.traditional), int(self.angles is not None)
 
     def fragment(self, prefix: str, home: str, room: Room) -> Fragment:
-        """See `Reader.fragment`: tables of some hundred kilobytes stay where they are."""
+        """See `Reader.fragment`: tables of some hundred kilobytes are not copied."""
         scales_type, scales = self.scaled(prefix)
         table = f"{prefix}_table + head * {self.table.shape[1] * _ENTRIES * self.dim}"
         angles = "0" if self.angles is None else f"{prefix}_angles"

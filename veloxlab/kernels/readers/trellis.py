@@ -1,4 +1,4 @@
-"""Levels that are looked up by a window of the bits of a row."""
+"""Levels by a window of the bits of a row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from veloxlab.kernels.readers.reader import Fragment, Reader, Room, made
 
 _WIDEST = 8  # bits of a coordinate
 _COMMON = 6  # bits that few coordinates exceed
-_WINDOW = 4  # numbers that say where one is
+_WINDOW = 4  # numbers in its description
 _CODES = 8  # of scales in a word
 _PADDED = 32  # coordinates after which words are left out, as source/read_trellis.h does
 _QUARTERS = 4  # of a key, each by a thread
@@ -20,15 +20,14 @@ _PADDED_ROWS, _BETWEEN = 8, 16  # rows of queries, and what lies between them, a
 
 @dataclass(frozen=True, eq=False)
 class TrellisReader(Reader):
-    """Scale · table entry + shift, for each coordinate; behind them, cosines and sines of the token's position.
+    """Scale · table entry + shift for each coordinate, then cosines and sines of the token's position.
 
-    ``rows`` ``[B, 1, S, words]`` have all heads of a token: first 4 bits of each for its scale, 2^(code / 4). Of each
-    coordinate ``windows`` ``[H, D, 4]``, uint32, say at which bit of the row its window begins, its mask, by how much
-    it is shifted up, and where in ``table`` ``[9 · states]`` the levels of its width begin. A state is the last
-    ``reach`` bits, or the coordinate's own if that is 0; a head's string begins with its last coordinate. ``shifts``
-    are added to scaled vectors ``[H, D]``, float32. With ``angles``, as `SumsReader` has them, ``dim`` is D and twice
-    the number of pairs: cosines of all pairs, then sines. No eighth of a vector has more than ``most`` bits a
-    coordinate.
+    ``rows`` ``[B, 1, S, words]`` have all heads of a token: first 4 bits for the scale of each, 2^(code / 4). For each
+    coordinate ``windows`` ``[H, D, 4]``, uint32, has the first bit of its window in the row, its mask, its shift, and
+    the index in ``table`` ``[9 · states]`` of its width's levels. A state is the last ``reach`` bits, or the
+    coordinate's own if that is 0; a head's string begins with its last coordinate. ``shifts`` are added to scaled
+    vectors ``[H, D]``, float32. With ``angles``, as in `SumsReader`, ``dim`` is D plus twice the number of pairs:
+    cosines of all pairs, then sines. No eighth of a vector has more than ``most`` bits a coordinate.
     """
 
     name: ClassVar[str] = "trellis"
@@ -64,7 +63,7 @@ class TrellisReader(Reader):
 
     @property
     def _widths(self) -> int:
-        """Of 1 … bits, whose levels the kernel has."""
+        """The number of widths, from 1 bit on, in the kernel."""
         return _COMMON if self.widest <= _COMMON else _WIDEST
 
     @property
@@ -73,7 +72,7 @@ class TrellisReader(Reader):
 
     @property
     def own_words(self) -> int:
-        """Of what is known of coordinates, and of queries that compare with means."""
+        """Words for coordinates, and for queries times means."""
         plan = self._plan_words + self.coordinates + self.coordinates // _PADDED
         if self.angles is None:
             return plan + _PADDED_ROWS
@@ -125,7 +124,7 @@ class TrellisReader(Reader):
         return self._as_numbers(fragment, prefix) if prefix == "c" else self._with_scores(fragment, prefix)
 
     def _as_numbers(self, fragment: Fragment, prefix: str) -> Fragment:
-        """The same with what vectors have besides levels."""
+        """The fragment with the parts of vectors besides levels."""
         dim, number, rest = self.coordinates, f"({fragment.kept} ? (x) : 0.0f)", ""
         if self.shifts is not None:
             number = f"({number} + {prefix}_shifts[head * {dim} + i])"
@@ -140,7 +139,7 @@ class TrellisReader(Reader):
         return fragment._replace(number=number, rest=rest)
 
     def _with_scores(self, fragment: Fragment, prefix: str) -> Fragment:
-        """The same with what keys have besides."""
+        """The fragment with the parts of scores besides levels."""
         dim, of_rows = self.coordinates, f"{prefix}_besides"
         if self.angles is not None:
             declarations = (

@@ -14,17 +14,16 @@ from veloxlab.kernels.vectors import words_per_row
 
 _NARROW, _WIDEST = 4, 8  # bits: there are two kernels, one for layers whose codes are all narrow
 _FIELDS = 4  # of a head's description
-_LEVELS = 511  # of widths 0 to 8 together: 2**width each
-_WIDTH, _LEVEL = 13, 17  # bits of a coordinate's word where its width and its first level begin; first its first bit
+_LEVELS = 511  # of widths 0 to 8 together, 2**width each
+_WIDTH, _LEVEL = 13, 17  # first bits of width and first level in a coordinate's word, whose low bits are its first bit
 _PADDED = 32  # coordinates after which a word is left out, as source/read_plan.h does
 
 
 def head_widths(bits: tuple[int, ...], dim: int, levels: Mapping[int, mx.array]) -> tuple[int, mx.array, mx.array]:
-    """Describe heads of ``bits`` each, 1 to 8, whose vectors of ``dim`` coordinates are stored by width.
+    """Describe heads of ``bits`` each, 1 to 8, whose vectors of ``dim`` coordinates are sorted by width.
 
-    That is the last three fields of a `WidthsReader`.
-    ``levels`` are those of each width in use ``[2**bits, 1]``, or of two neighbouring codes ``[4**bits, 2]`` where they
-    have 4 bits or fewer.
+    The results are the last three fields of a `WidthsReader`. ``levels`` of each width in use are ``[2**bits, 1]``, or
+    ``[4**bits, 2]`` for two neighbouring codes of 4 bits or fewer.
     """
     widths, words = np.array(bits), np.array([words_per_row(dim, width) for width in bits])
     stored = np.argsort(widths, kind="stable")
@@ -42,10 +41,10 @@ def head_widths(bits: tuple[int, ...], dim: int, levels: Mapping[int, mx.array])
 
 @dataclass(frozen=True, eq=False)
 class WidthsReader(Reader):
-    """Codes whose width the KV head says, LSB first and without gaps.
+    """Codes with a width for each KV head, LSB first and without gaps.
 
-    ``rows`` ``[B, 1, S, words]`` has the words of all heads of a token, by width, and ``scales`` ``[B, H, S, 1]`` are
-    in the same order. The layers of a model differ in their heads' widths: those are data, and one kernel is for all.
+    ``rows`` ``[B, 1, S, words]`` has the words of all heads of a token, sorted by width, and ``scales``
+    ``[B, H, S, 1]`` are in the same order. Widths differ by layer, so they are data, and one kernel is for all layers.
     """
 
     name: ClassVar[str] = "widths"
@@ -80,12 +79,12 @@ class WidthsReader(Reader):
 
 
 def planned(widths: tuple[int, ...], first_level: np.ndarray, levels: np.ndarray) -> mx.array:
-    """What `PlanReader` needs of a plan, in one array ``[dim + 511]`` uint32.
+    """A plan for `PlanReader`, in one array ``[dim + 511]`` uint32.
 
     Parameters
     ----------
     widths : bits of each coordinate, 0 to 8.
-    first_level : where the levels of each coordinate begin in ``levels`` ``[dim]``.
+    first_level : the index in ``levels`` of each coordinate's first level ``[dim]``.
     levels : of all widths in use, 511 or fewer.
     """
     bits = np.array(widths, np.uint32)
@@ -99,14 +98,14 @@ def planned(widths: tuple[int, ...], first_level: np.ndarray, levels: np.ndarray
 
 @dataclass(frozen=True, eq=False)
 class PlanReader(Reader):
-    """Codes of 0 to 8 bits, each coordinate's own, in one row of bits: level · factor + shift."""
+    """Codes with a width of 0 to 8 bits for each coordinate, in one row of bits: level · factor + shift."""
 
     name: ClassVar[str] = "plan"
     headers = ("read_plan.h",)
     tables: ClassVar[tuple[str, ...]] = ("plan", "fit")
 
-    plan: mx.array  # `planned` widths and levels: layers differ in it, so it is data, and one kernel is for all
-    fit: mx.array  # of every coordinate of each KV head a factor and a shift [H, dim, 2], float32
+    plan: mx.array  # `planned` widths and levels, as data, so that one kernel is for all layers
+    fit: mx.array  # factor and shift of each coordinate of each KV head [H, dim, 2], float32
 
     @property
     def constants(self) -> tuple[int, ...]:
