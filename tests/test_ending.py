@@ -90,6 +90,17 @@ def test_errors_end_between_layers_and_caches_while_they_are_filled(model):
     assert growth.asked == 2 * 400 // 40  # of ours and of the exact one
 
 
+def test_advice_ends_between_caches_and_within_the_fit_of_one(model, tmp_path, monkeypatch):
+    with ended_by(each := Ends()):
+        vl.advise(model)
+    assert each.asked > 10
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("veloxlab.measure.advise.to_measure", lambda rows, _: [rows[-1] | {"method": "spectralquant"}])
+    told = []
+    vl.advise(model, Letters(), tokens=40, progress=lambda *said: told.append(said[2]))
+    assert any("fitting layer 2" in said for said in told)
+
+
 @pytest.mark.parametrize(("method", "bits"), [("vecinfer", 1), ("commvq", 1)])
 def test_a_fit_ends_between_its_steps(method, bits):
     x = mx.array(np.random.default_rng(0).standard_normal((1, 2, 1024, 32)), mx.float32)

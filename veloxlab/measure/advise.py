@@ -23,7 +23,7 @@ from veloxlab.measure.memory import bytes_of
 from veloxlab.measure.planned_memory import CacheLayout, cache_layouts
 from veloxlab.measure.quality import fidelity_to, reference
 from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, loaded, shape_of
-from veloxlab.progress import Progress, silent
+from veloxlab.progress import Progress, may_end, silent
 from veloxlab.runtime import device
 from veloxlab.texts import Tokenizer
 
@@ -176,13 +176,16 @@ def advise(
 
 def _measure(model: Module, tokenizer: Tokenizer, rows: list[dict[str, Any]], tokens: int, progress: Progress) -> None:
     """Replace predictions by losses measured on this model, with all tokens but sinks in codes."""
-    exact = reference(model, tokenizer, tokens=tokens)
+    exact = reference(model, tokenizer, tokens=tokens, progress=progress)
     for i, row in enumerate(rows):
-        progress(i, len(rows), f"measuring {row['name']}")
+
+        def tell(_: int, __: int, doing: str, i: int = i, name: str = row["name"]) -> None:
+            progress(i, len(rows), f"{name}: {doing}")
+
         settings: dict[str, Any] = {"bits": number_of_bits(row["bits"]), "sinks": DEFAULT_SINKS, "window": 0}
         if fitted(row):
-            settings["calibration"] = calibrate(model, tokenizer, row["method"], bits=settings["bits"])
-        found = fidelity_to(exact, row["method"], **settings).row(0, named=True)
+            settings["calibration"] = calibrate(model, tokenizer, row["method"], bits=settings["bits"], progress=tell)
+        found = fidelity_to(exact, row["method"], progress=tell, **settings).row(0, named=True)
         row |= {"kl_mean": found["kl_mean"], "top1_flips": found["top1_flips"], "kind": "measured"}
 
 
@@ -202,6 +205,7 @@ def _candidates(shape: ModelShape, known: dict[str, dict[str, Any]]) -> Iterator
     for layout in theirs:
         yield layout, known[layout.name] | {"method": None, "bits": float(layout.name.split()[1])}
     for name, row in known.items():
+        may_end()
         method, bits, _ = name.split()
         if method in METHODS and row["kl_mean"] < 1:
             with_bits = number_of_bits(bits)
