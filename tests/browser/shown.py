@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from playwright.sync_api import Locator, Page
 
@@ -120,17 +118,8 @@ class Shown:
             polling=INTERVAL,
         )
 
-    def picture(self, name: str, height: int = 0, width: int = 1280) -> None:
-        """Keep a screenshot of this name, where a person asked for them by VELOXLAB_PICTURES."""
-        folder = os.environ.get("VELOXLAB_PICTURES")
-        if folder and name:
-            if height:
-                self.page.set_viewport_size({"width": width, "height": height})
-            self.page.locator(self.box).screenshot(path=Path(folder) / f"{name}.png")
-
-    def turns_dark(self, name: str, height: int = 0, width: int = 1280) -> None:
-        """Turn JupyterLab dark, wait until the words of every chart that is seen are of its ink, and picture both."""
-        self.picture(name, height, width)
+    def turns_dark(self) -> None:
+        """Turn JupyterLab dark, and wait until the words of every chart that is seen are of its ink."""
         turn(self.page, "Dark")
         light, dark = (theme.INK[mode]["soft"] for mode in ("light", "dark"))
         self.page.wait_for_function(
@@ -141,7 +130,6 @@ class Shown:
             }})""",
             polling=INTERVAL,
         )
-        self.picture(name and f"{name}_dark", height, width)
 
 
 def milliseconds(times: Sequence[float]) -> str:

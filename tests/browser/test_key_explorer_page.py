@@ -68,6 +68,6 @@ def test_every_control_moves_its_charts_twice(notebook, capsys):
     with capsys.disabled():
         print(f"\nhead to five charts: {milliseconds(times)}")
 
-    explorer.turns_dark("keys", height=1500)
+    explorer.turns_dark()
     assert visit.errors == []
     assert visit.outside == []

@@ -63,10 +63,10 @@ def test_the_knobs_of_the_planner_and_a_slider_over_frames_move_their_charts(not
     page.locator(planner.charts, has_text="4 sequences of 92,682 tokens as rabitq K2 V6: ").wait_for()
     page.locator(planner.charts, has_text="of 24 GB").wait_for()
 
-    planner.turns_dark("planner")
+    planner.turns_dark()
     page.set_viewport_size({"width": 640, "height": 900})  # the table of losses is wider, and scrolls by itself
     inside = "(box) => { const out = box.closest('.jp-OutputArea-output'); return out.scrollWidth <= out.clientWidth; }"
     page.wait_for_function(inside, arg=page.locator(PLANNER).element_handle())
-    explore.turns_dark("")
+    explore.turns_dark()
     assert visit.errors == []
     assert visit.outside == []

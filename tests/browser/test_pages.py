@@ -106,7 +106,6 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     advisor.locator(".veloxlab-code", has_text="'turboquant', bits=4").wait_for()
     page.get_by_role("button", name="Set the controls").click()
     advisor.locator("em", has_text="All pages now show turboquant K4 V4").wait_for()
-    Shown(page, ".veloxlab-advisor").picture("advise")
     tab(page, "Memory")
     plans.pressed("K bits", ["ArrowLeft", "ArrowLeft"], [0])
     plans.pressed("V bits", ["ArrowLeft"], [0])
@@ -126,7 +125,7 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     points.select_option(label=points.locator("option", has_text="rvq K").first.text_content())
     page.get_by_role("button", name="Use it").click()
     lab.idle()
-    lab.turns_dark("compare")
+    lab.turns_dark()
     tab(page, "Cache")
     page.locator(lab.charts, has_text="rvq").first.wait_for()
     for name, box in (("Errors", errors), ("Keys and values", keys), ("Tokens", tokens), ("Memory", plans)):
@@ -134,6 +133,6 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
         if box is not plans:  # which has nothing to wait for
             box.idle()
         turn(page, "Light")
-        box.turns_dark({errors: "errors", tokens: "tokens"}.get(box, ""), height=1500)
+        box.turns_dark()
     assert visit.errors == []
     assert visit.outside == []

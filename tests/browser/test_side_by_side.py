@@ -83,6 +83,6 @@ def test_texts_come_as_they_are_made_and_a_run_can_be_cancelled(notebook):
     page.locator(f"{CHART} >> nth=0", has_text="The same text for 4 tokens").wait_for()
     side.idle()
 
-    side.turns_dark("side_by_side")
+    side.turns_dark()
     assert visit.errors == []
     assert visit.outside == []

@@ -90,6 +90,6 @@ def test_every_knob_of_the_tours_laboratory_moves_its_charts(notebook, capsys):
     page.wait_for_function(f"() => {inside % whole}")
     page.get_by_role("button", name="Compact").click()
 
-    lab.turns_dark("lab", height=1150, width=1600)
+    lab.turns_dark()
     assert visit.errors == []
     assert visit.outside == []

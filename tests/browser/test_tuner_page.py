@@ -93,7 +93,7 @@ def test_measuring_taking_away_and_the_time_of_a_move(notebook, lab, capsys):
     with capsys.disabled():
         print(f"\nslider to three charts: {milliseconds(times)}")
 
-    tuner.turns_dark("tuner", height=1900)
+    tuner.turns_dark()
     # a plan that another process reads
     box = page.locator(f"{TUNER} .widget-text input[type=text]")
     for name in ("nowhere/plan.json", "tuned.json"):
