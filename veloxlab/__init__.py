@@ -5,7 +5,7 @@ model, tokenizer = vl.load("smollm2-135m")
 cache = vl.make_cache(model, "turboquant", bits=3)   # for mlx_lm.generate(..., prompt_cache=cache)
 vl.Lab(model, tokenizer)
 
-The names of every day are here. The others are in `vl.measure`, `vl.allocate`, `vl.views`, `vl.widgets`, `vl.codecs`
+The most common names are here. The others are in `vl.measure`, `vl.allocate`, `vl.views`, `vl.widgets`, `vl.codecs`
 and `vl.models`. `veloxlab/__init__.pyi` lists the names at the top; each is imported when it is first used.
 """
 
@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 forbid_connections()
 keep_freed_memory()
 defer_iri_grammar()
-# MLX binds to a BLAS when it is imported: every module here that imports it comes after this line
+# MLX binds to a BLAS at its import, so all imports of modules that use MLX come after this line
 if load_fast_blas() == TOO_LATE:
     warnings.warn(
         "mlx was imported before veloxlab, so matrix products on this CPU are about 30 times slower than need be: "
@@ -49,7 +49,7 @@ _RENAMED = {"judge": "fidelity_to"}
 
 
 def __getattr__(name: str) -> object:
-    """A public name, imported now; a name that version 0.1 had here still works, and warns."""
+    """Import and return a public name; a name that version 0.1 had here still works, with a warning."""
     for module, names in _MOVED.items():
         if name in names.split():
             new = _RENAMED.get(name, name)

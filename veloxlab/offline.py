@@ -1,7 +1,7 @@
-"""``VELOXLAB_OFFLINE=1``: no connection to another machine can be made from this process.
+"""``VELOXLAB_OFFLINE=1``: this process cannot connect to another machine.
 
-Python reports every use of a socket to audit hooks. Ours refuses addresses that are not of this machine. Libraries that
-have sockets of their own, such as the Rust part of huggingface_hub, are told by their own switches.
+Python reports every use of a socket to audit hooks. Our hook refuses addresses of other machines. Libraries with
+sockets outside Python, such as the Rust part of huggingface_hub, are switched off by their own variables.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ _OF_NAME = frozenset({"socket.getaddrinfo", "socket.gethostbyname"})  # host, â€
 
 
 class OfflineError(PermissionError):
-    """A connection to another machine was asked for while `SWITCH` forbids it."""
+    """A connection to another machine while `SWITCH` forbids it."""
 
 
 def forbid_connections() -> None:
-    """Refuse every socket but those of this machine, if `SWITCH` is set; before a library looks at its own switch."""
+    """Refuse every connection to another machine if `SWITCH` is set; call it before libraries read their switches."""
     if is_set():
         os.environ.update(dict.fromkeys(_THEIRS, "1"))
         _hook()
 
 
 def is_set() -> bool:
-    """Tell whether `SWITCH` is set."""
+    """Return whether `SWITCH` is set."""
     return os.environ.get(SWITCH, "0") not in ("", "0")
 
 
-@cache  # a hook cannot be taken away
+@cache  # an audit hook cannot be removed
 def _hook() -> None:
     sys.addaudithook(_refuse)
 
 
 def _refuse(event: str, given: tuple[Any, ...]) -> None:
     if event in _OF_ADDRESS:
-        address = given[1]  # of a family with names, such as AF_UNIX, a text
+        address = given[1]  # a text for families with names, such as AF_UNIX
         host = address[0] if isinstance(address, tuple) and address else None
     elif event in _OF_NAME:
         host = given[0]

@@ -1,4 +1,4 @@
-"""How long work tells of its progress and of its rows, and how it is cancelled: callbacks that may raise."""
+"""Callbacks of long work: for its progress, its rows, and its cancellation. They may raise."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Progress: TypeAlias = Callable[[int, int, str], object]
-"""Called between steps of long work: steps that are done, steps in all, and what is being done, in a few words.
+"""Called between steps of long work, with the steps that are done, all steps, and the current step in a few words.
 
-What it raises stops the work there, with nothing half-kept.
+An exception from it stops the work there, and leaves no incomplete result.
 """
 
 OnRows: TypeAlias = "Callable[[pl.DataFrame, Mapping[str, str]], object]"
-"""Called after each cache that was measured, so that nothing measured is lost if the work ends early.
+"""Called after each measured cache, so that no measurement is lost if the work ends early.
 
-It is given all rows so far, and why each cache that has none, or not all, has none.
+Its arguments are all rows so far, and the reason for each cache without rows, or without all rows.
 """
 
 
 def silent(*told: object) -> None:
-    """Tell nobody."""
+    """Do nothing."""
 
 
 def in_words(error: Exception) -> str:
-    """What went wrong, in one line: a sentence as it is, and other errors with their kind."""
+    """Return an error in one line: a complete sentence unchanged, any other error with its class."""
     said = str(error).partition("\n")[0]
     return said if isinstance(error, InputError) else f"{type(error).__name__}: {said}"
 
@@ -47,7 +47,7 @@ def say(done: int, total: int, label: str) -> None:
 
 @cache
 def _say_once(text: str) -> None:
-    """Log a text, and print it where a person looks at a terminal: a saved notebook is the same on every machine."""
+    """Log a text, and print it in a terminal only, so that a saved notebook is the same on every machine."""
     log.info(text)
     if sys.stderr is not None and sys.stderr.isatty():
         print(f"veloxlab: {text}", file=sys.stderr)
@@ -57,13 +57,13 @@ _heard_by: ContextVar[Callable[[str], object]] = ContextVar("heard_by", default=
 
 
 def notice(text: str) -> None:
-    """Tell, in a few words, of a slow step that nobody asked for: to who hears of them in this thread, or once."""
+    """Report, in a few words, a slow step that the user did not start: to this thread's listeners, or once."""
     _heard_by.get()(text)
 
 
 @contextmanager
 def notices_to(listener: Callable[[str], object]) -> Iterator[None]:
-    """Let a function hear of what `notice` is called with in this thread; it must not raise."""
+    """Call a function with each text of `notice` in this thread; it must not raise."""
     before = _heard_by.set(listener)
     try:
         yield
@@ -75,19 +75,19 @@ _end: ContextVar[Callable[[], object] | None] = ContextVar("end", default=None)
 
 
 def may_end() -> None:
-    """A place within a long step at which the work may end: raises what `ended_by` was given raises."""
+    """Let the work end within a long step: call the function given to `ended_by`, which may raise."""
     if (check := _end.get()) is not None:
         check()
 
 
 def is_endable() -> bool:
-    """Whether somebody may want to end the work within its steps."""
+    """Whether the work may be ended within its steps."""
     return _end.get() is not None
 
 
 @contextmanager
 def ended_by(check: Callable[[], object] | None) -> Iterator[None]:
-    """Let a function that may raise be called within long steps; None for work whose steps have to stay whole."""
+    """Set a function that is called within long steps and may raise; None if the steps must not be interrupted."""
     before = _end.set(check)
     try:
         yield

@@ -1,6 +1,6 @@
-"""What this machine offers: a fast BLAS for MLX's CPU back end, limits of memory and CPU time, and facts of the device.
+"""Facts of this machine: a fast BLAS for MLX's CPU back end, limits of memory and CPU time, and the device.
 
-``load_fast_blas`` must run before ``mlx.core`` is imported, so nothing here imports MLX at the top.
+``load_fast_blas`` must run before ``mlx.core`` is imported, so this module does not import MLX at the top.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ TOO_LATE = "mlx was imported before veloxlab"
 NOT_INSTALLED = "the package ngsolve-openblas is not installed"
 MALLOPT = {-1: 256 << 20, -3: 32 << 20, -8: 1}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (glibc's most), M_ARENA_MAX
 SPIN = "OPENBLAS_THREAD_TIMEOUT"
-SHORT_SPIN = "4"  # 2^4 cycles, the least that OpenBLAS takes
+SHORT_SPIN = "4"  # 2^4 cycles, the least that OpenBLAS accepts
 THREADS = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")  # in the order in which OpenBLAS reads them
 OWN_THREADS = "VELOXLAB_THREADS"
 MLX_WHEELS = ("mlx-cpu", "mlx-cuda-13", "mlx-cuda-12", "mlx-metal")
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 GRAMMAR = "rfc3987_syntax"
-NO_LIMIT = 2**60  # bytes: version 1 of control groups says 2^63, rounded to pages, where there is none
+NO_LIMIT = 2**60  # bytes: version 1 of control groups has 2^63, rounded to pages, for no limit
 
 
 @functools.cache
 def load_fast_blas() -> str | None:
-    """Give MLX's CPU back end a fast BLAS; call it before anything imports ``mlx.core``.
+    """Load a fast BLAS for MLX's CPU back end; call this before anything imports ``mlx.core``.
 
-    The Linux wheel of MLX links the reference BLAS (2 GFLOP/s on two cores). OpenBLAS, loaded before it with global
-    symbols, takes its place (130 GFLOP/s). macOS needs nothing. ``VELOXLAB_BLAS=0`` switches this off. Returns why
-    OpenBLAS was not loaded, as a part of a sentence, or None where nothing is left to do; never raises.
+    The Linux wheel of MLX links the reference BLAS (2 GFLOP/s on two cores). OpenBLAS, loaded earlier with global
+    symbols, replaces it (130 GFLOP/s). macOS needs nothing. ``VELOXLAB_BLAS=0`` switches this off. Returns the reason
+    why OpenBLAS was not loaded, as a part of a sentence, or None if nothing is left to do; never raises.
     """
     if platform.system() != "Linux":
         return None
@@ -67,10 +67,10 @@ def load_fast_blas() -> str | None:
 
 
 def _share_the_cores() -> None:
-    """Let threads of OpenBLAS, and of NumPy, wait without spinning, and be as many as `threads` says.
+    """Make threads of OpenBLAS and NumPy wait without a long spin, and set their number to `threads`.
 
-    A thread that spins for long keeps other work from the core. OpenBLAS reads the affinity by itself. Environment
-    variables that say otherwise stay as they are.
+    A thread that spins keeps other work from its core. OpenBLAS reads the affinity by itself. Environment
+    variables that are already set do not change.
     """
     os.environ.setdefault(SPIN, SHORT_SPIN)
     if threads() != len(os.sched_getaffinity(0)) and blas_variable() is None:
@@ -78,18 +78,18 @@ def _share_the_cores() -> None:
 
 
 def blas_variable() -> str | None:
-    """The environment variable that gives OpenBLAS its number of threads; None where none does."""
+    """Return the environment variable that sets OpenBLAS's number of threads; None if none is set."""
     return next((name for name in THREADS if name in os.environ), None)
 
 
 def package_folders(name: str) -> list[Path]:
-    """Where a package lies. It is not imported: importing ngsolve_openblas loads the library, or fails to."""
+    """Return the folders of a package without its import, because ngsolve_openblas loads its library on import."""
     spec = find_spec(name)
     return [Path(folder) for folder in (spec.submodule_search_locations if spec else None) or ()]
 
 
 def _load_openblas(library: Path) -> None:
-    """Load OpenBLAS with global symbols; the loader needs its folder of links only now."""
+    """Load OpenBLAS with global symbols; the loader needs the folder of links only now."""
     with TemporaryDirectory() as name:
         sites = [mlx.parent for mlx in package_folders("mlx")]
         ctypes.CDLL(str(link_openblas(Path(name), library, sites)), ctypes.RTLD_GLOBAL)
@@ -98,8 +98,8 @@ def _load_openblas(library: Path) -> None:
 def link_openblas(folder: Path, library: Path, sites: Iterable[Path]) -> Path:
     """Link OpenBLAS into ``folder``, beside the Fortran runtime that MLX's wheel has in one of ``sites``.
 
-    OpenBLAS needs libgfortran.so.5, which many machines lack, and looks for it in its own folder first. MLX's wheel has
-    one under another name. The folder of links brings them together.
+    OpenBLAS needs libgfortran.so.5, which many machines do not have, and searches its own folder first. MLX's wheel has
+    one with another name. The folder of links contains both.
     """
     for site in sites:
         for neighbour in (site / "mlx_cpu.libs").glob("lib*"):
@@ -112,16 +112,16 @@ def link_openblas(folder: Path, library: Path, sites: Iterable[Path]) -> Path:
 
 
 def blas_threads() -> int | None:
-    """Threads that OpenBLAS has; None where it is not loaded."""
+    """Return the number of OpenBLAS's threads; None if it is not loaded."""
     count = getattr(ctypes.CDLL(None), "openblas_get_num_threads", None)
     return None if count is None else int(count())
 
 
 @contextmanager
 def blas_shared_by(callers: int) -> Iterator[None]:
-    """Give each of so many threads that call OpenBLAS together its share of OpenBLAS's threads, of one at least.
+    """Divide OpenBLAS's threads between ``callers`` threads that call it at the same time, at least one for each.
 
-    Else they would wait for each other at each product.
+    Otherwise they would wait for each other at each product.
     """
     had = blas_threads()
     if had is None:
@@ -136,7 +136,7 @@ def blas_shared_by(callers: int) -> Iterator[None]:
 
 
 def cpu_gflops() -> float:
-    """GFLOP/s of float32 products of [512, 512] matrices on MLX's CPU stream, in half a second at most."""
+    """Measure GFLOP/s of float32 products of [512, 512] matrices on MLX's CPU stream, in at most half a second."""
     import mlx.core as mx
 
     size = 512
@@ -147,11 +147,11 @@ def cpu_gflops() -> float:
 
 
 def defer_iri_grammar() -> None:
-    """Let rfc3987_syntax build its grammar when it is first used: on import, as by Altair, it takes over a second."""
+    """Make rfc3987_syntax build its grammar on first use: at its import, by Altair, this takes over a second."""
     spec = None if GRAMMAR in sys.modules else find_spec(GRAMMAR)
     if spec is None:
         return
-    stand_in = module_from_spec(spec)  # which lacks every name until one is asked for
+    stand_in = module_from_spec(spec)  # has no names until the first access
 
     def package() -> Any:  # noqa: ANN401
         if sys.modules.get(GRAMMAR) is stand_in:
@@ -166,12 +166,12 @@ def defer_iri_grammar() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory that MLX's CPU back end frees, up to 256 MB, for the next array.
+    """Make glibc keep up to 256 MB of the memory that MLX's CPU back end frees, for later arrays.
 
-    MLX has no pool of its own there, and glibc gives large blocks back at once: each array of some megabytes was made
-    of pages that had to be mapped and cleared again, and reading a tile of codes took three times as long. All threads
-    share one arena: each kept what it freed, and a calibration of FisherQuant held 3.0 GB in the place of 2.0. Does
-    nothing on other systems, or where an environment variable of glibc's already says what to do.
+    MLX has no memory pool on a CPU, and glibc returns large blocks to the system at once. Without this, the system had
+    to map and clear the pages of each array of some megabytes, and reading a tile of codes took three times as long.
+    All threads share one arena: with several, each kept its freed memory, and a calibration of FisherQuant held 3.0 GB
+    instead of 2.0. Does nothing on other systems, or if an environment variable of glibc sets these values.
     """
     if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
         return
@@ -180,7 +180,7 @@ def keep_freed_memory() -> None:
 
 
 def cores() -> int:
-    """Processors that this process may use: by its affinity, and by the quota of its control group, rounded up."""
+    """Return the processors that this process may use by its affinity and its control group's quota, rounded up."""
     return min(_affinity(), math.ceil(cpu_quota() or _affinity()))
 
 
@@ -190,9 +190,10 @@ def _affinity() -> int:
 
 @functools.cache
 def threads() -> int:
-    """Threads that share the work of a CPU's kernels, and those of OpenBLAS: as many as `cores`.
+    """Return the number of threads for a CPU's kernels and for OpenBLAS: by default that of `cores`.
 
-    The environment variable ``VELOXLAB_THREADS`` may say another number. What is no number from 1 gives a warning.
+    The environment variable ``VELOXLAB_THREADS`` can set another number; a value that is no number from 1 gives a
+    warning.
     """
     said = os.environ.get(OWN_THREADS, "")
     if said.isdecimal() and int(said):
@@ -207,46 +208,46 @@ def threads() -> int:
 
 
 def reason_of_threads() -> str:
-    """What the number of `threads` comes from, in a few words."""
+    """Return the source of the number of `threads`, in a few words."""
     if str(threads()) == os.environ.get(OWN_THREADS):
         return OWN_THREADS
     return "the control group's limit" if cores() < _affinity() else "the cores of this process"
 
 
 def memory_limit() -> int | None:
-    """Bytes that this process may use at most; None where no control group of Linux says so."""
+    """Return the most bytes that this process may use; None if no control group of Linux has a limit."""
     limits = [*_group_numbers("memory", "memory.limit_in_bytes"), *_group_numbers("", "memory.max")]
     return min((int(limit) for (limit,) in limits if limit < NO_LIMIT), default=None)
 
 
 def cpu_quota() -> float | None:
-    """Processors' worth of time that this process may use at most, such as 1.5; None where none is set."""
+    """Return the most processor time that this process may use, in processors, such as 1.5; None for no limit."""
     spent = [*_group_numbers("", "cpu.max"), *_group_numbers("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")]
-    return min((quota / period for quota, period in spent if quota > 0), default=None)  # -1 is none
+    return min((quota / period for quota, period in spent if quota > 0), default=None)  # -1 is no limit
 
 
 def _group_numbers(controller: str, *names: str) -> Iterator[list[float]]:
-    """Numbers in the files of these names, of each control group from this process's own up to the root.
+    """Yield the numbers in the named files of each control group, from this process's own up to the root.
 
-    Without a ``controller`` those of version 2. A limit of a parent holds for its children: the least of all counts.
+    Without a ``controller``, the files are of version 2. Limits of parents hold for children: the least one counts.
     """
     try:
         groups = [line.split(":", 2) for line in OWN_GROUPS.read_text().splitlines()]
     except OSError:
         return
     for _, controllers, path in groups:
-        # a container may see its own group as the root, and be told the path that the host sees
+        # a container may see its own group as the root, but get the path on the host
         own = Path(path.lstrip("/"))
         for part in (own, *own.parents) if controller in controllers.split(",") else ():
             with suppress(OSError, ValueError):
                 words = [word for name in names for word in (GROUPS / controller / part / name).read_text().split()]
-                if "max" not in words:  # which is no limit
+                if "max" not in words:  # no limit
                     yield [float(word) for word in words]
 
 
 @dataclass(frozen=True)
 class Device:
-    """The device that MLX computes on, named as by `backend`; memory and cores are what this process may use."""
+    """MLX's device, with a name as in `backend`; memory and cores are those that this process may use."""
 
     backend: str
     name: str
@@ -255,7 +256,7 @@ class Device:
 
 
 def device() -> Device:
-    """The device of MLX; memory of an NVIDIA GPU is its own, else the machine's or what a control group allows."""
+    """Return MLX's device. The memory is that of an NVIDIA GPU, or of the machine within the control group's limit."""
     import mlx.core as mx
 
     info = mx.device_info(mx.default_device())
@@ -268,7 +269,7 @@ def device() -> Device:
 
 
 def backend() -> str:
-    """Name the back end of MLX's default device: ``"metal"``, ``"cuda"`` or ``"cpu"``."""
+    """Return the back end of MLX's default device: ``"metal"``, ``"cuda"`` or ``"cpu"``."""
     import mlx.core as mx
 
     if mx.default_device() == mx.cpu:
@@ -277,7 +278,7 @@ def backend() -> str:
 
 
 def driver() -> str:
-    """The version of NVIDIA's driver, or nothing where there is none."""
+    """Return the version of NVIDIA's driver, or an empty string if there is none."""
     asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.check_output(asked, stderr=subprocess.DEVNULL, text=True).strip().partition("\n")[0]
@@ -285,7 +286,7 @@ def driver() -> str:
 
 
 def installed_versions(names: tuple[str, ...]) -> dict[str, str]:
-    """Give the installed version of each package, and leave out those that are not installed."""
+    """Return the installed version of each package; packages that are not installed are left out."""
     versions = {}
     for name in names:
         with suppress(PackageNotFoundError):
@@ -294,7 +295,7 @@ def installed_versions(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def mlx_wheels() -> dict[str, bool]:
-    """Installed wheels of MLX's library, and whether the library in place, which several own, is this wheel's."""
+    """Return the installed wheels of MLX's library, and whether the library file, which they share, is its own."""
     return {
         wheel: any(
             Path(str(file.locate())).stat().st_size == file.size for file in files(wheel) or () if file.stem == "libmlx"

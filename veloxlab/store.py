@@ -1,7 +1,7 @@
-"""Files that veloxlab writes: whole or not at all, with a checksum, or one sentence says why they cannot be written.
+"""Files that veloxlab writes: complete or not at all, with a checksum, and with one sentence if a write fails.
 
-A file is written beside its place under a name of `_PART` and then moved there. While it is written it is locked: what
-is not locked was left by a process that was killed, and the next write into that folder removes it.
+A file is written in the same folder under a name of `_PART`, and then moved into place. It is locked during the write.
+A part file without a lock is left from a process that was killed; the next write into that folder removes it.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     import polars as pl
 
 T = TypeVar("T")
-Content = bytes | Callable[[BinaryIO], object]  # what a file is to hold, or what writes it there
+Content = bytes | Callable[[BinaryIO], object]  # content of a file, or a function that writes it
 _PART = ".veloxlab-{}.part"
 _BEFORE_SUM, _NO_SUM = b"sha256:", b"0" * 64  # in a Parquet file
 _SHOWN = 160  # characters of an error
-_BESIDE_ARRAYS = "veloxlab"  # the name of our JSON in the metadata of a safetensors file
-_exists, _is_folder = os.path.exists, os.path.isdir  # those of `Path` raise where a folder above may not be read
+_BESIDE_ARRAYS = "veloxlab"  # key of our JSON in the metadata of a safetensors file
+_exists, _is_folder = os.path.exists, os.path.isdir  # the methods of `Path` raise if a parent folder is not readable
 
 
 def kept_in(kind: str, folder: str | Path | None = None) -> Path:
-    """Give the folder that keeps measurements of a ``kind``: the one named, or one of the user's cache."""
+    """Return the folder of measurements of a ``kind``: the given one, or one in the user's cache."""
     return Path(folder) if folder else platformdirs.user_cache_path("veloxlab") / kind
 
 
 def make_folder(folder: str | Path) -> Path:
-    """Make a folder if need be; raises `InputError` if no file can be written into it."""
+    """Make a folder if it is missing; raises `InputError` if no file can be written into it."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,22 +53,23 @@ def make_folder(folder: str | Path) -> Path:
 
 
 def check_place(path: Path) -> None:
-    """Raise `InputError` if no file can be written at ``path``: for before work that takes long."""
+    """Raise `InputError` if no file can be written at ``path``, as a check before long work."""
     with _writing(path), _part_in(path.parent):
         if _is_folder(path):
             raise IsADirectoryError
 
 
 def write_atomically(path: str | Path, content: Content) -> Path:
-    """Replace ``path`` by ``content``, and give it back; as `write_together`."""
+    """Replace ``path`` by ``content``, and return ``path``; as `write_together`."""
     write_together({Path(path): content})
     return Path(path)
 
 
 def write_together(contents: Mapping[Path, Content]) -> None:
-    """Replace files by new contents: a reader, or a crash, finds each as it was or as it is to be.
+    """Replace files by new contents. A reader, or a crash, finds each file in its old or its new state.
 
-    All are written before the first is replaced, so that a full disk changes none. `InputError` where that cannot be.
+    All are written before the first is replaced, so that a full disk changes none. Raises `InputError` if a write
+    fails.
     """
     with ExitStack() as stack:
         parts = {}
@@ -77,12 +78,12 @@ def write_together(contents: Mapping[Path, Content]) -> None:
                 parts[path], file = stack.enter_context(_part_in(path.parent))
                 content(file) if callable(content) else file.write(content)
                 file.flush()
-                os.fsync(file.fileno())  # some disks tell only now that they are full
+                os.fsync(file.fileno())  # some disks report only here that they are full
         for path, part in parts.items():
             with _writing(path):
                 part.replace(path)
         for left in {part for path in contents for part in path.parent.glob(_PART.format("*"))}:
-            with suppress(OSError), left.open("r+b") as file:  # another's, or in use
+            with suppress(OSError), left.open("r+b") as file:  # another user's, or in use
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 left.unlink()
 
@@ -92,41 +93,41 @@ def _part_in(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
     while True:
         part = folder / _PART.format(secrets.token_hex(8))
         file = part.open("xb")
-        with suppress(OSError):  # a file system without locks: then nothing there counts as left over
+        with suppress(OSError):  # a file system without locks: no file there counts as a leftover
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             break
-        file.close()  # another process took it for a leftover before it was locked
+        file.close()  # another process removed it as a leftover before the lock
     try:
         yield part, file
     finally:
-        with suppress(OSError):  # it would write again what could not be written, as was told already
+        with suppress(OSError):  # close would repeat the failed write, whose error is already raised
             file.close()
         part.unlink(missing_ok=True)
 
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Make one `InputError` of what goes wrong when ``path`` is written."""
+    """Turn an error of writing ``path`` into one `InputError`."""
     try:
         yield
-    except InputError:  # of what is written, not of the place
+    except InputError:  # an error of the content, not of the place
         raise
     except (OSError, ValueError) as error:
         said = f"{path} cannot be written ({_reason(error)}): choose another place."
         if _is_folder(path):
             said = f"{path} is a folder: give the name of a file in it."
-        elif not (isinstance(error, PermissionError) or _is_folder(path.parent)):  # which a user may not see
+        elif not (isinstance(error, PermissionError) or _is_folder(path.parent)):  # a folder that the user may not see
             said = f"There is no folder {path.parent}: make it, or choose another."
         raise InputError(said) from error
 
 
 @contextmanager
 def reading(what: str, path: Path | None, way_out: str) -> Iterator[None]:
-    """Make one `InputError` of what goes wrong when ``path``, which is ``what``, is read; without a path, "this"."""
+    """Turn an error of reading ``path``, which is ``what``, into one `InputError`; without a path, it says "this"."""
     try:
         yield
-    except Exception as error:  # what is damaged, or of another version, can fail in any way
+    except Exception as error:  # a damaged file, or one of another version, can raise anything
         reason = in_short(error)
         if isinstance(error, FileNotFoundError):
             reason = "there is no such file"
@@ -137,7 +138,7 @@ def reading(what: str, path: Path | None, way_out: str) -> Iterator[None]:
 
 
 def in_short(error: Exception) -> str:
-    """The beginning of what an error says, in one line: parsers quote the file that they cannot read."""
+    """Return the beginning of an error's text in one line: parsers quote the file that they cannot read."""
     said = " ".join(str(error).split()).rstrip(".")
     return said if len(said) <= _SHOWN else f"{said[:_SHOWN]}…"
 
@@ -147,10 +148,10 @@ def _reason(error: Exception) -> str:
 
 
 def kept(path: Path, load: Callable[[Path], T], make: Callable[[], T], save: Callable[[T, Path], object]) -> T:
-    """Give what was kept at ``path``, or what ``make`` gives, and keep it there.
+    """Return the object that ``load`` reads from ``path``, or the result of ``make``, which is saved there.
 
-    A file that ``load`` refuses is named in a warning and made again. Where nothing can be written a warning says so,
-    and what was made is given all the same.
+    If ``load`` refuses the file, a warning names it, and it is made again. If the result cannot be saved, a warning
+    reports that, and the result is still returned.
     """
     if _exists(path):
         try:
@@ -168,14 +169,14 @@ def kept(path: Path, load: Callable[[Path], T], make: Callable[[], T], save: Cal
 
 @dataclass
 class Unfinished:
-    """What a long run measured so far, in a file from which the same run continues after it was stopped."""
+    """Results so far of a long run, in a file from which the same run continues after an interruption."""
 
-    path: Path | None  # None keeps nothing
+    path: Path | None  # None for no file
     format: str  # of this kind of run
-    facts: Mapping[str, Any]  # all that the measurements depend on, as JSON holds it
+    facts: Mapping[str, Any]  # all inputs of the measurements, as JSON
 
     def read(self) -> Any:  # noqa: ANN401 - any JSON
-        """Give what `put` wrote last for the same facts, or None; raises `InputError` for a damaged file."""
+        """Return what `put` wrote last for the same facts, or None; raises `InputError` for a damaged file."""
         if self.path is None or not _exists(self.path):
             return None
         with reading("unfinished run", self.path, "delete it and start again"):
@@ -183,26 +184,26 @@ class Unfinished:
         return content["rows"] if content["facts"] == self.facts else None
 
     def put(self, rows: Any) -> None:  # noqa: ANN401
-        """Write what is there now; where it cannot be written the run goes on, and a warning says so once."""
+        """Write the rows. If the write fails, the run continues, with a warning the first time."""
         if self.path is None:
             return
         try:
             if not _exists(self.path):
                 make_folder(self.path.parent)
-            write_json(self.path, self.format, {"facts": self.facts, "rows": rows}, indent=None)  # the quick way
+            write_json(self.path, self.format, {"facts": self.facts, "rows": rows}, indent=None)  # the fastest form
         except InputError as error:
             self.path = None
             warnings.warn(f"{error} The run goes on, and what it measures is not kept until its end.", stacklevel=2)
 
     def remove(self) -> None:
-        """The run is finished."""
+        """Remove the file after the end of the run."""
         if self.path is not None:
-            with suppress(OSError):  # its result counts now, and the file is no hindrance
+            with suppress(OSError):  # the run has its result, and a file left behind does no harm
                 self.path.unlink()
 
 
 def digest(content: object, files: Iterable[bytes] = ()) -> str:
-    """SHA-256 of what JSON can hold, and of the contents of files, in hex digits."""
+    """Return the SHA-256 of a JSON value and of the contents of files, in hex digits."""
     found = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for file in files:
         found.update(file)
@@ -210,7 +211,7 @@ def digest(content: object, files: Iterable[bytes] = ()) -> str:
 
 
 def to_json(kind: str, content: Mapping[str, Any], files: Iterable[bytes] = (), indent: int | None = None) -> str:
-    """Give ``content`` as JSON of a format, with ``sha256``, the checksum of it and of ``files``."""
+    """Return ``content`` as JSON of a format, with ``sha256``, the checksum of it and of ``files``."""
     content = {"format": kind, **content}
     return json.dumps({**content, "sha256": digest(content, files)}, indent=indent)
 
@@ -226,7 +227,7 @@ def from_json(text: str | bytes, kind: str, files: Iterable[bytes] = ()) -> dict
 
 
 def write_json(path: str | Path, kind: str, content: Mapping[str, Any], indent: int | None = 1) -> Path:
-    """Write ``content`` by `to_json`, and give ``path``."""
+    """Write ``content`` with `to_json`, and return ``path``."""
     return write_atomically(path, to_json(kind, content, indent=indent).encode())
 
 
@@ -236,7 +237,7 @@ def read_json(path: Path, kind: str) -> dict[str, Any]:
 
 
 def write_arrays(path: str | Path, kind: str, content: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> Path:
-    """Write ``arrays`` as safetensors, and in the same file ``content`` by `to_json`; give ``path``."""
+    """Write ``arrays`` as safetensors, with ``content`` by `to_json` in the same file; return ``path``."""
     import mlx.core as mx
 
     own = {name: arrays[name] for name in sorted(arrays)}
@@ -248,7 +249,7 @@ def read_arrays(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, mx.arr
     """Read content and arrays that `write_arrays` wrote; raises OSError, RuntimeError or ValueError as `read_json`."""
     import mlx.core as mx
 
-    path.open("rb").close()  # an OSError says what is wrong with the place, and MLX does not
+    path.open("rb").close()  # OSError names the cause; MLX's error does not
     loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
     arrays: dict[str, mx.array] = {name: loaded[0][name] for name in sorted(loaded[0])}
     mx.eval(arrays)
@@ -259,7 +260,7 @@ def read_arrays(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, mx.arr
 
 
 def bytes_of(arrays: Sequence[mx.array]) -> Iterator[bytes]:
-    """All that arrays hold, each behind its shape and type, for a checksum."""
+    """Yield the bytes of arrays, each after its shape and type, for a checksum."""
     import mlx.core as mx
     import numpy as np
 
@@ -269,7 +270,7 @@ def bytes_of(arrays: Sequence[mx.array]) -> Iterator[bytes]:
 
 
 def write_parquet(path: str | Path, frame: pl.DataFrame, kind: str = "", facts: object = None) -> Path:
-    """Write ``frame`` as Parquet, and give ``path``; of a format also ``facts``, as JSON, and the file's checksum."""
+    """Write ``frame`` as Parquet, and return ``path``; with a format also ``facts``, as JSON, and a checksum."""
     said = {kind: json.dumps(facts), "checksum": (_BEFORE_SUM + _NO_SUM).decode()} if kind else None
     held = io.BytesIO()
     frame.write_parquet(held, metadata=said)
@@ -277,7 +278,7 @@ def write_parquet(path: str | Path, frame: pl.DataFrame, kind: str = "", facts: 
 
 
 def read_parquet(path: Path, kind: str) -> tuple[pl.DataFrame, Any]:
-    """Read what `write_parquet` wrote of a format, the checksum first; OSError or ValueError as `read_json`."""
+    """Read a file of `write_parquet` with a format, the checksum first; OSError or ValueError as `read_json`."""
     import polars as pl
 
     content = path.read_bytes()
@@ -290,7 +291,7 @@ def read_parquet(path: Path, kind: str) -> tuple[pl.DataFrame, Any]:
 
 
 def _with_sum(content: bytes) -> bytes:
-    """The same file with its checksum, which counts as zeros, in the place for it."""
+    """Return the same file with its checksum in the reserved place, which counts as zeros."""
     start = content.rfind(_BEFORE_SUM) + len(_BEFORE_SUM)
     before, behind = content[:start], content[start + len(_NO_SUM) :]
     return before + hashlib.sha256(before + _NO_SUM + behind).hexdigest().encode() + behind

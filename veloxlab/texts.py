@@ -1,4 +1,4 @@
-"""The texts and notebooks that ship with veloxlab, and where they lie."""
+"""The texts and notebooks that ship with veloxlab, and their folders."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Tokenizer: TypeAlias = Any  # mlx-lm's TokenizerWrapper, or anything with `encod
 
 
 def shipped_folder(name: Literal["data", "notebooks"]) -> Path:
-    """A folder of shipped files: inside an installed package, or beside it in a clone; `InputError` if in neither."""
-    # the package first: beside an installed one lie other people's folders
+    """Return a folder of shipped files: in an installed package, or beside it in a clone; `InputError` if missing."""
+    # the package first: the folders beside an installed one are not ours
     for parent in (PACKAGE, PACKAGE.parent):
         if (parent / name).is_dir():
             return parent / name
@@ -26,10 +26,10 @@ def shipped_folder(name: Literal["data", "notebooks"]) -> Path:
 
 @checked(split=choice(*get_args(Split)))
 def excerpt(split: Split = "test") -> str:
-    """Give the first articles of a split of WikiText-2, about 100,000 characters (25,000 tokens).
+    """Return the first articles of a split of WikiText-2, about 100,000 characters (25,000 tokens).
 
     Calibrate on ``"validation"`` and evaluate on ``"test"``, never the other way round. ``"calibration"`` is a mixed
-    text, of validation articles, code and dialogue, for methods that learn what matters to the loss.
+    text, of validation articles, code and dialogue, for methods that learn from the loss.
     Raises `InputError` if there is no such split, or the file is not installed.
     """
     name = "calibration_mix" if split == "calibration" else f"wikitext2_{split}_excerpt"
