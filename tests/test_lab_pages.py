@@ -338,7 +338,7 @@ def test_how_many_tokens_are_in_codes_is_said_and_all_can_be(lab):
     turn(lab, window=64)
     banner = lab.pages["cache"]._banner
     assert "32 of 128 tokens (25%) are in codes" in banner.value  # 62 beside sinks and window, in blocks of 32
-    controls(lab.pages["cache"])["All through codes"].click()
+    controls(lab.pages["cache"])["Code all tokens"].click()
     assert lab.wait(120)
     assert (lab.sinks, lab.window) == (0, 0)
     assert "in codes" not in banner.value

@@ -407,7 +407,7 @@ def test_the_bar_follows_and_its_button_cancels(worker, news):
     assert fill.layout.visibility == button.layout.visibility == "visible"
     button.click()
     assert (button.description, button.disabled) == ("Cancelling…", True)
-    assert label.value == "finishing first: layer 1 (1 of 2)"
+    assert label.value == "ends after this step: layer 1 (1 of 2)"
     bar.activate(True)  # as a page that is turned to does
     assert (button.description, button.disabled) == ("Cancelling…", True)
     go.set()

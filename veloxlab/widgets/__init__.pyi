@@ -1,4 +1,4 @@
-# Where the names of `vl.widgets` come from. `veloxlab/widgets/__init__.py` reads this file.
+# The modules of the names in `vl.widgets`. `veloxlab/widgets/__init__.py` reads this file.
 from .chart_view import ChartView, VegaRuntime, link
 from .lab import Lab
 from .pages.budget import BudgetTuner

@@ -1,4 +1,4 @@
-"""One live chart, and the Vega module that draws it: made once on this machine, so that charts need no network."""
+"""One live chart, and the Vega module that draws it: built once on this machine, so that charts need no network."""
 
 from __future__ import annotations
 
@@ -28,36 +28,36 @@ from veloxlab.widgets.lifetime import Ending, loosen
 
 STATIC = Path(__file__).parent / "static"
 VEGALITE: str = max(vl_convert.get_vegalite_versions(), key=lambda newest: tuple(map(int, newest.split("."))))
-PATIENCE = 1.0  # seconds that what a cell shows waits for what was asked; a file waits longer
-# params that a chart must have for something in it to be picked, and the traits that hold what is
+PATIENCE = 1.0  # seconds that the output of a cell waits for measurements; a file waits longer
+# params of a chart in which something can be picked, and the traits that hold the pick
 PICKS = {"picked_layer": "picked"} | {name: name for name in ("picked_head", "picked_token", "picked_point")}
 Frames = pl.DataFrame | Mapping[str, pl.DataFrame]
 
 
 def bundle_name() -> str:
-    """The bundle's file, named after everything that decides its text: ``"vega-vlc1.9.0.post1-vl6.4.js"``."""
+    """The bundle's file name, with all versions that its text depends on: ``"vega-vlc1.9.0.post1-vl6.4.js"``."""
     return f"vega-vlc{version('vl-convert-python')}-vl{VEGALITE}.js"
 
 
 def ensure_bundle() -> Path:
-    """An ES module that exports ``vegaEmbed``, made if need be: in the user's cache folder, or in a temporary one."""
+    """Path of an ES module that exports ``vegaEmbed``, built if missing: in the user's cache, or a temporary folder."""
     name = bundle_name()
     cache = platformdirs.user_cache_path("veloxlab")
     if (cache / name).is_file():
         return cache / name
-    # vl-convert binds vega and vegaLite too, but to null
+    # vl-convert also binds vega and vegaLite, but to null
     code = vl_convert.javascript_bundle("export { vegaEmbed };", vl_version=VEGALITE).encode()
     try:
         make_folder(cache)
-    except InputError:  # a read-only home, as containers have it
+    except InputError:  # a read-only home folder, usual in containers
         cache = Path(tempfile.mkdtemp(prefix="veloxlab-"))
     return write_atomically(cache / name, code)
 
 
 class VegaRuntime(anywidget.AnyWidget):
-    """The Vega bundle and the themes, sent once per kernel and shared by every chart."""
+    """The Vega bundle and the themes, sent once per kernel and shared by all charts."""
 
-    SHARED = True  # no part of any widget
+    SHARED = True  # not a part of one widget: see `lifetime.parts`
     _esm = "export default {};"
     _shared: ClassVar[VegaRuntime | None] = None
     _making: ClassVar[threading.Lock] = threading.Lock()
@@ -68,7 +68,7 @@ class VegaRuntime(anywidget.AnyWidget):
 
     @classmethod
     def shared(cls) -> VegaRuntime:
-        """Give the one runtime of this kernel, made when first needed or after it was closed."""
+        """Return the one runtime of this kernel, created at first use or after it was closed."""
         with cls._making:
             if cls._shared is None or cls._shared.comm is None:
                 bundle = ensure_bundle()
@@ -78,20 +78,20 @@ class VegaRuntime(anywidget.AnyWidget):
 
 
 class ChartView(Ending, anywidget.AnyWidget):
-    """Show a chart, and change its numbers without drawing it anew.
+    """Show a chart, and change its numbers without drawing it again.
 
-    ``chart``: an Altair chart of fixed width; if it has a param ``picked_layer``, a click on a mark picks its
-    ``layer``, and so with ``picked_head`` (``head``), ``picked_token`` (``position``) and ``picked_point`` (``point``).
-    ``summary``: a line of text for outputs that show no picture; by default the title and the number of rows.
-    ``picked``: the layer marked at first. ``settle``: of a page's chart, what waits until it shows what is chosen:
-    files wait for that, and a cell that shows the chart shows a copy, which stays as it is.
+    ``chart``: an Altair chart of fixed width. If it has a param ``picked_layer``, a click on a mark picks its
+    ``layer``; the same with ``picked_head`` (``head``), ``picked_token`` (``position``), ``picked_point`` (``point``).
+    ``summary``: a line of text for outputs without a picture; by default the title and the number of rows.
+    ``picked``: the layer marked at first. ``settle``, for a chart of a page: a function that waits until the chart
+    shows the present settings. Files wait for it, and a cell shows a copy of the chart that does not change later.
 
     >>> view = ChartView(error_map(frame))
     >>> view.put(other_frame, caption="4 bits")  # same chart, other numbers: about a millisecond
     >>> link(view, ChartView(bit_allocation(bits)))  # a layer picked in one is marked in the other
     """
 
-    # text, and no path: anywidget watches a path, and its signal would hold every chart for ever
+    # text, not a path: anywidget watches a path, and its signal would keep every chart alive
     _esm = (STATIC / "chart_view.js").read_text("utf-8")
     _css = (STATIC / "chart_view.css").read_text("utf-8")
 
@@ -99,10 +99,10 @@ class ChartView(Ending, anywidget.AnyWidget):
     spec = t.Dict().tag(sync=True)
     content = t.Dict().tag(sync=True)
     picked = t.Int(None, allow_none=True, help="the picked layer; set it from Python or by a click").tag(sync=True)
-    picked_head = t.Int(None, allow_none=True, help="the same of the KV head").tag(sync=True)
-    picked_token = t.Int(None, allow_none=True, help="the same of the token, its position").tag(sync=True)
-    picked_point = t.Int(None, allow_none=True, help="the same of a cache, its number").tag(sync=True)
-    note = t.Dict(help="a line above the chart: why it is there, and of what kind its numbers are").tag(sync=True)
+    picked_head = t.Int(None, allow_none=True, help="the picked KV head").tag(sync=True)
+    picked_token = t.Int(None, allow_none=True, help="the picked token, by its position").tag(sync=True)
+    picked_point = t.Int(None, allow_none=True, help="the picked cache, by its number").tag(sync=True)
+    note = t.Dict(help="the line above the chart: its question, and the kind of its numbers").tag(sync=True)
 
     _numbers: ClassVar[itertools.count[int]] = itertools.count(1)
 
@@ -118,8 +118,8 @@ class ChartView(Ending, anywidget.AnyWidget):
         self._changing = threading.RLock()
         self._links: list[ipywidgets.Widget] = []
         self._bare: Spec = {}
-        self._data: dict[str, Rows | pl.DataFrame] = {}  # by dataset name, the first first
-        self._columns: dict[str, set[str]] = {}  # that the chart's own rows have
+        self._data: dict[str, Rows | pl.DataFrame] = {}  # by dataset name, in the chart's order
+        self._columns: dict[str, set[str]] = {}  # of the chart's first rows, by dataset name
         super().__init__(runtime=VegaRuntime.shared(), picked=picked, **self._state_of(chart, revision=1))
         self.on_msg(self._answer)
         loosen(self)
@@ -130,14 +130,14 @@ class ChartView(Ending, anywidget.AnyWidget):
         return int(self.content["revision"])
 
     def show(self, chart: alt.TopLevelMixin, *, summary: str | None = None) -> None:
-        """Show another chart, and a ``summary`` if given; the page patches the one it has if only numbers differ."""
+        """Show another chart, and a ``summary`` if given. If only numbers differ, the page patches the old chart."""
         with self._changing:
             state = self._state_of(chart, revision=self.revision + 1)
             self.summary = self.summary if summary is None else summary
             self.spec, self.content = state["spec"], state["content"]
 
     def put(self, frames: Frames | None = None, /, *, summary: str | None = None, **params: Any) -> None:
-        """Change rows and params of the chart that is shown, for instance ``caption="3 bits"``.
+        """Change rows and params of the present chart, for instance ``caption="3 bits"``.
 
         ``frames`` are rows for the chart's first dataset, or frames by dataset name, with the columns of the chart's
         own frame. Without a ``summary`` the old line of text stays.
@@ -162,21 +162,21 @@ class ChartView(Ending, anywidget.AnyWidget):
             }
 
     def to_dict(self) -> Spec:
-        """Give the chart as it is now: a Vega-Lite spec with its rows, params and picked layer."""
+        """The present chart: a Vega-Lite spec with its rows, params and picks."""
         with self._changing:
             picked = {param: getattr(self, trait) for param, trait in PICKS.items()}
             return join(self._bare, self._rows(), self.content["params"] | picked)
 
     @property
     def frame(self) -> pl.DataFrame:
-        """The rows of the chart's first dataset, as they are now."""
+        """The present rows of the chart's first dataset."""
         with self._changing:
             if not self._data:
                 raise InputError("This chart has no rows yet: give it some with put(frame).")
             return pl.DataFrame(next(iter(self._data.values())), infer_schema_length=None)
 
     def still(self) -> ChartView:
-        """A copy that follows nothing, for a cell to show: the text beside it stays true."""
+        """A copy that does not change with the page, for a cell: the text beside it stays true."""
         self._settled(PATIENCE)
         copy = ChartView(self.to_dict(), summary=self.summary, picked=self.picked)
         for trait in PICKS.values():
@@ -184,22 +184,22 @@ class ChartView(Ending, anywidget.AnyWidget):
         return copy
 
     def to_csv(self, path: str | Path) -> Path:
-        """Write the rows as CSV, and give the file's path."""
+        """Write the rows as CSV, and return the file's path."""
         self._settled()
         return write_atomically(path, self.frame.write_csv().encode())
 
     def to_parquet(self, path: str | Path) -> Path:
-        """Write the rows as Parquet, and give the file's path."""
+        """Write the rows as Parquet, and return the file's path."""
         self._settled()
         return write_parquet(path, self.frame)
 
     def to_png(self, path: str | Path, *, width: int = 2 * picture.WIDTH) -> Path:
-        """Write the picture as PNG of a width in pixels, and give the file's path."""
+        """Write the picture as PNG with ``width`` in pixels, and return the file's path."""
         self._settled()
         return write_atomically(path, picture.png(self.to_dict(), width=width))
 
     def to_svg(self, path: str | Path) -> Path:
-        """Write the picture as SVG, and give the file's path."""
+        """Write the picture as SVG, and return the file's path."""
         self._settled()
         return write_atomically(path, picture.svg(self.to_dict()).encode())
 
@@ -218,7 +218,7 @@ class ChartView(Ending, anywidget.AnyWidget):
         return {name: _rows_of(payload) for name, payload in self.content["datasets"].items()}
 
     def _state_of(self, chart: alt.TopLevelMixin | Spec, *, revision: int) -> dict[str, Any]:
-        spec = chart if isinstance(chart, dict) else chart.to_dict(validate=False)  # its parts were, and a slider waits
+        spec = chart if isinstance(chart, dict) else chart.to_dict(validate=False)  # valid parts; a slider waits
         bare, rows, params = split(spec)
         if bare != self._bare:
             self._bare, self._id = bare, next(self._numbers)
@@ -232,22 +232,22 @@ class ChartView(Ending, anywidget.AnyWidget):
         }
 
     def _answer(self, _: object, message: object, __: object) -> None:
-        """Send the bundle to a page that cannot reach the shared runtime (marimo, Colab)."""
+        """Send the bundle to a page that has no access to the shared runtime (marimo, Colab)."""
         if message == {"wants": "runtime"}:
             self.send({"runtime": {name: getattr(self.runtime, name) for name in ("version", "code", "themes")}})
 
 
 def link(*views: ipywidgets.Widget) -> None:
-    """Share the trait ``picked`` of views, in the page itself, so that it works while the kernel is busy or gone."""
+    """Share the trait ``picked`` of views in the page itself: this works while the kernel is busy or has ended."""
     for view in views[1:]:
         joined = ipywidgets.jslink((views[0], "picked"), (view, "picked"))
         for end in (views[0], view):
-            end._links = [*getattr(end, "_links", ()), joined]  # it ends with either of them
+            end._links = [*getattr(end, "_links", ()), joined]  # the link ends when one of the two views ends
         loosen(joined)
 
 
 def _payload(table: Rows | pl.DataFrame, columns: Iterable[str] = ()) -> bytes:
-    """Write rows as JSON: those of a frame column by column, a third of the bytes, and of ``columns`` alone if given.
+    """Rows as JSON: a frame by columns, which takes a third of the bytes, and only ``columns`` if they are given.
 
     Polars writes NaN and infinities as null, in Rust.
     """

@@ -1,4 +1,4 @@
-"""Traits of pages that belong to the selection which all pages share, and traits that are checked."""
+"""Traits of pages that read and set the shared selection, and traits with a check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from veloxlab.codecs import TENSORS
 
 
 class Chosen(t.TraitType[Any, Any]):
-    """A part of a page's selection as a trait of the page: it is read there, set there, and kept nowhere else."""
+    """A part of a page's selection as a trait of the page. The selection keeps the value; the page has no copy."""
 
     def __init__(self, part: str, *, read: str = "", help: str = "") -> None:  # noqa: A002 - traitlets' word
         super().__init__(help=help)
@@ -26,10 +26,10 @@ class Chosen(t.TraitType[Any, Any]):
 
 
 class ChosenBits(Chosen):
-    """Code bits of a page's keys or values; with an empty ``tensor`` of the one that the page shows.
+    """Code bits of a page's keys or values; with an empty ``tensor``, of the tensor that the page shows.
 
-    ``part`` is the layer that they are of: ``"layer"``, the picked one, which then has bits of its own;
-    ``"shown_layer"``, unless it has no bits of its own; or empty for all layers.
+    ``part`` says of which layer: ``"layer"``, the picked layer, which gets bits of its own when they are set;
+    ``"shown_layer"``, that layer if it has bits of its own, otherwise all layers; empty for all layers.
     """
 
     def __init__(self, tensor: str, part: str = "", *, help: str = "") -> None:  # noqa: A002
@@ -37,7 +37,7 @@ class ChosenBits(Chosen):
         self.tensor = tensor
 
     def _of(self, page: Any) -> tuple[int | None, int]:  # noqa: ANN401
-        """The layer that they are of, None for all, and their place in a pair."""
+        """The layer of these bits (None for all), and their index in a pair (keys, values)."""
         choice = page.selection.choice
         layer = getattr(choice, self.part) if self.part else None
         one = self.part == "layer" or layer in choice.own_bits
@@ -63,25 +63,23 @@ class ChosenBits(Chosen):
 class Seeded(t.HasTraits):
     """The seed as a trait of a page."""
 
-    seed = Chosen("seed", help="seed of what is random in codes or in their calibration")
+    seed = Chosen("seed", help="seed of the random parts of codes and of their calibration")
 
 
 class OfCache(Seeded):
     """Traits of a page of whole caches; the bits are those of all layers."""
 
     method = Chosen("method", help="a method's id")
-    key_bits = ChosenBits(
-        "keys", help="code bits of each coordinate of a key, 1 to 8 by the method; scales come on top"
-    )
+    key_bits = ChosenBits("keys", help="code bits of each coordinate of a key, 1 to 8 by the method, without scales")
     value_bits = ChosenBits(
-        "values", help="code bits of each coordinate of a value, 1 to 8 by the method; scales come on top"
+        "values", help="code bits of each coordinate of a value, 1 to 8 by the method, without scales"
     )
     sinks = Chosen("sinks", help="first tokens of a text, kept exact")
     window = Chosen("window", help="newest tokens of a text, kept exact; up to 32 more wait to be coded together")
 
 
 class OfLayers(OfCache):
-    """The same, of a page on which a layer can be picked; the bits are then those of that layer."""
+    """Traits of a page of whole caches on which a layer can be picked; the bits are then those of that layer."""
 
     layer = Chosen("layer", help="the picked layer")
     key_bits = ChosenBits(
@@ -95,7 +93,7 @@ class OfLayers(OfCache):
 
 
 class Checked(t.Any):
-    """A trait of what a check of `veloxlab.checks` takes; raises `InputError` for anything else."""
+    """A trait with a check of `veloxlab.checks`; raises `InputError` for a value that does not pass it."""
 
     def __init__(self, check: Callable[[str, object], Any], default: object = t.Undefined, *, help: str = "") -> None:  # noqa: A002
         super().__init__(default, help=help)

@@ -1,4 +1,4 @@
-"""One slider over frames that are already measured, and the chart of the one it points at."""
+"""One slider over measured frames, and the chart of the chosen one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from veloxlab.widgets.lifetime import Ending, loosen
 
 
 class Explore(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
-    """Show one of several frames as a chart; a slider chooses which. Nothing is computed when it moves.
+    """Show one of several frames as a chart; a slider chooses which. A move of the slider measures nothing.
 
-    ``frames``: what the slider can point at, frames by the values of the setting that they were measured with. ``draw``
-    makes the chart of a frame. ``description``: what the values are, in a word. ``value``: where the slider begins; the
-    first by default. Set ``slider.value`` and the chart, ``view``, follows. Raises `InputError` if there are no frames,
-    or ``value`` is not among them.
+    ``frames``: frames by the value of the setting that they were measured with; these are the slider's values.
+    ``draw``: a function from a frame to its chart. ``description``: the slider's label. ``value``: where the slider
+    starts; by default the first. The chart, ``view``, follows ``slider.value``. Raises `InputError` if there are no
+    frames, or if ``value`` is not among them.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The laboratory: every view of one cache on pages of their own, which share one selection."""
+"""The laboratory: pages about one cache, which share one selection."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.runs import Steps
 from veloxlab.widgets.worker import sentence
 
-# A page is one line here: its name, its title, and what makes it from a laboratory.
+# One line for each page: its name, its title, and a function that makes it from a laboratory.
 PAGES: dict[str, tuple[str, Callable[[Lab], Panel]]] = {
     "cache": ("Cache", lambda lab: cache.CachePage(lab.experiment, lab.worker)),
     "advise": ("Advise", lambda lab: advise.Advisor(lab.experiment, **lab.shared)),
@@ -60,20 +60,20 @@ def _of(page: str, name: str) -> Any:  # noqa: ANN401 - a property
 class Lab(Experimenter, OfExperiment, OfLayers):
     """The laboratory: pages that measure and show one model's compressed cache.
 
-    All pages share method, bits, exact tokens, layer, head and token. A page is made when it is opened, and made anew
-    after it was closed; each of its charts comes when it is measured. One thread does all work, with progress; each
-    page can cancel it. Nothing here needs a network.
+    All pages share method, bits, exact tokens, layer, head and token. A page is made when it is opened, and again
+    after it was closed; each of its charts appears when it is measured. One thread does all work, with progress; each
+    page can cancel it. No network is needed.
 
-    Parameters, and what they raise, are those of `CacheExplorer`, and so are the attributes, with these besides:
+    Parameters, errors and attributes are those of `CacheExplorer`. More attributes:
 
     - ``page``, a trait: the open page, one of ``cache``, ``advise``, ``errors``, ``keys``, ``tokens``, ``compare``,
       ``generation``, ``runs``, ``times``, ``tasks``, ``budget`` and ``memory``. ``pages``: those made so far, by name.
-    - ``seed``, a trait: of what is random in codes or in their calibration; each run keeps it.
+    - ``seed``, a trait: seed of the random parts of codes and calibrations; each run records it.
     - ``head``, ``token``, traits: the chosen KV head, and the chosen token by its position in the text; None for the
       token that lost most. ``compact``, a trait: small charts, so that a page fits one screen.
-    - ``points``: what was measured. ``points.windows`` is the number of windows of text, ``points.table`` a frame of
-      all runs; ``points.save(path)`` writes it, and ``points.open(path)`` adds what was written.
-    - ``compare()`` measures every method that needs no fitting.
+    - ``points``: all measured runs. ``points.windows`` is the number of windows of text, ``points.table`` a frame of
+      the runs; ``points.save(path)`` writes it, and ``points.open(path)`` adds the runs of a file.
+    - ``compare()`` measures each method that needs no fitting.
     """
 
     NAME = "lab"
@@ -96,7 +96,7 @@ class Lab(Experimenter, OfExperiment, OfLayers):
         self.shared: dict[str, Any] = {"selection": self.selection, "worker": self.worker}
         self._pages: dict[str, Panel] = {}  # never changed in place: threads add pages while others read them
         self._places = {name: ipywidgets.VBox() for name in PAGES}
-        self._unmade = ""  # why the page that was opened last is not there
+        self._unmade = ""  # why the page that was opened last could not be made
         self._show_page("cache", cache.CachePage(experiment, self.worker, now=True))
         self._show_page("compare", PAGES["compare"][1](self))
         titles = [title for title, _ in PAGES.values()]
@@ -107,36 +107,36 @@ class Lab(Experimenter, OfExperiment, OfLayers):
         t.link((self, "compact"), (tight, "value"))
         self._steps = Steps(self.selection)
         self._watch(self.selection, "choice", self._steps.follow)
-        undo = button("\u21b6", "Undo: choose what was chosen before", self.undo, width="34px")
-        redo = button("\u21b7", "Redo: choose again what was undone", self.redo, width="34px")
+        undo = button("\u21b6", "Undo the last change of the settings", self.undo, width="34px")
+        redo = button("\u21b7", "Redo the change that was undone", self.redo, width="34px")
         corner = ipywidgets.HBox([undo, redo, tight])
         corner.add_class("veloxlab-corner")
         self.children = [styled(), corner, self._tabs, self._message, ipywidgets.HTML(glossary())]
         self.follow()
 
     def undo(self) -> None:
-        """Choose what was chosen before the last step, on all pages; moves of one knob within a second are one step."""
+        """Undo the last change of the choice, on all pages; moves of one control within a second are one change."""
         self._steps.undo()
 
     def redo(self) -> None:
-        """Choose what was undone last."""
+        """Redo the change that was undone last."""
         self._steps.redo()
 
     @property
     def pages(self) -> dict[str, Panel]:
-        """The pages that were made and are not closed, by name."""
+        """The open pages, including hidden ones, by name."""
         return {name: panel for name, panel in self._pages.items() if panel.comm is not None}
 
     def page_of(self, name: str) -> Any:  # noqa: ANN401 - a panel of any kind
-        """A page that was made; raises `InputError` if it was not, or if it is closed."""
+        """A page of `pages`; raises `InputError` if it was not made, or if it is closed."""
         if name not in self.pages:
             raise InputError(f"The page {name!r} is not open: open it with turn_to({name!r}).")
         return self.pages[name]
 
     def turn_to(self, page: str) -> Panel:
-        """Open a page, wait for what it measures first, and give it; raises `InputError` if it cannot be made."""
+        """Open a page, wait for its first measurements, and return it; raises `InputError` if it cannot be made."""
         if self.page != page:
-            self.page = page  # which opens it; a second page of one kind would end the work of the first
+            self.page = page  # this opens it; a second page of one kind would end the work of the first
         elif page not in self.pages:
             self._open()
         if page not in self.pages:
@@ -145,14 +145,14 @@ class Lab(Experimenter, OfExperiment, OfLayers):
         return self.pages[page]
 
     def _open(self) -> None:
-        """Draw the open page alone; make it if it is new, or was closed. The worker does what it measures."""
+        """Draw the open page only; make it if it is new, or was closed. The worker does its measurements."""
         name = self.page
         for each, panel in self.pages.items():
             panel.activate(each == name)
         if name not in self.pages:
             try:
                 self._show_page(name, PAGES[name][1](self))
-            except Exception as error:  # noqa: BLE001 - whatever a page raises is said, and the others live on
+            except Exception as error:  # noqa: BLE001 - any error of a page is shown, and the other pages go on
                 self._unmade = sentence(error)
                 self.say(self._unmade)
 
@@ -175,7 +175,7 @@ class Lab(Experimenter, OfExperiment, OfLayers):
 
     @property
     def named(self) -> dict[str, ChartView]:
-        """The charts of every page that was made; those of whole caches by their names alone."""
+        """The charts of all pages so far, by page and name; those of the Cache and Compare pages by name alone."""
         return {
             name if page in ("cache", "compare") else f"{page}_{name}": view
             for page, panel in self.pages.items()
@@ -184,7 +184,7 @@ class Lab(Experimenter, OfExperiment, OfLayers):
 
     @property
     def sections(self) -> list[Section]:
-        """What a report says: the charts of every page that was made, what was measured, the plan and its use."""
+        """The content of a report: the newest result, the charts of all pages so far, the plan and its use."""
         words = f"{len(self.experiment.capture.tokens)} tokens of text, sinks={self.sinks}, window={self.window}."
         said = [Section(self.name, words)]
         if self.points.every:

@@ -1,4 +1,4 @@
-"""What pages are made of: controls that stay in sight, charts in columns, notes with words explained, lines of code."""
+"""The parts of pages: controls that stay in sight, charts in columns, notes, a glossary, and lines of code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from veloxlab.views import theme
 STATIC = Path(__file__).parent / "static"
 STYLE = f"<style>{(STATIC / 'pages.css').read_text('utf-8')}</style>"
 BROAD = "veloxlab-broad"  # a control that has a row of its own
-WIDE = "veloxlab-wide"  # one that is as wide as two
+WIDE = "veloxlab-wide"  # a control as wide as two
 LEGEND = (
     ("●", theme.KEYS, "keys"),
     ("■", theme.VALUES, "values"),
@@ -29,14 +29,14 @@ LEGEND = (
 
 
 def laid_out(head: Iterable[ipywidgets.Widget], *parts: ipywidgets.Widget) -> list[ipywidgets.Widget]:
-    """Children of a page: its style, a head that stays in sight, and what is below it."""
+    """Children of a page: its style, a head that stays in sight, and the parts below it."""
     return [styled(), _box("veloxlab-head", head, ipywidgets.VBox), *parts]
 
 
 def about(help_at: str) -> ipywidgets.HTML:
-    """What marks in charts mean, and where a page is explained: a notebook and a heading, ``"file.ipynb#heading"``.
+    """The legend of marks, and a pointer to the notebook and heading that explain a page: ``"file.ipynb#heading"``.
 
-    It is a link where that notebook lies beside the present one.
+    The pointer is a link if that notebook is in the present folder.
     """
     file, heading = help_at.split("#")
     words = f"Explained in {file}, “{html.escape(heading)}”"
@@ -49,18 +49,18 @@ def about(help_at: str) -> ipywidgets.HTML:
 
 
 def styled() -> ipywidgets.HTML:
-    """What brings the style of pages to wherever they are shown."""
+    """A hidden widget with the style of pages."""
     return ipywidgets.HTML(STYLE, layout={"display": "none"})
 
 
 def controls(*parts: ipywidgets.Widget | Iterable[ipywidgets.Widget]) -> ipywidgets.Box:
-    """Controls beside one another, as many in a row as there is room for."""
+    """Controls in rows, with as many in a row as fit."""
     flat = [one for part in parts for one in ([part] if isinstance(part, ipywidgets.Widget) else part)]
     return _box("veloxlab-controls", flat)
 
 
 def status(said: Iterable[ipywidgets.Widget], bar: ipywidgets.Widget) -> ipywidgets.Box:
-    """What a page says, and beside it what its worker does."""
+    """The messages of a page, and beside them the progress bar of its worker."""
     words = ipywidgets.VBox([*said], layout={"flex": "1 1 260px", "overflow": "visible"})
     return _box("veloxlab-status", [words, bar])
 
@@ -72,7 +72,7 @@ def broad(control: ipywidgets.Widget) -> ipywidgets.Widget:
 
 
 def wide(control: ipywidgets.Widget) -> ipywidgets.Widget:
-    """A control as wide as two, where there is room: its words are long."""
+    """A control as wide as two, where they fit: for long words."""
     control.add_class(WIDE)
     return control
 
@@ -89,50 +89,52 @@ def _box(name: str, parts: Iterable[ipywidgets.Widget], kind: type[ipywidgets.Bo
 
 
 def button(words: str, tip: str, act: Callable[[], object], width: str = "") -> ipywidgets.Button:
-    """A button that acts when it is pressed."""
+    """A button that calls ``act`` when it is pressed."""
     made = ipywidgets.Button(description=words, tooltip=tip, layout={"width": width} if width else {})
     made.on_click(lambda _: act())
     return made
 
 
 WORDS = {
-    "keys, values": "what a layer keeps of every token; attention compares keys with a query, and mixes values",
-    "KV head": "one of the parts of a layer that keep keys and values of their own; several query heads share it",
+    "keys, values": "the two vectors that a layer stores for each token; attention compares a query with keys, and "
+    "averages values",
+    "KV head": "a part of a layer that stores its own keys and values; several query heads can share it",
     "sinks": "the first tokens of a text, kept exact, because much attention goes to them",
     "window": "the newest tokens, kept exact; up to 32 more wait to be coded together",
     "code bits": "bits of the code of one coordinate of a key (K) or value (V)",
-    "true bits": "all bits stored for a value, with scales and norms",
-    "relative MSE": "squared error over squared size: 0.01 means that a hundredth of the energy is error",
+    "true bits": "all stored bits of one coordinate, including scales and norms",
+    "relative MSE": "squared error divided by squared size: at 0.01 the error has 1 % of the energy",
     "KL (nats)": "how far the next token's probabilities move from those of the exact cache; 0 is no change",
-    "other first choice": "share of tokens whose most probable next token is another one than with the exact cache",
-    "fp16, exact": "the uncompressed cache, 16 bits a number: what all bytes are compared with",
+    "other first choice": "share of positions at which the most probable next token differs from the exact cache's",
+    "fp16, exact": "the uncompressed cache, 16 bits a number: the reference for all bytes",
     "measured": "run on this model and text, or counted in live buffers",
     "predicted": "computed from the layout of codes, or from the committed results of another model",
-    "stale": "of older settings: these are being measured, or cannot be",
-    "geometric mean": "the mean of logarithms; a mean far above it says that a few heads matter much more than others",
+    "stale": "of older settings: the present ones are being measured, or cannot be measured",
+    "geometric mean": "the mean of logarithms; a usual mean far above it shows that a few heads matter much more than "
+    "others",
 }
 
 
 def awaited(why: str) -> ipywidgets.HTML:
-    """What stands in the place of a chart that is not measured yet: what it is for."""
+    """A placeholder for a chart that is not measured yet, with the chart's purpose."""
     return ipywidgets.HTML(f"<div class='veloxlab-awaited'>{html.escape(why)}</div>")
 
 
 def note(why: str, badge: str) -> dict[str, str]:
-    """The line above a chart: why it is there, and whether its numbers are "measured", "predicted" or "stale"."""
+    """The line above a chart: its purpose, and whether its numbers are "measured", "predicted" or "stale"."""
     return {"why": why, "badge": badge, "tip": "; ".join(WORDS[word] for word in badge.split(", then "))}
 
 
 def glossary() -> str:
-    """HTML that opens at a click."""
+    """HTML of `WORDS`, which opens at a click."""
     lines = "".join(f"<dt>{html.escape(word)}</dt><dd>{html.escape(said)}</dd>" for word, said in WORDS.items())
     return f"<details class='veloxlab-glossary'><summary>Words used here</summary><dl>{lines}</dl></details>"
 
 
 class CodeLines(anywidget.AnyWidget):
-    """Show ``value``, lines of code, and copy them at a press of a button."""
+    """Show ``value``, lines of code, with a button that copies them."""
 
-    # text, and no path: anywidget watches a path, and its signal would hold every widget for ever
+    # text, not a path: anywidget watches a path, and its signal would keep every widget alive
     _esm = (STATIC / "code_lines.js").read_text("utf-8")
 
     value = t.Unicode("", help="lines of Python").tag(sync=True)

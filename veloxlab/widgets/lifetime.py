@@ -1,8 +1,8 @@
-"""How a widget ends: it is closed, nothing refers to it any more, or its cell is run again.
+"""A widget ends when it is closed, when nothing refers to it any more, or when its cell is run again.
 
-ipywidgets keeps every widget until it is closed: in a table, and by the callback of its comm. Here both refer weakly to
-the widgets of this package, so that Python's garbage collection closes those that nobody uses. What a page shows is
-kept until its cell shows something else.
+ipywidgets keeps each widget until it is closed: in a table, and by the callback of its comm. Here both refer weakly to
+the widgets of this package, so that Python's garbage collection closes unused ones. A widget in the output of a cell
+is kept until that cell shows something else.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from veloxlab.views import picture
 
 
 class Table(WeakValueDictionary[str, ipywidgets.Widget]):
-    """The table of open widgets by model id, as ipywidgets uses it. It holds those in ``kept``, and what a page shows.
+    """The table of open widgets by model id, for ipywidgets. It keeps those in ``kept`` and in ``shown`` alive.
 
-    A loop over it runs over a copy: any thread may make or end widgets meanwhile.
+    A loop over it runs over a copy, because any thread may make or end widgets at the same time.
     """
 
     def __init__(self, widgets: Mapping[str, ipywidgets.Widget]) -> None:
@@ -38,7 +38,7 @@ class Table(WeakValueDictionary[str, ipywidgets.Widget]):
             held.pop(name, None)
         return super().pop(name, *default)
 
-    def items(self) -> Any:  # noqa: ANN401 - a list, where a view is promised
+    def items(self) -> Any:  # noqa: ANN401 - a list, where the base class has a view
         return [(found.key, widget) for found in self.valuerefs() if (widget := found()) is not None]
 
     def values(self) -> Any:  # noqa: ANN401
@@ -50,7 +50,7 @@ registry._instances = TABLE
 
 
 class Ending(ipywidgets.Widget):  # type: ignore[misc]  # ipywidgets has no types
-    """A widget that ends with all its parts: when it is closed, or when nothing refers to it any more."""
+    """A widget that ends together with its parts: when it is closed, or when nothing refers to it any more."""
 
     def close(self) -> None:
         """Take the widget and all its parts off the page. It cannot be shown again."""
@@ -61,11 +61,11 @@ class Ending(ipywidgets.Widget):  # type: ignore[misc]  # ipywidgets has no type
 
     @property
     def views(self) -> tuple[Any, ...]:
-        """The `ChartView` of each chart that is seen now, from top to bottom; that of a chart is itself."""
+        """The `ChartView` of each visible chart, from top to bottom; for a `ChartView`, itself."""
         return (self,)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Show the live widget, and for places where no kernel runs a picture and a line, which is its description."""
+        """The live widget; and for places without a kernel a picture and a line of text, also its alternative text."""
         keep_shown(self)
         bundle = super()._repr_mimebundle_(**kwargs)
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
@@ -78,23 +78,23 @@ class Ending(ipywidgets.Widget):  # type: ignore[misc]  # ipywidgets has no type
 
 
 def loosen(whole: ipywidgets.Widget) -> None:
-    """Let a widget and its parts end when nothing refers to ``whole`` any more."""
+    """Let a widget and its parts end when nothing else refers to ``whole`` any more."""
     for part in parts(whole):
         if part.comm is not None and TABLE.kept.pop(part.model_id, None) is not None:
             part.comm.on_msg(weakly(part._handle_msg))
 
 
 def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that calls a bound method as long as its object is there, and does not keep the object."""
+    """A function that calls a bound method while its object exists, and does not keep the object alive."""
     reference = WeakMethod(method)
     return lambda *given: call(*given) if (call := reference()) is not None else None
 
 
-_PLAIN = {str, int, float, bool, bytes, type(None)}  # what rows of charts are full of
+_PLAIN = {str, int, float, bool, bytes, type(None)}  # skipped: rows of charts have very many of these
 
 
 def parts(whole: ipywidgets.Widget) -> list[ipywidgets.Widget]:
-    """The widget itself and every widget that it is made of, shown or not; none that is shared by all."""
+    """The widget itself and all widgets that it consists of, visible or not; without those marked ``SHARED``."""
     found: dict[int, ipywidgets.Widget] = {}
     waiting: list[object] = [whole]
     while waiting:
@@ -105,20 +105,20 @@ def parts(whole: ipywidgets.Widget) -> list[ipywidgets.Widget]:
             waiting += [each for each in value.copy().values() if type(each) not in _PLAIN]
         elif isinstance(value, ipywidgets.Widget) and id(value) not in found and not hasattr(value, "SHARED"):
             found[id(value)] = value
-            if not isinstance(value, ipywidgets.widget_link.Link):  # its ends are no parts of it
+            if not isinstance(value, ipywidgets.widget_link.Link):  # the ends of a link are not its parts
                 waiting += [vars(value), value._trait_values]
     return list(found.values())
 
 
 Shown = WeakSet[ipywidgets.Widget]
-# by the cell's id, or by its code where the page sends no id: its newest run, and what that shows
+# by the cell's id, or by its code where the page sends no id: its newest run, and the widgets shown by that run
 _cells: dict[str, tuple[str, Shown]] = {}
 
 
 def keep_shown(widget: ipywidgets.Widget) -> None:
-    """Keep a widget that is shown. What an older run of the same cell showed ends after this run.
+    """Keep a shown widget alive. The widgets that an older run of the same cell showed end after this run.
 
-    A widget stays open if a variable of the user still holds it, or if it is a part of another one.
+    A widget stays open if a variable of the user refers to it, or if it is a part of another widget.
     """
     shell = get_ipython()
     if widget.comm is None or not hasattr(shell, "get_parent"):
@@ -144,7 +144,7 @@ def keep_shown(widget: ipywidgets.Widget) -> None:
 
 
 def _end(last: Shown, variables: dict[str, Any]) -> None:
-    """Close what was shown, unless it is shown again, a part of a box, or held by a variable of the user."""
+    """Close widgets that were shown, except those that are shown again, in a box, or in a variable of the user."""
     still = [widget for _, shown in _cells.values() for widget in shown]
     named = [value for name, value in variables.items() if not name.startswith("_") and name not in ("In", "Out")]
     inside = [value.values() if isinstance(value, dict) else value for value in named]

@@ -1,4 +1,4 @@
-"""What all widgets of charts share: a worker with its progress bar, a selection with its controls, and files."""
+"""The base of all widgets of charts: a worker with its progress bar, a selection with its controls, and files."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from veloxlab.widgets.progress_bar import ProgressBar
 from veloxlab.widgets.selection import Selection
 from veloxlab.widgets.worker import Job, Worker
 
-KEPT = {"_model_id", "_cross_validation_lock", "_repr_mimebundle_", "worker", "points"}  # by a closed panel
+KEPT = {"_model_id", "_cross_validation_lock", "_repr_mimebundle_", "worker", "points"}  # attributes of a closed panel
 
 
 class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
-    """A widget of charts that a worker measures and that follows a selection.
+    """A widget of charts. A worker measures their numbers, and they follow a selection.
 
-    A subclass has a ``NAME``. It calls ``Panel.__init__``, puts together its children, ``_message`` among them, and
-    then calls `follow`. `close` ends it, and so does the garbage collection: its widgets leave the page, its work
-    stops, and it lets go of the model and of all that it measured but the public tables.
+    A subclass has a ``NAME``. It calls ``Panel.__init__``, sets its children, with ``_message`` among them, and then
+    calls `follow`. `close` and garbage collection end a panel: its widgets leave the page, its work stops, and it drops
+    its references to the model and to all results except the public tables.
     """
 
     NAME: ClassVar[str]
-    IS_PAGE: ClassVar[bool] = True  # a laboratory holds pages, and is none
-    HELP: ClassVar[str] = "00_tour.ipynb#5. Set the controls"  # a notebook that explains it, and a heading there
-    WHY: ClassVar[Mapping[str, str]] = {}  # a line above charts that are put in one by one: what each is for
-    SETTINGS: ClassVar[tuple[str, ...]] = ()  # what may be given to it, or what its charts show
+    IS_PAGE: ClassVar[bool] = True  # a laboratory holds pages, and is not a page
+    HELP: ClassVar[str] = "00_tour.ipynb#5. Set the controls"  # a notebook that explains the page, and a heading there
+    WHY: ClassVar[Mapping[str, str]] = {}  # by chart: the line above it, with its question
+    SETTINGS: ClassVar[tuple[str, ...]] = ()  # traits that ``settings`` may have, and on which its charts depend
     children: Any
-    active = True  # whether it draws what is chosen; a laboratory's hidden pages do not
+    active = True  # whether it draws the present choice; hidden pages of a laboratory do not
 
     def __init__(self, selection: Selection, worker: Worker | None = None, **settings: Any) -> None:
         if unknown := sorted({*settings} - {*self.SETTINGS}):
@@ -51,7 +51,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         self.charts: Mapping[str, ChartView] = {}
         self._ends, self._keys, self._bits_links = list[Callable[[], object]](), set[str](), list[t.link]()
         self._message, self._banner = ipywidgets.HTML(), ipywidgets.HTML()
-        loosen(self._message)  # what follows may fail
+        loosen(self._message)  # the next lines may fail
         loosen(self._banner)
         super().__init__(**settings)
         self._seen = self._chosen()
@@ -62,7 +62,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         self.observe(lambda change: loosen(change["owner"]), "children")
 
     def close(self) -> None:
-        """End it, and its work; see the class. What is asked of it then raises `InputError`."""
+        """End the panel and its work; see the class. Later use of its attributes raises `InputError`."""
         if self.comm is None:
             return
         for end in self._ends:
@@ -80,14 +80,14 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         for name in self._let_go:
             delattr(self, name)
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - what the instance has not
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - only for attributes that the instance lacks
         if name in vars(self).get("_let_go", ()):
             raise InputError(f"This {type(self).__name__} is closed: make a new one.")
-        return super().__getattribute__(name)  # with the error of its own
+        return super().__getattribute__(name)  # raises the usual error
 
     @property
     def summary(self) -> str:
-        """What it shows, in a line."""
+        """One line about its content."""
         return f"charts: {', '.join(self.named) or 'none yet'}"
 
     def __repr__(self) -> str:
@@ -102,12 +102,12 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         return super()._repr_mimebundle_(**kwargs)
 
     def _settle(self, timeout: float | None = None) -> bool:
-        """Wait until what is seen is what is chosen; tell whether it is after so many seconds."""
+        """Wait, up to ``timeout`` seconds, until the charts show the present choice; return whether they do."""
         return True
 
     @property
     def named(self) -> Mapping[str, ChartView]:
-        """The charts that are there now, those of its parts too, by name, from top to bottom."""
+        """Its present charts, including those of its parts, by name, from top to bottom."""
         return self.charts
 
     @property
@@ -115,38 +115,38 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         return tuple(self.named.values())
 
     def _submit(self, key: str, job: Job, *, on_done: Callable[[Any], None] = lambda _: None, **order: bool) -> None:
-        """Ask for a job of the worker; ``order`` is its ``ahead``, ``first`` and ``kept``."""
+        """Submit a job to the worker; ``order`` has the arguments ``ahead``, ``first`` and ``kept`` of its `submit`."""
         key = f"{self.NAME}: {key}"
         self._keys.add(key)
         self.worker.submit(key, job, on_done=on_done, on_error=weakly(self.say), **order)
 
     def wait(self, timeout: float | None = None, *, ahead: bool = False) -> bool:
-        """Wait until what was asked for is done; see `Worker.wait`."""
+        """Wait until all jobs are done; see `Worker.wait`."""
         return self.worker.wait(timeout, ahead=ahead)
 
     @property
     def notes(self) -> list[str]:
-        """Sentences of what is chosen, as the page sees it: they stand in its banner; empty ones are left out."""
+        """Sentences about the present choice, for the page's banner, which leaves out empty ones."""
         return [self.selection.choice.note]
 
     def say(self, sentence: str) -> None:
-        """Show a sentence, of what went wrong or is awaited, in the place of the last one."""
+        """Show a sentence, such as an error, in the place of the last one."""
         if self.comm is not None:
             self._message.value = f"<em>{html.escape(sentence)}</em>" if sentence else ""
 
     def _note(self) -> None:
-        """Bring the banner to what is chosen."""
+        """Update the banner to the present choice."""
         self._banner.value = "<br>".join(html.escape(note) for note in self.notes if note)
 
     def progress(self, **layout: Any) -> ProgressBar:
-        """A bar of the worker, which can begin again what was cancelled."""
+        """A progress bar of the worker, with a button that cancels and retries."""
         return ProgressBar(self.worker, weakly(self.retry), weakly(self._can_retry), f"{self.NAME}: ", **layout)
 
     def _can_retry(self) -> bool:
         return self.worker.can_retry or bool(self.selection.fitting.held)
 
     def retry(self) -> None:
-        """Ask again for what was cancelled."""
+        """Submit cancelled jobs again."""
         self.selection.fitting.held.clear()
         self.worker.retry()
         self._redraw()
@@ -154,20 +154,20 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     def _laid_out(
         self, head: Iterable[ipywidgets.Widget], *parts: ipywidgets.Widget, told: ipywidgets.Widget | None = None
     ) -> None:
-        """Put together the page: a head that stays in sight, with what is ``told`` and done, and what is below it."""
+        """Set the children: a head that stays in sight, with the banner (or ``told``) and the bar, then ``parts``."""
         self._bar = self.progress()
         said = status([told or self._banner, self._message, self._bar.before], self._bar)
         self.children = laid_out([*head, said, about(self.HELP)], *parts)
 
     def _saying(self, act: Callable[[], object]) -> None:
-        """Act, and say an `InputError`."""
+        """Call ``act``, and show an `InputError` as the message."""
         try:
             act()
         except InputError as error:
             self.say(str(error))
 
     def _put(self, charts: Mapping[str, alt.TopLevelMixin], slot: ipywidgets.Box) -> None:
-        """Show charts, the first ones in ``slot``, later ones in the place of these."""
+        """Show charts: the first ones in ``slot``, later ones in the place of the first."""
         for name, chart in charts.items() if self.charts else ():
             self.charts[name].show(chart)
         if not self.charts:
@@ -175,7 +175,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
             slot.children = self.views
 
     def _chart(self, chart: alt.TopLevelMixin, why: str = "", badge: str = "measured") -> ChartView:
-        """A chart of this page, with a line above it; a token that is picked in it is picked for all pages."""
+        """A chart of this page, with a line above it; a token picked in it is picked on all pages."""
         view = ChartView(chart, settle=weakly(self._settle))
         view.note = note(why, badge)
         self._watch(view, "picked_token", self._token_picked)
@@ -183,7 +183,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
 
     @property
     def _token(self) -> int | None:
-        """Where the picked token is in the charts of this page."""
+        """Position of the picked token in the charts of this page; None if it is in another text."""
         return None if self.selection.choice.ids else self.selection.choice.token
 
     def _token_picked(self, change: dict[str, Any]) -> None:
@@ -204,7 +204,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         self._selected()
 
     def _watch(self, whole: t.HasTraits, trait: str, follow: Callable[[Any], None]) -> None:
-        """Call a method after every change of a trait of something else, until this is closed."""
+        """Call the method ``follow`` after each change of a trait of ``whole``, until this panel is closed."""
         weak = weakly(follow)
         whole.observe(weak, trait)
         self._ends.append(lambda: whole.unobserve(weak, trait))
@@ -213,14 +213,14 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         return {name: getattr(self, name) for name, trait in self.traits().items() if isinstance(trait, Chosen)}
 
     def _selected(self, _: object = None) -> None:
-        """Bring traits, controls and charts to what is chosen; of a hidden page, once it is seen."""
+        """Update traits, controls and charts to the present choice; a hidden page does so when it is shown."""
         if self.active:
             with self.selection.lock:
                 self._tell_changes()
                 self._redraw()
 
     def _tell_changes(self) -> None:
-        """Tell of the traits that changed with the selection, so that controls show them."""
+        """Notify observers of the traits that changed with the selection, so that controls show them."""
         before, self._seen = self._seen, self._chosen()
         if self._seen.get("method") != before.get("method"):
             self._offer_bits()
@@ -229,20 +229,20 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
                 self._notify_trait(name, before[name], value)
 
     def activate(self, active: bool) -> None:
-        """Draw what is chosen from now on, or leave it."""
+        """Start or stop drawing the present choice."""
         self.active = active
         self._bar.activate(active)
-        Panel._selected(self)  # nobody turned a knob
+        Panel._selected(self)  # not a subclass's own: the choice did not change
 
     def _redraw(self) -> None:
-        """Show what is chosen now."""
+        """Show the present choice."""
         self._note()
         self._mark()
 
     def _control(
         self, kind: type[ipywidgets.Widget], trait: str, words: str = "", tip: str = "", **settings: Any
     ) -> ipywidgets.Widget:
-        """A control that shows a trait and sets it; its tooltip is ``tip`` or the trait's own help."""
+        """A control that shows and sets a trait; its tooltip is ``tip`` or the trait's help."""
         own = self.traits()[trait]
         control = kind(value=getattr(self, trait), description=words or trait, **settings)
         ends = [settings[end] for end in ("min", "max") if end in settings]
@@ -260,11 +260,11 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         return self._control(ipywidgets.Dropdown, "method", tip=tip, options=self.selection.methods)
 
     def _all_codes(self) -> ipywidgets.Widget:
-        tip = "No exact tokens: sinks 0 and window 0, so that short texts are seen through codes too"
-        return button("All through codes", tip, lambda: self.selection.choose(sinks=0, window=0))
+        tip = "Set sinks and window to 0, so that no token is exact, even in a short text"
+        return button("Code all tokens", tip, lambda: self.selection.choose(sinks=0, window=0))
 
     def _of_cache(self, sinks: int = 64, window: int = 256, **of_window: Any) -> list[ipywidgets.Widget]:
-        """Controls of the method, of bits of keys and of values, and of sinks and window up to so many."""
+        """Controls of the method, the bits of keys and of values, and sinks and window up to so many tokens."""
         bits = self._bits("key_bits", "K bits"), self._bits("value_bits", "V bits")
         exact = self._slider("sinks", 0, sinks), self._slider("window", 0, window, **of_window)
         return [self._methods(), *bits, *exact]
@@ -275,27 +275,27 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     def _offer_bits(self) -> None:
         for link in self._bits_links:
             slider = link.target[0]
-            link.unlink()  # new options bring a value that nobody chose
-            with slider.hold_sync():  # one message: between two, the page would send the end of its new scale back
+            link.unlink()  # new options set a value that the user did not choose
+            with slider.hold_sync():  # one message: between two, the page would send back the end of its new scale
                 slider.options = self.selection.widths
                 link.link()
 
     @property
     def sections(self) -> list[Section]:
-        """What a report says of it: its charts."""
+        """Its part of a report: its charts."""
         return [Section(chart=view.to_dict()) for view in self.named.values()]
 
     notebook = b""
-    """A notebook that measures again what is seen, for `export`; a page that has none leaves it empty."""
+    """A notebook that repeats the page's measurement, for `export`; empty for a page without one."""
 
     def export(self, path: str | Path) -> Path:
-        """Write what is seen as one HTML file that needs no network, its charts live, light and dark; give its path."""
+        """Write the page as one HTML file with live charts, light and dark; it needs no network. Return its path."""
         self._settle()
         page = report(f"veloxlab: {self}", self.sections, ensure_bundle().read_text("utf-8"), self.notebook)
         return write_atomically(path, page.encode())
 
     def save_pictures(self, folder: str | Path) -> list[Path]:
-        """Write each chart as SVG and PNG and its rows as Parquet into ``folder``, and give the files."""
+        """Write each chart as SVG and PNG and its rows as Parquet into ``folder``, and return the paths."""
         self._settle()
         kinds = {"svg": ChartView.to_svg, "png": ChartView.to_png, "parquet": ChartView.to_parquet}
         folder, named = make_folder(folder), self.named.items()

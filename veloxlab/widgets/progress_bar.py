@@ -1,4 +1,4 @@
-"""What a worker does, as a bar with a button that ends it, or begins it again."""
+"""A progress bar of a worker, with a button that cancels its work or starts it again."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PAUSE = 0.05  # seconds between two moves of the bar: a page needs no more
 
 
 class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no types
-    """Show what a worker does, and let it be cancelled, and begun again. It keeps its place while nothing runs.
+    """Show the progress of a worker's jobs, with a button that cancels or retries. The bar keeps its place at rest.
 
-    ``retry``: what begins again; by default all that was cancelled. ``can_retry``: whether there is something.
-    ``own``: with what the kinds of a page's jobs begin; ``before`` says what runs before such a job, for the page to
-    show. A bar that nobody sees sends nothing until it is activated again.
+    ``retry``: called by *Retry*; by default it submits all cancelled jobs again. ``can_retry``: whether there are any.
+    ``own``: the prefix of the keys of a page's jobs. ``before`` is a widget for the page: it names the job that the
+    page's own job waits for. A hidden bar sends nothing until it is activated again.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
         own: str = "",
         **layout: Any,
     ) -> None:
-        self._worker, self._moved, self._busy = worker, 0.0, ""  # the kind of job that runs
+        self._worker, self._moved, self._busy = worker, 0.0, ""  # busy: the key of the running job
         self._own, self.before = own, ipywidgets.HTML()
         self._ended: Status | None = None  # the job that ended last
         self._active, self._changing = True, threading.Lock()
@@ -59,11 +59,11 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
         return f"ProgressBar({self._worker.name})"
 
     def activate(self, active: bool) -> None:
-        """Follow the worker from now on, beginning with what was missed, or leave it."""
+        """Start to follow the worker, first with the newest state; or stop."""
         with self._changing:
             self._active = active
             if active:
-                self._busy, self._label.value = "", ""  # of a job whose end was not heard
+                self._busy, self._label.value = "", ""  # a job may have ended while the bar was hidden
                 newest = self._worker.newest or self._ended
                 (self._show if newest is None else partial(self._tell, newest))()
 
@@ -90,7 +90,7 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
             self._show()
 
     def _tell_before(self) -> None:
-        """Say what the page's own job waits for."""
+        """Show which job the page's own job waits for."""
         runs = self._worker.newest
         waits = runs is not None and not runs.key.startswith(self._own) and self._worker.awaits(self._own)
         said = html.escape(_said(runs)) if runs is not None and waits else ""
@@ -103,7 +103,7 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
         self._button.layout.visibility = "visible" if busy or again else "hidden"
         self._tell_button("Retry" if again else "Cancelling\u2026" if busy and self._worker.is_ending else "Cancel")
         self._button.tooltip = (
-            "Begin again what was cancelled" if again else f"Stop {busy!r}, which runs, and all that waits"
+            "Start the cancelled work again" if again else f"Stop the running job {busy!r} and all jobs that wait"
         )
 
     def _tell_button(self, words: str) -> None:
@@ -113,11 +113,11 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
         with self._changing:
             busy = self._busy
             if busy:
-                self._tell_button("Cancelling\u2026")  # before the job's end is told, which a step may be far from
-                self._label.value = f"finishing first: {self._label.value}"
+                self._tell_button("Cancelling\u2026")  # at once: the step that runs may take long to end
+                self._label.value = f"ends after this step: {self._label.value}"
         (self._worker.cancel if busy else self._retry)()
 
 
 def _said(status: Status) -> str:
-    """What a job that runs does, and how far it is."""
+    """The present step of a running job, and its number."""
     return f"{status.label} ({status.done} of {status.total})" if status.total else "starting"

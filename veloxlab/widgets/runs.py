@@ -1,4 +1,4 @@
-"""What was measured, kept: each run with its settings and windows, in a file too; and the settings before, for undo."""
+"""The history of measured runs, with settings and windows, also as a file; and the earlier settings, for undo."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ SETTINGS = (
     "window",
     "own_bits",
     "seed",
-)  # of a choice: what makes a cache
-TOGETHER = 1.0  # seconds in which moves of one knob are one step
-MOST = 100  # steps that are kept
+)  # parts of a choice that decide a cache
+TOGETHER = 1.0  # seconds in which moves of one control are one step
+MOST = 100  # steps kept for undo
 
 RUNS = (
     {"name": pl.String, "measured": pl.String, "text": pl.String, "settings": pl.String}
@@ -40,27 +40,27 @@ RUNS = (
     | schema("low high")
     | {"windows": pl.List(pl.Struct(WINDOWS))}
 )
-"""Columns of `Runs.table`: a name that can be changed; when it was measured (UTC); what was read; the settings, as
-JSON; the seed of what is random in the codec or its calibration, null where nothing is; those of `veloxlab.fidelity`;
-the ends of the 95 % interval of the mean KL, null for one window; and for each
-window of the text what `veloxlab.measure.by_window` gives."""
+"""Columns of `Runs.table`: a name that can be changed; the time of measurement (UTC); the text; the settings, as JSON;
+the seed of the random parts of the codec or its calibration, null if there are none; the columns of
+`veloxlab.fidelity`; the ends of the 95 % interval of the mean KL, null for one window; and the rows of
+`veloxlab.measure.by_window`, one for each window of the text."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A cache that was measured once."""
+    """One measurement of a cache."""
 
     name: str
     choice: Choice
     measured: str  # when, ISO 8601 in UTC
-    text: str  # what was read
-    seed: int | None  # of what is random in the codec or its calibration; None where nothing is
+    text: str  # names the text that was read
+    seed: int | None  # of the random parts of the codec or its calibration; None if there are none
     row: pl.DataFrame  # of `FIDELITY`
     windows: pl.DataFrame  # `WINDOWS`
 
     @classmethod
     def now(cls, choice: Choice, *measured: Any) -> Run:
-        """One that was measured just now: its text, seed, row and windows."""
+        """A run measured just now; ``measured`` is its text, seed, row and windows."""
         return cls(choice.name, choice, datetime.now(UTC).isoformat(timespec="seconds"), *measured)
 
     @property
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What makes its cache, as JSON holds it."""
+        """The settings of its cache, in types of JSON."""
         found = {name: getattr(self.choice, name) for name in SETTINGS}
         return found | {"own_bits": {str(layer): list(bits) for layer, bits in self.choice.own_bits.items()}}
 
@@ -92,24 +92,24 @@ class Run:
 
 
 class Runs(t.HasTraits):
-    """Runs, the oldest first, and on how much text the next one is measured."""
+    """Runs, the oldest first, and how much text the next run reads."""
 
     every = t.Tuple(help="each a `Run`; it changes as a whole")
-    windows = t.Int(1, help="windows of text that a measurement reads; from two on there is an interval")
+    windows = t.Int(1, help="windows of text that a measurement reads; two or more give an interval")
 
     @property
     def frame(self) -> pl.DataFrame:
-        """What `veloxlab.fidelity` gave of each: rows of `veloxlab.measure.quality.FIDELITY`."""
+        """The `veloxlab.fidelity` of each run: rows of `veloxlab.measure.quality.FIDELITY`."""
         return pl.concat([run.row for run in self.every]) if self.every else pl.DataFrame()
 
     @property
     def table(self) -> pl.DataFrame:
-        """All that is kept of each: `RUNS`."""
+        """All facts of each run: rows of `RUNS`."""
         return pl.DataFrame([run.as_row() for run in self.every], schema=RUNS)
 
     @property
     def newest(self) -> str:
-        """A sentence of the cache that was measured last."""
+        """A sentence about the newest run."""
         run = self.every[-1]
         found = f"mean KL {run.kl.mean:.3g} nats from the exact cache ({run.kl.interval})"
         return f"Measured {run.name}: {found}, perplexity {run.row['perplexity'].item():.2f}."
@@ -123,7 +123,7 @@ class Runs(t.HasTraits):
         self.every = tuple(replace(run, name=name) if i == number else run for i, run in enumerate(self.every))
 
     def save(self, path: str | Path) -> Path:
-        """Write `table` as Parquet, which `open` and any other program reads."""
+        """Write `table` as Parquet, which `open` reads, as can other programs; return the path."""
         return write_parquet(path, self.table, FORMAT, {})
 
     def open(self, path: str | Path) -> None:
@@ -134,7 +134,7 @@ class Runs(t.HasTraits):
 
 
 def apart(first: Run, second: Run) -> str:
-    """How much more the second run lost than the first, window by window, and whether that is decisive."""
+    """A sentence: how much more the second run lost than the first, paired by window, and whether that is decisive."""
     try:
         if first.text != second.text:
             raise InputError("They read different texts.")
@@ -147,7 +147,7 @@ def apart(first: Run, second: Run) -> str:
 
 
 class Steps:
-    """The choices before the present one, and those that were undone. Moves of one knob within a second are one."""
+    """Earlier choices, and those that were undone. Moves of one control within a second are one step."""
 
     def __init__(self, selection: Selection) -> None:
         self._selection, self._moving, self._last = selection, False, (0.0, frozenset[str]())
@@ -155,7 +155,7 @@ class Steps:
         self.undone: list[Choice] = []
 
     def follow(self, change: Mapping[str, Any]) -> None:
-        """Note a change of the selection's choice."""
+        """Record a change of the selection's choice."""
         if self._moving:
             return
         old, new = asdict(change["old"]), asdict(change["new"])
@@ -165,11 +165,11 @@ class Steps:
         self._last, self.undone = now, []
 
     def undo(self) -> None:
-        """Choose what was chosen before the last step."""
+        """Undo the last step."""
         self._move(self.before, self.undone)
 
     def redo(self) -> None:
-        """Choose what was undone last."""
+        """Redo the step that was undone last."""
         self._move(self.undone, self.before)
 
     def _move(self, source: list[Choice], target: list[Choice]) -> None:

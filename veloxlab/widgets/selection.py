@@ -1,4 +1,4 @@
-"""One choice of method, bits, exact tokens, layer, head and token, which all pages share."""
+"""The choice of method, bits, exact tokens, layer, head and token that all pages share."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from veloxlab.views.marks import bits_said
 
 EXACT = "none"  # the method that compresses nothing
 Bits = tuple[float, float]  # of keys and of values
-NAMED = 2  # layers with bits of their own that a name lists
-MOST_SEED = 2**31 - 1  # that a page offers
-STEP = 0.25  # of bits, where a method takes fractions
+NAMED = 2  # up to so many layers with bits of their own are listed in a name
+MOST_SEED = 2**31 - 1  # greatest seed in the controls of a page
+STEP = 0.25  # bits between widths, where a method allows fractions
 CACHE = ("method", "key_bits", "value_bits", "sinks", "window")  # parts that describe a cache of equal layers
 INTEGER = whole()
 CHECKS = ARGUMENTS | {"layer": maybe(INTEGER), "own_bits": MAPPING}
@@ -33,7 +33,7 @@ CHECKS |= {"token": maybe(INTEGER), "ids": many(whole(0), empty=True)}
 
 
 def pair_said(bits: Bits) -> str:
-    """Bits of keys and of values in a word, such as ``"K4 V3"``."""
+    """Bits of keys and of values as text, such as ``"K4 V3"``."""
     return f"K{bits[0]} V{bits[1]}"
 
 
@@ -41,26 +41,26 @@ def pair_said(bits: Bits) -> str:
 class Fitting:
     """Calibrations of one model: each width of a method is fitted when it is first needed, and kept on disk.
 
-    Without a model nothing can be fitted. The method of a calibration that was given has its widths and no others.
+    Without a model nothing can be fitted. The method of a ``given`` calibration has only its widths.
     """
 
     model: Module | None = None
     tokenizer: Any = None
     given: Calibration | None = None
     held: set[tuple[str, float]] = field(default_factory=set)  # methods and widths whose fit a person cancelled
-    seed: int = 0  # of what is fitted, unless another is asked for
+    seed: int = 0  # of a fit, if no other seed is given
     _made: dict[tuple[str, int], Calibration] = field(default_factory=dict)  # by method and seed
     _fits: tuple[str, float] | None = None
 
     @property
     def methods(self) -> list[str]:
-        """Ids of the methods that can be had, the exact one left out."""
+        """Ids of the available methods, without the exact one."""
         given = self.given.method if self.given else None
         fits = self.model is not None
         return [m.id for m in METHODS.values() if m.id != EXACT and (fits or not m.calibrated or m.id == given)]
 
     def widths(self, method: str) -> list[float]:
-        """Code bits at which a method can be had; of one that takes fractions, by quarters."""
+        """Available code bits of a method; in steps of a quarter where it allows fractions."""
         given, found = self._given(method), find_method(method)
         if found.fractional:
             least, most = found.bits[0], found.bits[-1]
@@ -68,13 +68,16 @@ class Fitting:
         return list(found.bits if given is None else given.widths)
 
     def is_ready(self, method: str, width: float) -> bool:
-        """Whether nothing has to be fitted first."""
+        """Whether a method at a width can be used without a fit."""
         return not self._missing(method, [width], self.seed)
 
     def calibration(
         self, method: str, widths: Iterable[float], progress: Progress = silent, seed: int | None = None
     ) -> Calibration | None:
-        """Give what holds a method at these widths, fitted now by `calibrate`; None for one that needs nothing."""
+        """The calibration of a method at these widths, fitted now if missing; None for a method that needs none.
+
+        Raises `InputError` if a fit is missing and there is no model, or if the user cancelled that fit.
+        """
         seed = self.seed if seed is None else seed
         self._fits = None
         for width in self._missing(method, widths, seed):
@@ -91,7 +94,7 @@ class Fitting:
         return self._made.get((method, seed)) or self._given(method)
 
     def hold(self) -> None:
-        """Begin the fit that was cancelled last no more, until somebody asks for it."""
+        """Do not start the last cancelled fit again until the user asks for it."""
         self.held |= {self._fits} if self._fits else set()
 
     def _given(self, method: str) -> Calibration | None:
@@ -99,7 +102,7 @@ class Fitting:
 
     def _missing(self, method: str, widths: Iterable[float], seed: int) -> list[float]:
         made = self._made.get((method, seed))
-        planned = find_method(method).planned and made is not None  # one is for all widths
+        planned = find_method(method).planned and made is not None  # one calibration serves all widths
         if not find_method(method).calibrated or self._given(method) is not None or planned:
             return []
         return sorted({*widths} - {*(() if made is None else made.widths)})
@@ -107,25 +110,25 @@ class Fitting:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is chosen at one moment."""
+    """All settings at one moment."""
 
     method: str = "turboquant"
-    key_bits: float = 4  # code bits of all layers that have none of their own
+    key_bits: float = 4  # code bits of all layers without bits of their own
     value_bits: float = 4
     sinks: int = 4
     window: int = 64
-    layer: int | None = None  # the picked one; None for all
+    layer: int | None = None  # the picked layer; None for all
     head: int = 0
-    token: int | None = None  # the picked one, by its position in a text; None for the one that lost most
-    ids: tuple[int, ...] = ()  # of that text; none for the one that the laboratory captured
-    own_bits: Mapping[int, Bits] = field(default_factory=dict)  # by layer
-    wished: Mapping[int | None, Bits] = field(default_factory=dict)  # where the method has others; None: of all layers
-    shown_layer: int = 0  # on pages of a single layer: the picked one, or the last that was picked
-    seed: int = 0  # of what is random in codes or their calibration
+    token: int | None = None  # the picked token, by its position in a text; None for the token that lost most
+    ids: tuple[int, ...] = ()  # token ids of that text; empty for the text of the capture
+    own_bits: Mapping[int, Bits] = field(default_factory=dict)  # of single layers, by layer
+    wished: Mapping[int | None, Bits] = field(default_factory=dict)  # bits that the method lacks; None: of all layers
+    shown_layer: int = 0  # on pages of a single layer: the picked layer, or the last one
+    seed: int = 0  # of the random parts of codes and calibrations
 
     @property
     def name(self) -> str:
-        """The cache in a few words."""
+        """A short name of the cache."""
         own = [f"layer {layer} {bits}" for layer, bits in self.exceptions.items()]
         changed = own if len(own) <= NAMED else [f"{len(own)} layers with others"]
         seed = [f"seed {self.seed}"] if self.seed else []
@@ -133,40 +136,44 @@ class Choice:
 
     @property
     def cache(self) -> tuple[Any, ...]:
-        """What makes the cache."""
+        """The settings that decide the cache's content, as a key for results."""
         return (*(getattr(self, name) for name in CACHE), self.exceptions, self.seed)
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of the method, beside its bits."""
+        """Options of the method, without its bits."""
         return find_method(self.method).seeded(self.seed)
 
     @property
     def exceptions(self) -> dict[int, str]:
-        """The layers that have bits of their own, and these in a word."""
+        """The layers with bits of their own, and these bits as text."""
         return {layer: pair_said(bits) for layer, bits in sorted(self.own_bits.items())}
 
     @property
     def note(self) -> str:
-        """What the method gave in the place of bits that it does not have."""
+        """A sentence for chosen bits that the method lacks: which bits it uses for them."""
         became = [
             f"{'' if layer is None else f'in layer {layer} '}{pair_said(wish)} became {pair_said(self.bits_of(layer))}"
             for layer, wish in self.wished.items()
         ]
-        return f"{self.method} has fewer widths: {', '.join(became)}. Another method gets them back." if became else ""
+        return (
+            f"{self.method} has fewer widths: {', '.join(became)}. They come back with a method that has them."
+            if became
+            else ""
+        )
 
     @property
     def pairs(self) -> list[Bits]:
-        """Bits of all layers that have none of their own, then those of the others."""
+        """Bits of the layers without bits of their own, then the bits of each other layer."""
         return [(self.key_bits, self.value_bits), *self.own_bits.values()]
 
     @property
     def widths(self) -> list[float]:
-        """Every number of bits that occurs."""
+        """All numbers of bits that occur."""
         return sorted({width for bits in self.pairs for width in bits})
 
     def lines(self, plan: str = "") -> list[str]:
-        """Lines of Python that make the cache: of what they call its ``plan``, or of its settings."""
+        """Lines of Python that make the cache: from the expression ``plan``, if given, or from the settings."""
         said = "key_bits={}, value_bits={}"
         settings = f'"{self.method}", {said.format(*self.pairs[0])}, sinks={self.sinks}, window={self.window}'
         settings += "".join(f", {name}={value}" for name, value in self.options.items())
@@ -185,17 +192,17 @@ class Choice:
         ]
 
     def bits_of(self, layer: int | None) -> Bits:
-        """Code bits of keys and values of one layer; with None, of the layers that have none of their own."""
+        """Code bits of keys and values of one layer; with None, of the layers without bits of their own."""
         return self.own_bits.get(layer, self.pairs[0])  # type: ignore[arg-type]
 
     def in_codes(self, tokens: int) -> str:
-        """Say how many of the tokens of a text that was read are in codes."""
+        """A sentence: how many of ``tokens`` tokens of a text are in codes."""
         windows = Windows.of(self.sinks, self.window, None)
         packed = max(0, tokens - self.sinks - self.window) // windows.block * windows.block
         return f"{packed} of {tokens} tokens ({packed / tokens:.0%}) are in codes; sinks and window are exact."
 
     def wish_of(self, layer: int | None) -> Bits:
-        """The bits that were chosen there, whether or not the method has them."""
+        """The chosen bits of a layer, or with None of all; the method may lack them."""
         return self.wished.get(layer, self.bits_of(layer))
 
     def plan(self, model: Module) -> Plan:
@@ -208,14 +215,14 @@ class Choice:
 
 
 class Selection(t.HasTraits):
-    """The choice that pages share, a trait that changes as a whole. Each part is checked here and nowhere else.
+    """The choice that pages share, a trait that changes as a whole. Only this class checks its parts.
 
-    ``fitting`` says which methods and widths can be had; ``methods`` are those of them that can be chosen. The first
-    choice is ``usual`` with other ``parts``; its bits become the nearest that the method has.
+    ``fitting`` has the available methods and widths; ``methods`` are those that can be chosen. The first choice is
+    ``usual`` with other ``parts``; its bits become the nearest bits of the method.
     """
 
     choice = t.Instance(Choice)
-    widths = property(lambda self: self.fitting.widths(self.choice.method), doc="Code bits that the method can have.")
+    widths = property(lambda self: self.fitting.widths(self.choice.method), doc="Available code bits of the method.")
 
     def __init__(
         self,
@@ -231,8 +238,8 @@ class Selection(t.HasTraits):
         super().__init__()
         self.fitting, self.layers, self.heads, self.tokens = fitting, list(layers), heads, tokens
         self.methods = list(methods or fitting.methods)
-        self.kept: dict[str, dict[Any, Any]] = {}  # what pages measured, by their names
-        self.lock = threading.RLock()  # held while the choice changes and those who follow are told
+        self.kept: dict[str, dict[Any, Any]] = {}  # results of measurements, by the names of pages
+        self.lock = threading.RLock()  # held while the choice changes and its observers run
         self.choice = replace(usual, shown_layer=self.layers[0])
         self.choice = self.changed(**{"method": usual.method, **parts})
 
@@ -248,18 +255,18 @@ class Selection(t.HasTraits):
         return cls(fitting, layers=layers, heads=heads, tokens=len(capture.tokens), **parts)
 
     def choose(self, **parts: Any) -> None:
-        """Change parts of the choice, all at once, or none: `InputError` if one cannot be."""
+        """Change parts of the choice, all at once; raises `InputError`, and changes nothing, if one is not valid."""
         with self.lock:
             choice = self.changed(**parts)
             if {"method", "key_bits", "value_bits", "own_bits"} & {*parts}:
-                self.fitting.held.clear()  # who turns such a knob asks for it
+                self.fitting.held.clear()  # a change of these settings asks for the fit again
             self.choice = choice
 
     def changed(self, **parts: Any) -> Choice:
-        """The choice with other parts.
+        """The choice with other parts; raises `InputError` as `choose` does.
 
-        Another method takes the widths that it has next to those that were wished, unless widths are given. A wish is
-        kept until another number is chosen in its place.
+        Another method gets its widths nearest to the wished ones, unless ``parts`` has widths. A wish is kept until
+        another number is chosen in its place.
         """
         asked = parts = {name: CHECKS[name](name, value) for name, value in parts.items()}
         if "method" in parts:

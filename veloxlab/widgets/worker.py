@@ -1,8 +1,8 @@
 """One thread that does a widget's long work.
 
-Widget callbacks arrive on whichever thread the kernel picks, while MLX wants its lazy arrays evaluated by the thread
-that made them. So callbacks only submit jobs here, and only the newest job of a kind is worth finishing. The thread
-holds the line of jobs and no worker, so that a widget can be collected.
+The kernel may call a widget's callback on any thread, but MLX needs its lazy arrays evaluated by the thread that
+created them. So callbacks only submit jobs here, and only the newest job of a kind has to finish. The thread refers to
+the line of jobs and not to the worker, so that Python can collect a widget.
 """
 
 from __future__ import annotations
@@ -25,48 +25,48 @@ from veloxlab.progress import ended_by, notices_to
 State = Literal["waiting", "running", "done", "cancelled", "overtaken", "failed"]
 Job = Callable[["Progress"], Any]
 
-QUIET = 0.25  # seconds without a request before a job that runs ahead begins: it would slow a hand on a slider
-IDLE = 60.0  # seconds after which an idle thread looks whether its worker is still there, should it miss the news
-PATIENCE = 5.0  # seconds that running jobs are given to end when Python does
+QUIET = 0.25  # seconds without a request before a job that runs ahead begins: it would slow down a moving slider
+IDLE = 60.0  # seconds after which an idle thread checks that its line is open, in case it missed the signal
+PATIENCE = 5.0  # seconds that running jobs have to end when Python ends
 log = logging.getLogger(__name__)
 
 
 class Cancelled(BaseException):
-    """Ends a job that was cancelled or overtaken. No ``except Exception`` inside the job can swallow it."""
+    """Ends a job that was cancelled or overtaken. An ``except Exception`` inside the job does not catch it."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """Where one job stands. Both numbers of steps are 0 where the job has not said."""
+    """The state of one job. Both numbers of steps are 0 until the job reports them."""
 
     key: str  # the job's kind
     state: State  # "overtaken": by a newer job of its key
-    done: int = 0  # steps finished
-    total: int = 0  # steps in all
-    label: str = ""  # what is being done, or the sentence of the error
+    done: int = 0  # finished steps
+    total: int = 0  # all steps
+    label: str = ""  # the present step, or the sentence of the error
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a job calls between its steps: it tells of them, and ends the job once that is no longer wanted."""
+    """A job calls this between its steps: it reports them, and ends the job if it is not wanted any more."""
 
     _tell: Callable[[int, int, str], None]
     _unwanted: threading.Event
 
     def __call__(self, done: int, total: int, label: str = "") -> None:
-        """Tell that ``done`` of ``total`` steps are finished; raises `Cancelled` as `check` does."""
+        """Report that ``done`` of ``total`` steps are finished; raises `Cancelled` as `check` does."""
         self.check()
         self._tell(done, total, label)
 
     def check(self) -> None:
-        """Raise `Cancelled` if the job was cancelled, or if a newer one of its key has come."""
+        """Raise `Cancelled` if the job was cancelled, or if a newer job of its key was submitted."""
         if self._unwanted.is_set():
             raise Cancelled
 
 
 @dataclass(eq=False)
 class Request:
-    """A job, and whom to tell of it. ``run`` is a method of its worker, which it keeps alive."""
+    """A job and its callbacks. ``run`` is a method of the worker, so a request keeps its worker alive."""
 
     run: Callable[[Request], None]
     key: str
@@ -75,9 +75,9 @@ class Request:
     on_error: Callable[[str], None]
     ahead: bool
     first: bool
-    kept: bool = False  # while it waits, when everything is cancelled
+    kept: bool = False  # goes on waiting when everything is cancelled
     unwanted: threading.Event = field(default_factory=threading.Event)
-    why: State = "cancelled"  # it is unwanted
+    why: State = "cancelled"  # why it is unwanted
 
 
 class Line:
@@ -91,7 +91,7 @@ class Line:
         self.asked = 0.0
 
     def forget(self, key: str | None, why: State) -> list[Status]:
-        """Make the jobs of a key, or all, unwanted, and give the news of those that did not start."""
+        """Make the jobs of a key, or all jobs, unwanted, and return the states of those that did not start."""
         spared = {each for each, request in self.waiting.items() if request.kept and key is None and not self.closed}
         waiting = [self.waiting.pop(each) for each in [*self.waiting] if key in (None, each) and each not in spared]
         running = [self.running] if self.running is not None and key in (None, self.running.key) else []
@@ -102,13 +102,13 @@ class Line:
         return [Status(request.key, why) for request in waiting]
 
     def close(self) -> list[Status]:
-        """Let the thread end, and give the news of jobs that did not start."""
+        """Let the thread end, and return the states of the jobs that did not start."""
         with self.changed:
             self.closed = True
             return self.forget(None, "cancelled")
 
     def next(self) -> Request | None:
-        """Tell that the job that ran has ended, wait for the next one and take it; None once the line is closed."""
+        """Mark the running job as ended, wait for the next job and take it; None if the line is closed."""
         with self.changed:
             self.running = None
             self.changed.notify_all()
@@ -116,23 +116,23 @@ class Line:
                 if not self.waiting:
                     self.changed.wait(IDLE)
                     continue
-                # false sorts first, and the sort is stable: the oldest of what a person pressed a button for
+                # False is the minimum, and of equals the oldest wins: first the jobs that a person started by a button
                 request = min(self.waiting.values(), key=lambda each: (each.ahead, not each.first))
                 quiet = self.asked + QUIET - time.monotonic()
                 if not request.ahead or quiet <= 0:
                     self.running = self.waiting.pop(request.key)
                     return request
-                del request  # it keeps its worker alive
+                del request  # the request keeps its worker alive
                 self.changed.wait(quiet)
         return None
 
 
 class Worker:
-    """Run jobs one after another on one thread, and drop those that were overtaken.
+    """Run jobs one after another on one thread, and drop jobs that were overtaken.
 
-    Every method may be called from any thread. Results, errors and news are delivered on the worker's thread, which
-    ends when the worker is closed, or has no job and is referred to by nobody. ``last_error`` is what the last failed
-    job raised, with its trace.
+    You can call each method from any thread. Results, errors and states are delivered on the worker's thread. That
+    thread ends when the worker is closed, or when it has no job and nothing refers to the worker. ``last_error`` is the
+    exception of the last failed job, with its trace.
 
     >>> worker = Worker()
     >>> worker.submit("errors", lambda progress: measure(bits, progress), on_done=view.put)
@@ -141,7 +141,7 @@ class Worker:
     def __init__(self, name: str = "veloxlab-worker") -> None:
         self.name = name
         self.last_error: BaseException | None = None
-        self.newest: Status | None = None  # of the job that runs, for who comes to watch while it does
+        self.newest: Status | None = None  # of the running job, for a listener that is added while it runs
         self._line = Line()
         self._started = False
         self._listeners: list[Callable[[Status], None]] = []
@@ -159,12 +159,13 @@ class Worker:
         first: bool = False,
         kept: bool = False,
     ) -> None:
-        """Ask for a job; an older one of the same key is dropped, or cancelled if it runs.
+        """Submit a job; an older job of the same key is dropped, or cancelled if it runs.
 
-        ``on_done`` is given what the job returns, unless it was overtaken meanwhile; ``on_error`` a sentence if the job
-        or ``on_done`` raises. A job that runs ``ahead`` has low priority: it begins after a quiet moment, makes way for
-        any other job and begins anew behind it. One that comes ``first`` passes all that wait. One that is ``kept``
-        goes on waiting when everything is cancelled. A job that does not run ahead ends the offer to `retry` others.
+        ``on_done`` gets the result of the job, unless the job was overtaken. ``on_error`` gets a sentence if the job or
+        ``on_done`` raises. A job that runs ``ahead`` has low priority: it begins after a time without requests, stops
+        for any other job, and starts again after it. A job with ``first`` goes before all jobs that wait. A job that is
+        ``kept`` goes on waiting when everything is cancelled. After a job that does not run ahead, `retry` forgets the
+        jobs that were cancelled before.
         """
         line = self._line
         with line.changed:
@@ -187,7 +188,7 @@ class Worker:
         self._tell(*dropped, Status(key, "waiting"))
 
     def cancel(self, key: str | None = None) -> None:
-        """Drop what waits and end what runs: of one key, or everything, which `retry` then brings back."""
+        """Drop waiting jobs and end the running job: those of one key, or all, which `retry` can submit again."""
         line = self._line
         with line.changed:
             self._stopped.pop(str(key), None)
@@ -198,30 +199,30 @@ class Worker:
         self._tell(*dropped)
 
     def awaits(self, begin: str) -> bool:
-        """Whether a job waits, but none that runs ahead, whose key begins so."""
+        """Whether a job waits whose key begins so; jobs that run ahead do not count."""
         with self._line.changed:
             return any(key.startswith(begin) and not each.ahead for key, each in self._line.waiting.items())
 
     @property
     def is_ending(self) -> bool:
-        """Whether the job that runs was cancelled, and has not noticed it yet."""
+        """Whether the running job was cancelled and has not ended yet."""
         running = self._line.running
         return running is not None and running.unwanted.is_set() and running.why == "cancelled"
 
     @property
     def can_retry(self) -> bool:
-        """Whether something was cancelled that nobody asked for since."""
+        """Whether `retry` has cancelled jobs to submit again."""
         return bool(self._stopped)
 
     def retry(self) -> None:
-        """Ask again for all that was cancelled."""
+        """Submit all cancelled jobs again."""
         for key, (job, on_done, on_error) in [*self._stopped.items()]:
             self.submit(key, job, on_done=on_done, on_error=on_error)
 
     def wait(self, timeout: float | None = None, *, ahead: bool = False) -> bool:
-        """Wait for all jobs, with ``ahead`` those that run ahead too; tell whether ``timeout`` seconds were enough.
+        """Wait for all jobs, with ``ahead`` also for those that run ahead; return whether ``timeout`` was enough.
 
-        The worker's own thread never waits for itself.
+        ``timeout`` is in seconds. On the worker's own thread it returns False at once.
         """
         line = self._line
         if _threads.get(threading.current_thread()) is line:
@@ -233,12 +234,12 @@ class Worker:
             )
 
     def watch(self, listener: Callable[[Status], None]) -> Callable[[], None]:
-        """Tell a function of every change of every job, and give a function that ends this."""
+        """Call ``listener`` after each change of each job; return a function that ends this."""
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener) if listener in self._listeners else None
 
     def close(self) -> None:
-        """Cancel everything and let the thread end. This does not wait; `wait` does, for a job that still runs."""
+        """Cancel everything and let the thread end. This does not wait; use `wait` for a job that still runs."""
         self._tell(*self._line.close())
 
     def _run(self, request: Request) -> None:
@@ -265,7 +266,7 @@ class Worker:
                 result = request.job(progress)
             progress.check()
             request.on_done(result)
-        except BaseException as error:  # noqa: BLE001 - whatever a job raises is said to the person who waits for it
+        except BaseException as error:  # noqa: BLE001 - the user who waits for a job sees any error of it
             if request.unwanted.is_set() or isinstance(error, Cancelled):
                 return replace(newest, state=request.why, label="")
             self.last_error = error
@@ -281,11 +282,11 @@ class Worker:
         try:
             tell(news)
         except BaseException:
-            log.exception("A listener of %s failed.", self.name)  # the jobs of others go on
+            log.exception("A listener of %s failed.", self.name)  # other jobs go on
 
 
 def sentence(error: BaseException) -> str:
-    """Say an error in one sentence: bad input in its own words, anything else with its type."""
+    """An error as one sentence: the message of an `InputError`; for other errors also the type."""
     words = " ".join(str(error).split())
     other = f"This stopped with {type(error).__name__}{': ' + words if words else ''}."
     return words if isinstance(error, InputError) else other
@@ -298,12 +299,12 @@ def _work(line: Line) -> None:
     while (request := line.next()) is not None:
         request.run(request)
         del request  # an idle thread keeps no worker alive
-    mx.clear_streams()  # MLX aborts the process if that ends just after a thread that has streams
+    mx.clear_streams()  # MLX aborts if the process ends just after a thread that has streams
 
 
 @atexit.register
 def _end_threads() -> None:
-    """End every thread before Python ends: MLX aborts the process if one still computes."""
+    """End each thread before Python ends: MLX aborts the process if a thread still computes."""
     for line in [*_threads.values()]:
         line.close()
     deadline = time.monotonic() + PATIENCE
