@@ -50,7 +50,7 @@ class Advisor(Constraints, Panel):
     """
 
     NAME = "advisor"
-    HELP = "13_memory_planner.ipynb#Which cache should I take?"
+    HELP = "13_memory_planner.ipynb#Which cache is best for my memory?"
     SETTINGS = (*ASKED, "prompt")
 
     prompt = Checked(WORDS, PROMPT, help="a message, or a whole chat as text; the longer it is, the more is in codes")
