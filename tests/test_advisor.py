@@ -56,7 +56,7 @@ def test_an_eight_billion_model_on_sixteen_gigabytes_is_answered_in_a_sentence(p
     assert page.picked == page.advice.best["name"]
     for words in ("Measure the first 3", "Which layers may go to 2 bits?", "Does the answer change?"):
         assert button(page, words).disabled
-        assert button(page, words).tooltip == "Only a model that is here can be run: choose 'this model' as the model."
+        assert button(page, words).tooltip == "Only the loaded model can be run: choose 'this model' as the model."
     turn(page, memory_gb=12.0)
     assert page.advice.memory_bytes == 12_000_000_000
 
@@ -69,7 +69,7 @@ def test_the_picked_cache_sets_the_controls_of_all_pages(page, lab):
     assert (lab.method, lab.key_bits, lab.value_bits, lab.sinks, lab.window) == ("rabitq", 4, 4, 4, 64)
     assert "All pages now show rabitq K4 V4, sinks=4, window=64." in page._message.value
     turn(page, picked="fp16")
-    with pytest.raises(InputError, match="fp16 is not one of our methods"):
+    with pytest.raises(InputError, match="fp16 is not a method of veloxlab"):
         page.take()
 
 
@@ -88,8 +88,8 @@ def test_layers_that_may_have_two_bits_are_found_and_used(page, lab):
     turn(page, picked="turboquant 4 bit")
     assert button(page, "Use these layers").disabled
     pressed(page, "Which layers may go to 2 bits?")
-    assert f"{page.narrow} For chat, 0.05 nats a token may be lost" in page._narrowed.value
-    assert "Judged with everything but the sinks in codes." in page._narrowed.value
+    assert f"{page.narrow} The limit for chat is 0.05 nats a token" in page._narrowed.value
+    assert "Measured with all tokens except the sinks in codes." in page._narrowed.value
     assert (page.picked, page.row["kind"], page.row["kl_mean"]) == ("turboquant 4 bit", "measured", page.narrow.before)
     assert "veloxlab-stale" not in page._narrowed._dom_classes
     assert button(page, "Use these layers").disabled == (not page.narrow.layers)
@@ -217,9 +217,9 @@ def test_a_button_says_that_it_calibrates_first_and_for_how_long(page):
     turn(page, picked="fisherquant 4.25 bit")
     answer = button(page, "Does the answer change?")
     assert answer.description == "Does the answer change? (calibrates first)"
-    assert "First fisherquant is calibrated, once: about 3 minutes for SmolLM2-135M, longer" in answer.tooltip
+    assert "This first calibrates fisherquant, once: about 3 minutes for SmolLM2-135M, longer" in answer.tooltip
     turn(page, picked="turboquant 4 bit")
     assert answer.description == "Does the answer change?"
     turn(page, picked="fp16")
     assert answer.disabled
-    assert answer.tooltip == "fp16 is not one of our methods: pick another cache for that."
+    assert answer.tooltip == "fp16 is not a method of veloxlab: pick another cache."

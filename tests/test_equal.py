@@ -78,7 +78,7 @@ def test_the_page_measures_what_a_ranking_lacks_and_once():
     assert (ranked["below"] <= 3).all()
     assert (ranked["above"] >= 3).all()
     assert ranked["kl_mean"].is_sorted()
-    assert "At 3 bits held a value" in page._equal.value
+    assert "At 3 held bits a value" in page._equal.value
     best = ranked.row(0, named=True)
     ends = measured.filter(pl.col("name").str.starts_with(best["method"]))["kl_mean"]
     assert ends.min() <= best["kl_mean"] <= ends.max()
@@ -103,7 +103,7 @@ def test_methods_that_need_a_calibration_are_named_and_measured_when_asked(tmp_p
         assert lab.wait(300)
         assert {run.choice.method for run in lab.points.every} == {"rvq"}
     page.calibrate = True
-    assert "Calibrated first, where that is missing: spectralquant;" in page._left_out.value
+    assert "Missing calibrations are made first, of spectralquant;" in page._left_out.value
     page.compare_equal()
     assert lab.wait(300)
     assert "spectralquant is not ranked at 3 bits: it holds 3.86 to 10.9 at 1,000 tokens." in page._message.value
@@ -111,7 +111,7 @@ def test_methods_that_need_a_calibration_are_named_and_measured_when_asked(tmp_p
     page.compare_equal()
     assert lab.wait(300)
     assert {*page.ranked["method"]} == {"rvq", "spectralquant"}
-    assert "Calibrated first, where that is missing: spectralquant;" in page._left_out.value  # of other widths
+    assert "Missing calibrations are made first, of spectralquant;" in page._left_out.value  # of other widths
     monkeypatch.setattr(lab.selection.fitting, "is_ready", lambda *_: True)
     page.compare()
     assert lab.wait(300)

@@ -85,7 +85,7 @@ def test_a_page_that_is_opened_while_other_work_runs_is_there_at_once(lab):
         assert ("This page waits for other work: long work (3 of 12)." in page._bar.before.value) == bool(waits), name
         if name in ("cache", "errors", "keys", "tokens", "memory"):
             assert waits
-            assert "Each chart comes when it is measured" in page._message.value
+            assert "Each chart appears when it is measured" in page._message.value
             assert [type(widget) for widget in page._grid.children] == [ipywidgets.HTML] * len(charts[name])
             assert page.summary
     assert lab.pages["advise"].advice is None
@@ -112,7 +112,7 @@ def test_a_chart_that_is_not_measured_yet_is_refused_in_a_sentence(lab):
     with pytest.raises(InputError, match="'memory_plan' is not measured yet: wait for it with wait"):
         _ = page.chart
     page.leave_room()
-    assert "The plan is not there yet" in page._message.value
+    assert "There is no plan yet" in page._message.value
     pressed.set()
     assert lab.wait(120)
     assert page.chart.frame.height
@@ -172,7 +172,7 @@ def test_a_layer_that_has_bits_of_its_own_keeps_and_shows_them(lab):
     assert errors.bits == 4
     turn(errors, bits=5)
     assert lab.layer_bits == {0: (5, 4), 1: (7, 4)}
-    assert "These are bits of all layers but 1." in errors._banner.value
+    assert "These are bits of all layers except 1." in errors._banner.value
     plans = lab.turn_to("memory")
     assert plans.key_bits == 5
 
@@ -194,7 +194,7 @@ def test_the_memory_page_plans_layers_that_have_bits_of_their_own(lab):
     assert space["plan"].layers == lab.plan.layers
     turn(plans, model="1B, as Llama 3.2")
     assert plans.plan["cache"][0] == "turboquant K4 V4"
-    assert "what is planned here is turboquant K4 V4." in plans._banner.value
+    assert "the plan is for turboquant K4 V4." in plans._banner.value
     turn(plans, model="this model")
 
 
@@ -231,7 +231,7 @@ def test_a_method_that_learns_is_fitted_when_it_is_chosen(lab):
     keys = lab.turn_to("keys")
     assert (keys.method, keys.bits, keys.problem) == ("spectralquant", 4, "")
     errors = lab.turn_to("errors")
-    assert "is drawn where spectralquant is calibrated: choose other bits" in errors._banner.value
+    assert "are drawn where spectralquant is calibrated: choose other bits" in errors._banner.value
     turn(lab, method="turboquant")
     assert "calibrated" not in errors._banner.value
 
@@ -377,7 +377,7 @@ def test_the_sliders_of_a_head_say_whose_bits_they_move(lab):
     turn(lab, key_bits=6)
     errors = lab.turn_to("errors")
     assert errors._width.description == "K bits (layer 1)"
-    assert "Values are seen at 6 bits too; in the cache they have 4." in errors._banner.value
+    assert "Values are shown at 6 bits too; in the cache they have 4." in errors._banner.value
 
 
 def test_state_names_head_and_page(lab):

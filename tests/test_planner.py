@@ -89,7 +89,7 @@ def test_another_model_is_planned_and_its_weights_are_left_room(planner):
     planner.say("")
     turn(planner, model="70B, as Llama 3.1")
     planner.leave_room()
-    assert "nothing for a cache: take fewer bits" in planner._message.value
+    assert "none for the cache: use fewer weight bits" in planner._message.value
     assert planner.memory_gb == pytest.approx(7.483, abs=1e-3)
     planner.model = "no-such-folder"
     assert planner.wait(60)

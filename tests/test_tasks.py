@@ -164,7 +164,7 @@ def test_the_page_asks_questions_of_ones_own(model):
     page.tasks = BUILT_IN
     assert "No task is chosen" in page._message.value
     file.value = ({"name": "own", "type": "", "size": 1, "content": b"\xff", "last_modified": datetime.now(UTC)},)
-    assert "own is no text in UTF-8" in page._message.value
+    assert "own is not a text in UTF-8" in page._message.value
     line = json.dumps({"context": CONTEXT, "question": "and?", "answer": "abc", "choices": ["abc", "xyz"]})
     file.value = ({**file.value[0], "content": f"{line}\n{line}".encode()},)
     assert "2 questions are too few to tell." in page._checked.value

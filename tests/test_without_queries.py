@@ -36,10 +36,12 @@ def test_the_laboratory_opens_with_errors_of_keys_and_values(lab):
 
 def test_errors_of_attention_are_refused(lab):
     for metric in ("output_error", "logit_error"):
-        with pytest.raises(InputError, match=f"There is no {metric} here. This model computes attention by itself"):
+        with pytest.raises(
+            InputError, match=f"There is no metric {metric} here. This model computes attention by itself"
+        ):
             lab.metric = metric
     assert lab.metric == "rel_mse"
-    with pytest.raises(InputError, match="There is no output_error here"):
+    with pytest.raises(InputError, match="There is no metric output_error here"):
         lab.restore({**lab.state, "metric": "output_error"})
 
 

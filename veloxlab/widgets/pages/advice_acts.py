@@ -1,4 +1,4 @@
-"""A button of the page of advice: it says why it cannot act, or what it has to fit first and for how long."""
+"""A button of the page of advice. Its tooltip says what is fitted first and how long, or why it cannot act."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from veloxlab.errors import InputError
 from veloxlab.widgets.layout import WIDE, button
 
 FIRST = " (calibrates first)"
-FIT_TAKES = "20 seconds to 3 minutes"  # of SmolLM2-135M, a width
+FIT_TAKES = "20 seconds to 3 minutes"  # for one width of SmolLM2-135M
 
 
 def fit_said(method: str) -> str:
-    """What fitting a method takes, by the times of SmolLM2-135M (`veloxlab.measure.calibrate.calibrate`)."""
+    """A sentence: how long a fit takes, by times of SmolLM2-135M (`veloxlab.measure.calibrate.calibrate`)."""
     seconds = "about 3 minutes" if find_method(method).planned else f"{FIT_TAKES} at each width"
-    return f"First {method} is calibrated, once: {seconds} for SmolLM2-135M, longer for a larger model."
+    return f"This first calibrates {method}, once: {seconds} for SmolLM2-135M, longer for a larger model."
 
 
 class Act:
-    """``fits`` gives the methods that have to be fitted first; it raises `InputError` where the button cannot act."""
+    """A button. ``fits`` returns the methods to fit first; it raises `InputError` if the button cannot act."""
 
     def __init__(
         self, words: str, tip: str, act: Callable[[], object], fits: Callable[[], Iterable[str]] = tuple
@@ -28,7 +28,7 @@ class Act:
         self.button = button(words, tip, act, width="auto")
 
     def look(self) -> None:
-        """Bring the button to what is chosen."""
+        """Update the button to the present choice."""
         try:
             fits = sorted(set(self.fits()))
         except InputError as error:

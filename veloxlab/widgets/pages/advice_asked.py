@@ -1,4 +1,4 @@
-"""What a person tells the page of advice: the constraints of a cache, and their controls."""
+"""The input of the page of advice: the constraints of a cache, and their controls."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from veloxlab.widgets.chosen import Checked
 from veloxlab.widgets.layout import controls
 from veloxlab.widgets.pages.memory import GIGABYTE, HERE
 
-ASKED = ("model", "context", "batch", "memory_gb", "weight_bits", "goal")  # what advice depends on
+ASKED = ("model", "context", "batch", "memory_gb", "weight_bits", "goal")  # advice depends on these
 
 
 class Constraints(t.HasTraits):
-    """Traits of a `Panel` that asks for advice."""
+    """Traits of a `Panel` with advice."""
 
     model = Checked(WORDS, HERE, help="which model: this one, a usual size, or a folder, config.json or cached id")
     context = Checked(whole(1), 32_768, help="tokens of each sequence that the cache has to hold")
     batch = Checked(whole(1), 1, help="sequences at once")
-    memory_gb = Checked(real(above=0), help="memory of the whole machine, GB of 10^9 bytes; a quarter is left to it")
-    weight_bits = Checked(whole(1, 32), 4, help="bits of a weight, 1 to 32; a loaded model has its own")
-    goal = Checked(choice(*GOALS), "chat", help="what the model is for, which says how many nats a token it may lose")
+    memory_gb = Checked(real(above=0), help="memory of the whole machine, GB of 10^9 bytes; the system keeps a quarter")
+    weight_bits = Checked(whole(1, 32), 4, help="bits of a weight, 1 to 32; known for a loaded model")
+    goal = Checked(choice(*GOALS), "chat", help="the use of the model, which decides how many nats a token it may lose")
 
     @property
     def wanted(self) -> dict[str, Any]:

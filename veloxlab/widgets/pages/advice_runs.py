@@ -1,4 +1,4 @@
-"""What the page of advice runs on the model that is here."""
+"""The runs of the page of advice on the loaded model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from veloxlab.widgets.pages.advice_words import answer_said
 from veloxlab.widgets.pages.experiment import Experiment
 from veloxlab.widgets.selection import Choice
 
-NARROWEST = 2  # bits that layers are tried with
-ANSWER = 64  # tokens of an answer that are compared
+NARROWEST = 2  # bits at which layers are tried
+ANSWER = 64  # compared tokens of an answer
 
 
 def narrowed(experiment: Experiment, exact: Reference, choice: Choice, limit: float, progress: Progress) -> Narrow:
-    """Find the layers of a cache that may have `NARROWEST` bits within so many nats."""
+    """Find the layers of a cache that can have `NARROWEST` bits with a loss of at most ``limit`` nats a token."""
     selection, widths = experiment.selection, sorted({*choice.widths, NARROWEST})
     given = selection.fitting.calibration(choice.method, widths, progress, choice.seed)
     settings: dict[str, Any] = {"bits": NARROWEST, "limit": limit, "layers": selection.layers, "calibration": given}
@@ -25,7 +25,7 @@ def narrowed(experiment: Experiment, exact: Reference, choice: Choice, limit: fl
 
 
 def answered(experiment: Experiment, choice: Choice, prompt: str, progress: Progress) -> str:
-    """Answer a prompt with the exact cache and with a compressed one, and say in HTML whether the answers differ."""
+    """Answer a prompt with the exact cache and with a compressed one; return HTML about whether the answers differ."""
     given = experiment.selection.fitting.calibration(choice.method, choice.widths, progress, choice.seed)
     model, tokenizer = experiment.model, experiment.tokenizer
     settings: dict[str, Any] = {"tokens": ANSWER, "calibration": given, "progress": progress}

@@ -1,4 +1,4 @@
-"""What the page of advice writes: a table of caches, and whether an answer changed."""
+"""The texts of the page of advice: a table of caches, and whether an answer changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TITLES = ["", "cache", "fits", "bytes held", "most tokens", "nats a token", "oth
 
 
 def advice_table(frame: pl.DataFrame, picked: str) -> str:
-    """HTML of the first rows of `veloxlab.measure.advise.ADVICE`, and of the picked one, which is marked."""
+    """HTML of the first rows of `veloxlab.measure.advise.ADVICE`, and of the picked row, which is marked."""
     rows = [row for place, row in enumerate(frame.to_dicts()) if place < ROWS or row["name"] == picked]
     lines = [
         (
@@ -36,14 +36,14 @@ def advice_table(frame: pl.DataFrame, picked: str) -> str:
 
 
 def narrow_said(name: str, found: Narrow, goal: str) -> str:
-    """Say in HTML which layers may have fewer bits, by what limit and how that was judged."""
-    limit = f"For {goal}, {found.limit} nats a token may be lost: see used for."
-    said = f"{found} {limit} Judged with everything but the sinks in codes."
+    """HTML: which layers may have fewer bits, at which limit, and how that was measured."""
+    limit = f"The limit for {goal} is {found.limit} nats a token: see \u201cused for\u201d."
+    said = f"{found} {limit} Measured with all tokens except the sinks in codes."
     return f"<b>{html.escape(name)}</b>: {html.escape(said)}"
 
 
 def narrow_lines(choice: Choice) -> str:
-    """Lines of Python that make a cache some of whose layers have bits of their own, all of them the same."""
+    """Lines of Python that make a cache in which some layers have bits of their own, the same in all of these."""
     key_bits, value_bits = next(iter(choice.own_bits.values()))
     lines = [
         f'plan = vl.Plan.uniform(model, "{choice.method}", key_bits={choice.key_bits}, value_bits={choice.value_bits})',
@@ -54,14 +54,15 @@ def narrow_lines(choice: Choice) -> str:
 
 
 def answer_said(rows: pl.DataFrame, in_codes: str) -> str:
-    """Say in HTML whether two answers differ, from where, and how near a tie that was.
+    """HTML: whether two answers differ, from which token, and how probable both tokens were there.
 
-    ``rows``: `veloxlab.measure.generation.GENERATION`. ``in_codes``: the share of tokens in codes behind the answer.
+    ``rows``: `veloxlab.measure.generation.GENERATION`. ``in_codes``: a sentence about the share of tokens in codes at
+    the end of the answer.
     """
     parting = first_parting(rows)
     sides = [rows.filter(side=side) for side in SIDES]
     exact, ours = (html.escape("".join(own["text"])) for own in sides)
-    about = f"At its end, {in_codes} The longer the chat, the more is in codes."
+    about = f"At its end, {in_codes} In a longer chat, a larger share is in codes."
     if parting is None:
         return f"The answer does not change in {sides[0].height} tokens. {about}<br>\u201c{exact}\u201d"
     words = f"The answer changes at token {parting + 1}. {about}"

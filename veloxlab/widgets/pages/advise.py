@@ -1,4 +1,4 @@
-"""The page of advice: constraints in, a ranked list of caches out, and answers to what one asks before taking one."""
+"""The page of advice: a ranked list of caches for given constraints, and three checks of the picked cache."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ from veloxlab.widgets.selection import Bits, Choice, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
 DEPENDS = {"advice": ASKED, "narrow": ("model", "goal", "picked"), "answer": ("model", "prompt", "picked")}
-MOST = 3  # caches that are measured together
+MOST = 3  # caches that *Measure* measures
 
 
 class Advisor(Constraints, Panel):
-    """Say what you have and what you want, and see which cache to take, and why.
+    """Set your constraints and your goal, and see which cache to use, and why.
 
-    Bytes are those of the layout of codes. What a cache loses is predicted from the committed results of SmolLM2-135M,
-    and says so, until it is measured on the model that is here. Three questions are answered for the cache that is
-    picked: how it compares, which layers may go to 2 bits, and whether an answer changes.
+    Bytes are those of the layout of codes. The loss of a cache is predicted from the committed results of SmolLM2-135M,
+    and marked so, until it is measured on the loaded model. The page answers three questions about the picked cache:
+    how it compares, which layers may go to 2 bits, and whether an answer changes.
 
-    The traits are ``model`` (``"this model"``, one of `SIZES`, or what `veloxlab.advise` takes as a path or id),
-    ``context`` (tokens of each sequence), ``batch`` (sequences), ``memory_gb`` (of the machine, 10^9 bytes),
-    ``weight_bits``, ``goal`` (a name in `veloxlab.measure.advise.GOALS`), ``prompt``, and ``picked``, the name of a
-    cache in ``advice.frame``. ``advice`` is what `veloxlab.advise` gave; ``narrow`` what `narrow_layers` gave last.
+    The traits are ``model`` (``"this model"``, one of `SIZES`, or a path or id as for `veloxlab.advise`), ``context``
+    (tokens of each sequence), ``batch`` (sequences), ``memory_gb`` (of the machine, 10^9 bytes), ``weight_bits``,
+    ``goal`` (a name in `veloxlab.measure.advise.GOALS`), ``prompt``, and ``picked``, the name of a cache in
+    ``advice.frame``. ``advice`` is the newest result of `veloxlab.advise`, ``narrow`` that of `narrow_layers`.
     """
 
     NAME = "advisor"
     HELP = "13_memory_planner.ipynb#Which cache is best for my memory?"
     SETTINGS = (*ASKED, "prompt")
 
-    prompt = Checked(WORDS, PROMPT, help="a message, or a whole chat as text; the longer it is, the more is in codes")
-    picked = t.Unicode("", help="the cache that buttons act on, one of the table")
+    prompt = Checked(WORDS, PROMPT, help="a message, or a whole chat as text; of a longer text, more is in codes")
+    picked = t.Unicode("", help="the cache of the table that the buttons act on")
 
     def __init__(
         self,
@@ -68,13 +68,13 @@ class Advisor(Constraints, Panel):
         self.experiment = experiment
         self.advice: Advice | None = None
         self.narrow: Narrow | None = None
-        self._with_layers = dict[str, Choice]()  # by the names of caches: what was taken with layers of fewer bits
+        self._with_layers = dict[str, Choice]()  # by the names of caches: the choice with layers of fewer bits
         self._exact: Reference | None = None
-        self._measured = pl.DataFrame(schema=ADVICE)  # rows of this model
+        self._measured = pl.DataFrame(schema=ADVICE)  # rows measured on this model
         self._verdict, self._table, self._code = ipywidgets.HTML(), ipywidgets.HTML(), CodeLines()
         self._narrowed, self._answered = ipywidgets.HTML(), ipywidgets.HTML()
         self._said = {"advice": [self._verdict, self._table], "narrow": [self._narrowed], "answer": [self._answered]}
-        self._of = dict[str, list[Any]]()  # what the said is of: values of DEPENDS
+        self._of = dict[str, list[Any]]()  # by part: the settings of the shown result, values of DEPENDS
         self._caches = ipywidgets.Dropdown(description="cache", tooltip=self.traits()["picked"].help.capitalize())
         below = self._verdict, self._acts(), self._narrowed, self._answered, self._table, self._code
         self._laid_out([self._constraints()], *below)
@@ -88,7 +88,7 @@ class Advisor(Constraints, Panel):
 
     @property
     def row(self) -> dict[str, Any]:
-        """The picked row of ``advice.frame``; raises `InputError` where there is no advice yet."""
+        """The picked row of ``advice.frame``; raises `InputError` if there is no advice yet."""
         if self.advice is None:
             raise InputError("There is no advice yet: wait for it with wait().")
         return self.advice.frame.filter(name=self.picked).row(0, named=True)
@@ -117,12 +117,12 @@ class Advisor(Constraints, Panel):
         self.say(f"All pages now show {self.selection.choice.name}, sinks={DEFAULT_SINKS}, window={DEFAULT_WINDOW}.")
 
     def measure(self) -> None:
-        """Ask for what the first caches that fit really lose on the model that is here."""
+        """Start to measure on the loaded model how much the first caches that fit lose."""
         self._check_here()
         self._ask(measure=True)
 
     def try_narrow(self) -> None:
-        """Ask which layers of the picked cache may go to 2 bits on the model that is here."""
+        """Start to find the layers of the picked cache that may go to 2 bits on the loaded model."""
         self.selection.fitting.held.clear()
         row, goal, asked = self._row_to_run(), self.goal, self._chosen_for("narrow")
 
@@ -143,7 +143,7 @@ class Advisor(Constraints, Panel):
         self._submit("narrow", job, on_done=done, first=True)
 
     def take_narrow(self) -> None:
-        """Set the controls of all pages to the picked cache with the layers that may have fewer bits."""
+        """Set the controls of all pages to the picked cache, with fewer bits in the layers that may have them."""
         self._check_narrow()
         assert self.narrow is not None
         own: dict[int, Bits] = dict.fromkeys(self.narrow.layers, (NARROWEST, NARROWEST))
@@ -155,7 +155,7 @@ class Advisor(Constraints, Panel):
         self.say(f"All pages now show {self.selection.choice.name}.")
 
     def compare_answers(self) -> None:
-        """Ask whether the answer to the prompt changes with the picked cache, as the code makes it."""
+        """Start to find whether the answer to the prompt changes with the picked cache, made as in the code."""
         self.selection.fitting.held.clear()
         row, prompt, asked = self._row_to_run(), self.prompt, self._chosen_for("answer")
 
@@ -172,7 +172,7 @@ class Advisor(Constraints, Panel):
 
     def _check_here(self) -> None:
         if self.model != HERE:
-            raise InputError(f"Only a model that is here can be run: choose {HERE!r} as the model.")
+            raise InputError(f"Only the loaded model can be run: choose {HERE!r} as the model.")
 
     def _check_narrow(self) -> list[str]:
         if self.narrow is None:
@@ -186,7 +186,7 @@ class Advisor(Constraints, Panel):
         return []
 
     def _fits(self, *more: float) -> list[str]:
-        """The method of the picked cache, if it has to be fitted before this model runs with it."""
+        """The method of the picked cache, if it must be fitted before this model can run with it."""
         row, fitting = self._row_to_run(), self.selection.fitting
         ready = all(fitting.is_ready(row["method"], width) for width in (number_of_bits(row["bits"]), *more))
         return [] if ready else [row["method"]]
@@ -206,13 +206,13 @@ class Advisor(Constraints, Panel):
     def _coded_row(self) -> dict[str, Any]:
         row = self.row
         if row["method"] is None:
-            raise InputError(f"{row['name']} is not one of our methods: pick another cache for that.")
+            raise InputError(f"{row['name']} is not a method of veloxlab: pick another cache.")
         if row["method"] not in self.selection.methods:
             raise InputError(f"{row['method']} cannot be chosen here: it has to be fitted, which needs the model.")
         return row
 
     def _parts(self, row: dict[str, Any], window: int = DEFAULT_WINDOW) -> dict[str, Any]:
-        """What the selection has to be for a cache, as `Advice.code` makes it."""
+        """Parts of the selection for a cache, the same as in `Advice.code`."""
         bits = number_of_bits(row["bits"])
         exact = {"sinks": DEFAULT_SINKS, "window": window, "own_bits": {}}
         return {"method": row["method"], "key_bits": bits, "value_bits": bits} | exact
@@ -224,7 +224,7 @@ class Advisor(Constraints, Panel):
         return self._exact
 
     def _ask(self, *, measure: bool = False, keep: str = "") -> None:
-        """Ask for advice; an older request is dropped."""
+        """Start to compute advice; an older request is dropped."""
         asked, here = self._chosen_for("advice"), self.model == HERE
         settings = self.wanted | {"measured": self._measured if here else None}
         given = self.experiment.model if here else self.model
@@ -261,7 +261,7 @@ class Advisor(Constraints, Panel):
         return self._of.get(part) == self._chosen_for(part)
 
     def _compare_with_chosen(self) -> None:
-        """Fade what is of other settings than the chosen ones, and say at each button whether it can act on these."""
+        """Fade results of other settings, and update each button: whether it can act on the present settings."""
         for part in self._of:
             for said in self._said[part]:
                 (said.remove_class if self._is_of_chosen(part) else said.add_class)("veloxlab-stale")
@@ -291,8 +291,16 @@ class Advisor(Constraints, Panel):
         prompt = self._control(ipywidgets.Textarea, "prompt", "your chat", rows=2, continuous_update=False)
         acts = {
             "Set the controls": ("All pages then show the picked cache", self.take, self._fits_none),
-            f"Measure the first {MOST}": ("Run this model with them", self.measure, self._fits_measured),
-            f"Which layers may go to {NARROWEST} bits?": ("Try each, then many", self.try_narrow, self._fits_narrow),
+            f"Measure the first {MOST}": (
+                f"Run this model with the first {MOST} caches that fit",
+                self.measure,
+                self._fits_measured,
+            ),
+            f"Which layers may go to {NARROWEST} bits?": (
+                "Try each layer, then many together",
+                self.try_narrow,
+                self._fits_narrow,
+            ),
             "Use these layers": ("Give these layers fewer bits, on all pages", self.take_narrow, self._check_narrow),
             "Does the answer change?": ("Answer the chat with both caches", self.compare_answers, self._fits),
         }

@@ -1,4 +1,4 @@
-"""The page of a budget: which heads get the bits, and what that is predicted to cost."""
+"""The page of a budget: which heads get the bits, and the predicted loss."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from veloxlab.widgets.selection import Fitting, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
 T = TypeVar("T")
-TOKENS = 4096  # of a text, until one is asked for
+TOKENS = 4096  # of a text, until the user sets a number
 
 
 def _part(name: str, doc: str) -> Any:  # noqa: ANN401 - a property
@@ -44,25 +44,25 @@ def _part(name: str, doc: str) -> Any:  # noqa: ANN401 - a property
 
 
 class BudgetTuner(ChartPage):
-    """Choose a budget and its bounds, and see which heads get the bits and what that is predicted to cost.
+    """Choose a budget and its bounds, and see which heads get the bits and the predicted loss.
 
-    Everything but *Measure* answers from tables: of a `veloxlab.RateBudget`; or measured at a press of *Measure tables*
-    or by `start`, with progress, and kept on disk. Tables that are kept there are found again by themselves. Losses are
-    predictions unless they are said to be measured. Nothing here needs a network.
+    All numbers except those of *Measure* come from tables: of a `veloxlab.RateBudget`, or measured by *Measure tables*
+    or `start`, with progress, and kept on disk, where they are found again. Losses are predictions unless the page
+    marks them as measured. No network is needed.
 
-    ``rates``: what `veloxlab.rate_budget` measured, or `veloxlab.RateBudget.load` read; or a model, then its tokenizer.
-    ``model``, ``tokenizer``: as `veloxlab.load` gives them, to measure plans with; without them all else works.
-    ``budget``: to begin with, of true bits if it is a number; by default half of what can be spent. ``bounds``,
-    ``key_weight``: as `veloxlab.allocate.budget.Setting` has them. ``text``, ``tokens``, ``windows``: of measurements,
-    as for `veloxlab.fidelity`. ``rate_settings``: further arguments of `veloxlab.rate_budget`, where tables are to be
-    measured. ``calibration``: what `veloxlab.calibrate` gave; else it is made when it is needed. ``layer``: the
-    picked one. Raises `InputError` if the tables are of another model, if the budget cannot
-    be, or if a model came without its tokenizer.
+    ``rates``: from `veloxlab.rate_budget` or `veloxlab.RateBudget.load`; or a model, followed by its tokenizer.
+    ``model``, ``tokenizer``: as `veloxlab.load` returns them, to measure plans; without them all else works.
+    ``budget``: the first budget, a number for true bits; by default the middle of the possible range. ``bounds``,
+    ``key_weight``: as in `veloxlab.allocate.budget.Setting`. ``text``, ``tokens``, ``windows``: for measurements, as
+    for `veloxlab.fidelity`. ``rate_settings``: further arguments of `veloxlab.rate_budget`, if tables have to be
+    measured. ``calibration``: from `veloxlab.calibrate`; without it the method is calibrated when needed. ``layer``:
+    the picked layer. Raises `InputError` if the tables are of another model, if the budget is not possible, or if a
+    model has no tokenizer.
 
-    ``setting`` and ``layer`` are traits; ``budget``, ``bounds`` and ``key_weight`` are the setting's parts and can be
-    set alone. ``rates`` are the tables; None until they are measured. ``measured`` has a row for each plan that was
-    measured, `veloxlab.allocate.ratequant.EVALUATED`. ``charts``: each a `ChartView`, by name: ``bits``, ``losses``,
-    ``frontier`` and ``sensitivity``, once there are tables.
+    ``setting`` and ``layer`` are traits; ``budget``, ``bounds`` and ``key_weight`` are parts of the setting, and each
+    can be set. ``rates`` are the tables; None until they are measured. ``measured`` has a row for each measured plan,
+    `veloxlab.allocate.ratequant.EVALUATED`. ``charts``: each a `ChartView`, by name: ``bits``, ``losses``, ``frontier``
+    and ``sensitivity``, when there are tables.
     """
 
     NAME = "tuner"
@@ -72,11 +72,11 @@ class BudgetTuner(ChartPage):
 
     setting = t.Instance(Setting, allow_none=True, help="budget, bounds and weight of keys")
     layer = Chosen("layer", help="the picked layer")
-    budget = _part("budget", "What is asked for; set it to another budget, or to a number of true bits.")
-    bounds = _part("bounds", "What the allocation may do.")
-    key_weight = _part("key_weight", "How many times as much an error in keys counts in the choice.")
-    allocation = property(lambda tuner: _there(tuner._found), doc="The plan and what is predicted of it.")
-    plan = property(lambda tuner: tuner.allocation.plan, doc="For `veloxlab.make_cache`, or a file.")
+    budget = _part("budget", "The budget; set it to another budget, or to a number of true bits.")
+    bounds = _part("bounds", "The limits of the allocation.")
+    key_weight = _part("key_weight", "Weight of errors in keys against errors in values.")
+    allocation = property(lambda tuner: _there(tuner._found), doc="The plan and its predictions.")
+    plan = property(lambda tuner: tuner.allocation.plan, doc="The plan, for `veloxlab.make_cache` or a file.")
     _tables: RateBudget = property(lambda tuner: _there(tuner.rates))  # type: ignore[assignment]
     _now: Setting = property(lambda tuner: _there(tuner.setting))  # type: ignore[assignment]
 
@@ -91,7 +91,7 @@ class BudgetTuner(ChartPage):
     def __init__(
         self,
         rates: RateBudget | Module,
-        model: Any = None,  # noqa: ANN401 - a model; or the tokenizer, where rates are to be measured
+        model: Any = None,  # noqa: ANN401 - a model; or the tokenizer, if ``rates`` is a model
         tokenizer: Any = None,  # noqa: ANN401
         *,
         budget: Budget | float | None = None,
@@ -133,27 +133,27 @@ class BudgetTuner(ChartPage):
         self.follow()
 
     def tune(self, **parts: Any) -> None:
-        """Change some of ``budget``, ``bounds`` and ``key_weight`` at once; `InputError` if they do not go together."""
+        """Change some of ``budget``, ``bounds``, ``key_weight`` at once; raises `InputError` if they do not fit."""
         self.setting = replace(self._now, **parts)
 
     @property
     def spent(self) -> str:
-        """What the allocation takes."""
+        """A sentence: the bits and bytes of the allocation."""
         return drawn.spent_said(self.allocation, self.bounds, self._tables)
 
     @property
     def predicted(self) -> str:
-        """What the allocation, and uniform bits in the same bytes, are predicted to lose."""
+        """A sentence: the predicted losses of the allocation and of uniform bits in the same bytes."""
         return drawn.predicted_said(self.allocation, self._tables)
 
     def start(self) -> None:
-        """Measure the tables, or find them on disk, and show the tuner once they are there; nothing if they are."""
+        """Measure the tables, or read them from disk, then show the tuner; without effect if it has tables."""
         if self.rates is None:
             measure = partial(kept_rate_budget, self._model, self._tokenizer, **self._rate_settings)
             self._submit("tables", lambda progress: measure(progress=progress), on_done=self._build, first=True)
 
     def _offer(self) -> None:
-        """Offer to measure the tables; take them if they are on disk."""
+        """Show a button that measures the tables; use the tables on disk if there are any."""
         words, cost = measuring(self._rate_settings)
         self._laid_out([controls(button(words, "Sensitivities and distortions of this model", self.start))])
         self.say(cost)
@@ -161,7 +161,7 @@ class BudgetTuner(ChartPage):
         self._submit("kept tables", lambda _: place(), on_done=lambda at: self.start() if at and at.is_file() else None)
 
     def add(self, method: str) -> None:
-        """Ask for a method in the tables whose calibration, which is kept on disk, says what every bit saves."""
+        """Add a method to the tables: its calibration, kept on disk, predicts how much each bit reduces the loss."""
         name = find_method(method).name
         if self._model is None:
             raise InputError(f"{name} is calibrated on a model: give vl.widgets.BudgetTuner one and its tokenizer.")
@@ -179,7 +179,7 @@ class BudgetTuner(ChartPage):
         self._submit(method, make, on_done=done)
 
     def measure(self, kind: str = "allocated") -> None:
-        """Ask for the fidelity of the present plan, or of uniform bits in its bytes; the row joins `measured`."""
+        """Start to measure the present plan, or uniform bits in its bytes; `measured` gets the row."""
         if self._model is None:
             way_out = "vl.widgets.BudgetTuner(rates, model, tokenizer)"
             raise InputError(f"To measure a plan the tuner needs the model: {way_out}.")
@@ -187,7 +187,7 @@ class BudgetTuner(ChartPage):
         found = self.allocation
         plan = found.uniform if kind == "uniform" else found.plan
         if plan is None:
-            raise InputError("No uniform bits take as few bytes as this plan: measure it at a larger budget.")
+            raise InputError("No uniform bits need as few bytes as this plan: choose a larger budget.")
         kind = kind if kind == "uniform" else drawn.kind_of(plan, self._tables)
         plan = replace(plan, name=f"{kind if kind == 'uniform' else drawn.names_of(plan)} {found.true_bits:.2f} bits")
         fitting, sample = self.selection.fitting, self._sample
@@ -205,7 +205,7 @@ class BudgetTuner(ChartPage):
         self._submit("fidelity", evaluate, on_done=done, first=True)
 
     def save(self, path: str | Path) -> Path:
-        """Write the present plan, whole or not at all, and give the file's full path."""
+        """Write the present plan, whole or not at all, and return the file's full path."""
         return self._file.save(path)
 
     @property
@@ -213,7 +213,7 @@ class BudgetTuner(ChartPage):
         return "no tables yet" if self.setting is None else f"{self.spent}. {self.predicted}"
 
     def _build(self, rates: RateBudget) -> None:
-        """Show the tuner of these tables. On the worker's thread, where they were measured."""
+        """Show the tuner for these tables. Runs on the worker's thread, which measured them."""
         self._ready = False
         self.widths = rates.curves["bits"].unique().sort().to_list() or [*range(1, WIDEST + 1)]
         least = None if rates.predicted_method else self.widths[0]
@@ -222,7 +222,7 @@ class BudgetTuner(ChartPage):
         if budget is None:
             budget = AverageBits(round(sum(rates.spans(bounds, TOKENS).bits) / 2, 1))
         setting = Setting(budget, bounds, key_weight)  # type: ignore[arg-type]  # a number becomes a budget
-        rates.solve(setting.budget, bounds, key_weight=key_weight)  # if it cannot be, there are no tables yet
+        rates.solve(setting.budget, bounds, key_weight=key_weight)  # raises before the page changes
         self.rates = rates
         self.set_trait("setting", setting)
         self._draw([*drawn.CHARTS, drawn.COORDINATES] if rates.predicted_method else drawn.CHARTS)
@@ -235,13 +235,13 @@ class BudgetTuner(ChartPage):
         why = "" if self._model is not None else ": give the tuner the model and its tokenizer"
         acts: dict[str, tuple[str, Callable[[], None]]] = {
             words: (
-                f"Run the model with the {kind} plan, and compare its predictions{why}",
+                f"Run the model with the {kind} plan, and compare its predictions with those of the exact cache{why}",
                 partial(self.measure, kind),
             )
             for words, kind in {"Measure": "allocated", "Measure uniform": "uniform"}.items()
         }
         if not rates.predicted_method and drawn.by_of(rates) in NATS:
-            said = f"Calibrate it, some minutes at first, and see its predictions{why}"
+            said = f"Calibrate this method, some minutes the first time, and see its predictions{why}"
             addable = [method for method in METHODS.values() if method.prediction]
             acts |= {f"Add {method.name}": (said, partial(self.add, method.id)) for method in addable}
         buttons = [button(words, tip, partial(self._saying, act), width="140px") for words, (tip, act) in acts.items()]
@@ -260,13 +260,13 @@ class BudgetTuner(ChartPage):
         return setting
 
     def _asked(self, parts: Callable[[], dict[str, Any]]) -> None:
-        """Do what a control asks for, or what comes nearest; an error is said, and everything stays as it was."""
+        """Apply the changed ``parts``, or the nearest possible ones; show an error, and change nothing then."""
 
         def ask() -> None:
             wanted = replace(self._now, **parts())
             self.setting = replace(wanted, budget=self._spans(wanted).nearest(wanted.budget))
             moved = self.setting != wanted
-            self.say("These bounds cannot spend that: the budget is the nearest that they can." if moved else "")
+            self.say("These bounds do not allow that budget: it was set to the nearest one." if moved else "")
 
         self._saying(ask)
         self._controls.show(self._now, self._spans(self._now))

@@ -1,4 +1,4 @@
-"""The charts of a budget: who gets the bits, and what is predicted and measured of it; a look is the tuner."""
+"""The charts of a budget: which heads get the bits, predicted and measured losses. Here a ``look`` is the tuner."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from veloxlab.widgets.pages.charts import Chart, Look
 
 
 def by_of(rates: RateBudget) -> str:
-    """What its sensitivities are measured by."""
+    """The measure of its sensitivities."""
     return str(rates.sensitivities["by"][0])
 
 
 def unit_of(rates: RateBudget, a: str = "token") -> str:
-    """The unit of a predicted loss, of a token or of something else."""
+    """The unit of a predicted loss, for each token or for each ``a``."""
     return f"nats a {a}" if by_of(rates) in NATS else f"in the unit of {by_of(rates)}"
 
 
 def kind_of(plan: Plan, rates: RateBudget) -> str:
-    """What charts call a plan that was allocated."""
+    """The name of an allocated plan in charts."""
     return (
         rates.predicted_method if rates.predicted_method and names_of(plan) == rates.predicted_method else "allocated"
     )
@@ -41,22 +41,22 @@ def names_of(plan: Plan) -> str:
 
 
 def spent_said(found: Allocation, bounds: Bounds, rates: RateBudget) -> str:
-    """What an allocation takes."""
+    """A sentence: the bits and bytes of an allocation."""
     least = bounds.least_bits or found.least_bits
     bits = f"code bits: keys {found.key_bits:.2f}, values {found.value_bits:.2f}"
     said = f"{found.true_bits:.2f} true bits a value, {found.bytes_per_token:,.0f} bytes a token; {bits}"
-    only = f"{said}. Nothing is allocated: the bounds' least width, {least}, is all that this pays for"
+    only = f"{said}. Nothing is allocated: this budget allows only the bounds' least width, {least}"
     return only if found.only_least and kind_of(found.plan, rates) == "allocated" else said
 
 
 def predicted_said(found: Allocation, rates: RateBudget) -> str:
-    """What it, and uniform bits in the same bytes, are predicted to lose."""
+    """A sentence: the predicted losses of an allocation and of uniform bits in the same bytes."""
     said, uniform = f"Predicted loss {found.predicted_loss:.3g} {unit_of(rates)}", found.predicted_uniform_loss
     return said if uniform is None else f"{said}; of uniform bits in the same bytes {uniform:.3g}"
 
 
 def _heads(look: Look) -> pl.DataFrame:
-    """What each head gets, allocated and by uniform bits in the same bytes, where there are such."""
+    """Rows of each head: of the allocated plan, and of uniform bits in the same bytes, if there are any."""
     found: Allocation = look.allocation
     rates: RateBudget = look.rates
     plans = {kind_of(found.plan, rates): found.plan, "uniform": found.uniform}
@@ -65,7 +65,7 @@ def _heads(look: Look) -> pl.DataFrame:
 
 
 def frontiers(rates: RateBudget, bounds: Bounds) -> pl.DataFrame:
-    """Lines of what may be chosen and of uniform widths; with a `predicted_method`, of plans with it and without."""
+    """Lines of allocated plans and of uniform widths; with a `predicted_method`, of plans with it and without it."""
     predicted_method, asked = rates.predicted_method, list(bounds.methods or rates.methods)
     others = (
         [method for method in rates.methods if method != predicted_method] if asked == [predicted_method] else asked
@@ -90,7 +90,7 @@ def _frontier(look: Look) -> pl.DataFrame:
 
 
 def _ends(rows: pl.DataFrame, look: Look) -> dict[str, Domain]:
-    """Ends of the axes of true bits and of loss, between which all that the widest bounds can do and these rows lie."""
+    """Ends of the axes of true bits and of loss: they contain these rows and all plans of the widest bounds."""
     bits = [*look.everything["true_bits"], *rows["true_bits"]]
     domain = log_domain([*look.everything["predicted_loss"], *rows["loss"]])
     return {"bits": (min(bits), max(bits)), "domain": domain}
@@ -99,7 +99,7 @@ def _ends(rows: pl.DataFrame, look: Look) -> dict[str, Domain]:
 def _frontier_caption(rows: pl.DataFrame, look: Look) -> str:
     said = "The hollow mark is this plan, predicted for codes alone; measured is the mean KL, its window exact"
     if by_of(look.rates) not in NATS:
-        said = f"Losses by {by_of(look.rates)} are no divergences: what is measured stands in the table below"
+        said = f"Losses by {by_of(look.rates)} are not divergences: the table below has the measured KL"
     return "; ".join([said, *not_drawn(rows["loss"])])
 
 
@@ -110,7 +110,7 @@ CHARTS = (
         lambda _, look: look.rates.heads(look.allocation.plan),
         lambda rows, look: views.allocation_map(rows, least=look.widths[0], most=look.widths[-1]),
         lambda rows, _: views.allocation_caption(rows),
-        why="Who gets the bits.",
+        why="How many bits each head gets.",
         badge="predicted",
     ),
     Chart(
@@ -122,7 +122,7 @@ CHARTS = (
         lambda rows, look: views.loss_by_layer(rows, unit=unit_of(look.rates)),
         lambda rows, look: views.loss_caption(rows, unit=unit_of(look.rates)),
         lambda rows, _: kinds_of(rows),
-        why="What each layer then loses, beside uniform bits in the same bytes.",
+        why="The loss of each layer, next to that of uniform bits in the same bytes.",
         badge="predicted",
     ),
     Chart(
@@ -134,7 +134,7 @@ CHARTS = (
         ),
         _frontier_caption,
         _ends,
-        why="What more bits are worth, and whether what was measured agrees.",
+        why="How much more bits reduce the loss, and whether measurements agree.",
         badge="predicted",
     ),
     Chart(
@@ -142,7 +142,7 @@ CHARTS = (
         (),
         lambda _, look: look.rates.sensitivities,
         lambda rows, look: views.sensitivity_by_layer(rows, unit=unit_of(look.rates, "unit of error")),
-        why="How much the model's loss rises with an error there: bits go where that is most.",
+        why="How much an error in each layer raises the model's loss: sensitive layers get more bits.",
     ),
 )
 COORDINATES = Chart(
@@ -150,7 +150,7 @@ COORDINATES = Chart(
     ("allocation",),
     lambda _, look: look.rates.coordinates(look.allocation.plan),
     lambda rows, _: views.coordinate_map(rows),
-    why="The same of single coordinates.",
+    why="How many bits each coordinate gets.",
     badge="predicted",
 )
-"""Of tables with a method that gives each coordinate bits of its own."""
+"""A chart for tables with a method that gives each coordinate its own bits."""

@@ -1,4 +1,4 @@
-"""The controls and charts of a budget, a table of measured plans, and what saves a plan; a look is the tuner."""
+"""The controls of a budget, a table of measured plans, and a widget that saves a plan."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ KINDS = {
     "tokens in memory": TokensInMemory,
     "predicted loss": QualityFloor,
 }
-STEPS = {AverageBits: 0.05, QualityFloor: 0.02}  # of sliders; others have a hundred
+STEPS = {AverageBits: 0.05, QualityFloor: 0.02}  # of sliders; the others have a hundred steps
 LOOKS: dict[str, Any] = {"style": {"description_width": "104px"}}
-ANY = "any of them"  # methods
+ANY = "any of them"  # any method
 PROTECTIONS = {"the most bits": "widest", "no codes: kept exact": "exact"}
 COLUMNS = {
     "plan": pl.col("name"),
@@ -43,7 +43,7 @@ COLUMNS = {
 
 
 def history(measured: pl.DataFrame) -> str:
-    """HTML of `veloxlab.allocate.ratequant.EVALUATED` rows, the newest first; nothing where there are none."""
+    """HTML of `veloxlab.allocate.ratequant.EVALUATED` rows, the newest first; empty without rows."""
     rows = measured.reverse().select(**COLUMNS).iter_rows()
     return "" if measured.is_empty() else html_table(list(COLUMNS), rows, cell="padding: 1px 10px 1px 0")
 
@@ -57,23 +57,24 @@ def _slider(words: str, tip: str, form: str, kind: type[ipw.Widget] = ipw.FloatS
 
 
 STARTING = (
-    "How much each head matters is measured once: gradients of {sequences} texts of {tokens} tokens. That takes some "
-    "minutes for a small model on a CPU, and much longer for a large one. Texts that are done are kept on disk: after "
-    "Cancel it goes on behind them. Then every change of a control is answered from tables."
+    "The sensitivity of each head is measured once, by gradients of {sequences} texts of {tokens} tokens. That takes "
+    "some minutes for a small model on a CPU, and much longer for a large one. Finished texts are kept on disk: after "
+    "Cancel, a new start goes on with the next text. When the tables are ready, the controls need no more measurements."
 )
 
 
 def measuring(rate_settings: Mapping[str, Any]) -> tuple[str, str]:
-    """What the button of measuring tables says, and what that costs."""
+    """The label of the button that measures tables, and a text about the time that this takes."""
     asked = {name: rate_settings.get(name, usual) for name, usual in {"sequences": 8, "tokens": 512}.items()}
     return "Measure tables ({sequences} × {tokens} tokens)".format(**asked), STARTING.format(**asked)
 
 
 class SettingControl(ipw.Box):  # type: ignore[misc]  # ipywidgets has no types
-    """Choose a kind of budget and its number, what an allocation may do, and how much keys count against values.
+    """Choose a kind of budget and its number, the limits of the allocation, and the weight of keys against values.
 
-    When a person changes a control, ``asked`` is given what gives the changed parts of a `Setting`; ``converted`` gives
-    the budget of a kind that allows what is held now. ``widths`` were measured, of so many ``layers``, and ``methods``.
+    When the user changes a control, ``asked`` gets a function that returns the changed parts of a `Setting`.
+    ``converted`` returns the budget of another kind that allows the present allocation. ``widths``, ``layers`` (their
+    number) and ``methods`` are those of the tables.
     """
 
     def __init__(
@@ -86,25 +87,25 @@ class SettingControl(ipw.Box):  # type: ignore[misc]  # ipywidgets has no types
         methods: Sequence[str],
     ) -> None:
         self._asked, self._showing = asked, False
-        self._least: int | None = None  # of the bounds that are shown
+        self._least: int | None = None  # least width of the shown bounds
         self.kind = _control(ipw.Dropdown, "budget", "What the budget is counted in", options=KINDS)
         limits = {"value": tokens, "min": 1, "max": 1_000_000, "step": 256}
         self.tokens = _control(
             ipw.BoundedIntText, "tokens", "Tokens of the text that has to fit, 1 to 1,000,000", **limits
         )
-        self.megabytes = _slider("megabytes", "All that the compressed layers then hold, exact tokens too", ".3f")
-        most = "The most nats that a token may lose, as predicted: the fewest bytes are sought"
+        self.megabytes = _slider("megabytes", "Bytes that the compressed layers hold, including exact tokens", ".3f")
+        most = "The greatest predicted loss of a token: the plan has the fewest bytes within it"
         self.numbers: dict[type, list[ipw.Widget]] = {
-            AverageBits: [_slider("true bits", "Stored bits of a value, with scales", ".2f")],
+            AverageBits: [_slider("true bits", "Stored bits of a value, including scales", ".2f")],
             BytesPerToken: [
                 _slider("bytes a token", "Bytes of one packed token's keys and values in all layers", ",.0f")
             ],
             TokensInMemory: [self.tokens, self.megabytes],
             QualityFloor: [_slider("nats a token", most, ".3g", ipw.FloatLogSlider)],
-        }  # the last is the amount
+        }  # the last control of each is the amount
         self.slot = ipw.VBox()
 
-        tip = "What keys and values may be coded by"
+        tip = "The methods that may code keys and values"
         self.method = _control(ipw.Dropdown, "method", tip, options=[ANY, *methods])
         ends = {"options": list(widths), "index": (0, len(widths) - 1)}
         self.widths = _control(ipw.SelectionRangeSlider, "bits allowed", "Least and most code bits of a head", **ends)
@@ -112,18 +113,18 @@ class SettingControl(ipw.Box):  # type: ignore[misc]  # ipywidgets has no types
             _control(
                 ipw.IntSlider,
                 f"{end} layers",
-                f"How many {end} layers are left out, 0 to {layers // 2}",
+                f"How many {end} layers are left out of the budget, 0 to {layers // 2}",
                 min=0,
                 max=layers // 2,
             )
             for end in ("first", "last")
         )
-        tip = "What first and last layers that are left out get"
+        tip = "What the first and last layers that are left out get"
         self.protection = _control(ipw.Dropdown, "these get", tip, options=PROTECTIONS)
-        tip = "A layer's keys get as many bits as its values at least, on average over its heads"
+        tip = "A layer's keys get at least as many bits as its values, on average over its heads"
         beside = {"indent": False}
         self.keys_first = _control(ipw.Checkbox, "keys no fewer than values", tip, **beside)
-        tip = "How many times as much an error in keys counts in the choice, 1/16 to 16"
+        tip = "Weight of an error in keys against one in values, 1/16 to 16"
         scale = {"value": 1.0, "base": 2, "min": -4, "max": 4, "step": 0.25}
         self.key_weight = _slider("weight of keys", tip, ".2f", ipw.FloatLogSlider, **scale)
         bounds = [self.widths, self.first, self.last, self.protection, self.keys_first, self.key_weight]
@@ -137,7 +138,7 @@ class SettingControl(ipw.Box):  # type: ignore[misc]  # ipywidgets has no types
         self.add_class("veloxlab-controls")
 
     def show(self, setting: Setting, spans: budgets.Spans) -> None:
-        """Show a setting and how far each control goes, and ask for nothing."""
+        """Show a setting and the ends of each control, without a call of ``asked``."""
         budget, bounds = setting.budget, setting.bounds
         amount = fields(budget)[-1].name
         value, (least, most) = getattr(budget, amount), getattr(spans, amount)
@@ -149,7 +150,7 @@ class SettingControl(ipw.Box):  # type: ignore[misc]  # ipywidgets has no types
                 most = max(least, min(most, device().memory_bytes / budgets.MEGABYTE))
             ends = min(least, value), max(most, value)
             low, high = map(math.log10, ends) if isinstance(budget, QualityFloor) else ends
-            slider.max = max(high, slider.max)  # no end may ever cross the other
+            slider.max = max(high, slider.max)  # ipywidgets raises if the least end passes the greatest
             slider.min, slider.max = low, high
             slider.step = STEPS.get(type(budget)) or (most - least) / 100 or 1.0
             slider.value = value
@@ -179,7 +180,7 @@ class SettingControl(ipw.Box):  # type: ignore[misc]  # ipywidgets has no types
 
 
 class PlanFile(ipw.VBox):  # type: ignore[misc]
-    """Save what ``plan`` gives to a file, and show how to use it."""
+    """Save the plan that ``plan`` returns to a file, and show how to use it."""
 
     def __init__(self, plan: Callable[[], Plan], path: str = "budget_plan.json") -> None:
         self._plan = plan
@@ -191,7 +192,7 @@ class PlanFile(ipw.VBox):  # type: ignore[misc]
         super().__init__([ipw.HBox([self.path, self.button]), self.said, self.code])
 
     def save(self, path: str | Path | None = None) -> Path:
-        """Write the plan and give the file's full path; raises `InputError` if it cannot be written there."""
+        """Write the plan and return the file's full path; raises `InputError` if it cannot be written there."""
         return self._plan().save(Path(self.path.value.strip() if path is None else path).expanduser().absolute())
 
     def _clicked(self) -> None:
@@ -202,7 +203,7 @@ class PlanFile(ipw.VBox):  # type: ignore[misc]
         self.said.value = f"<em>{html.escape(said)}</em>"
 
     def tell_code(self, _: object = None) -> None:
-        """Show what to write for the plan of now."""
+        """Show the lines of Python that use the present plan."""
         fitted = [f'vl.calibrate(model, tokenizer, "{method}")' for method in self._plan().calibrations]
         given = f", calibration=[{', '.join(fitted)}]" if fitted else ""
         lines = [

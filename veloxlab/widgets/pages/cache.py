@@ -1,4 +1,4 @@
-"""The page of the cache: errors by layer, how bits are spent, and memory, on the model's own keys and values."""
+"""The Cache page: errors by layer, use of bits, and memory, on the model's own keys and values."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from veloxlab.widgets.selection import MOST_SEED, Bits
 from veloxlab.widgets.worker import Worker
 
 NO_QUERIES = (
-    "This model computes attention by itself and does not show its queries: errors of keys and values can be seen, "
-    "those of attention cannot."
+    "This model computes attention by itself and does not show its queries: errors of keys and values can be measured, "
+    "errors of attention cannot."
 )
-LIKELY_WIDTHS = (2, 3, 4, 5, 6, 8, 1, 7)  # the order in which widths are measured ahead: those that people try first
+LIKELY_WIDTHS = (2, 3, 4, 5, 6, 8, 1, 7)  # order of measurements ahead: first the widths that people usually try
 METRICS = {
     "output_error": ("attention output (relative MSE)", (1e-6, 1.0)),
     "logit_error": ("attention logits (nats)", (1e-3, 10.0)),
     "rel_mse": ("keys and values (relative MSE)", (1e-5, 1.0)),
 }
 PATHS = {"own": "keep the model's own cache, exact", "arrays": "are decoded to arrays before attention"}
-ALL = -1  # stands for all layers in a list, which cannot show None
-GREATEST = 9  # bits to which the axis of spent bits goes, at least
-MEASURED_UPTO = 4096  # tokens to which caches are really filled
-DRAWN_UPTO = 16384  # tokens to which the memory chart goes on
+ALL = -1  # means all layers in a dropdown, which cannot show None
+GREATEST = 9  # least end of the axis of bits
+MEASURED_UPTO = 4096  # tokens: to here caches are filled and measured
+DRAWN_UPTO = 16384  # tokens: to here the memory chart predicts
 
 
 def unusual(layers: Sequence[LayerFacts]) -> list[str]:
-    """Say which layers have no codes that attention reads, why, and what share of an exact cache's bytes they are."""
+    """Sentences: which layers attention does not read as codes, why, and their share of an exact cache's bytes."""
     whole, said = sum(facts.exact_bytes for facts in layers), list[str]()
     kinds: dict[tuple[str, str], list[LayerFacts]] = {}
     for facts in layers:
@@ -63,7 +63,7 @@ def _of_list(layer: int | None) -> int:
 
 
 def at_bits(frames: Sequence[pl.DataFrame], layer_bits: Mapping[int, Bits]) -> pl.DataFrame:
-    """Rows of each layer's keys and values at their bits, from frames of each of `widths`, the fewest bits first."""
+    """Rows of each layer's keys and values at their bits, from a frame for each of `widths`, in that order."""
     rows = [(layer, *pair) for layer, bits in layer_bits.items() for pair in zip(TENSORS, bits, strict=True)]
     wanted = pl.DataFrame(rows, {"layer": pl.Int32, "tensor": pl.String, "wanted": pl.Float64}, orient="row")
     parts = [
@@ -74,7 +74,7 @@ def at_bits(frames: Sequence[pl.DataFrame], layer_bits: Mapping[int, Bits]) -> p
 
 
 def widths(layer_bits: Mapping[int, Bits]) -> list[float]:
-    """Numbers of bits that occur."""
+    """All numbers of bits that occur, in rising order."""
     return sorted({width for bits in layer_bits.values() for width in bits})
 
 
@@ -99,7 +99,7 @@ def _error_rows(frames: Sequence[pl.DataFrame], look: Look) -> pl.DataFrame:
 
 
 def _memory_rows(frames: Sequence[pl.DataFrame], look: Look) -> pl.DataFrame:
-    # by the method's name alone: a name that moved with the sliders would leave the chart's colours
+    # the method's name alone: the chart has a colour for each name, and a name with bits would change with the sliders
     name = pl.when(pl.col("cache") == "fp16").then("cache").otherwise(pl.lit(look.method))
     return predicted_growth(at_bits(frames, look.layer_bits).with_columns(cache=name), DRAWN_UPTO)
 
@@ -112,7 +112,7 @@ CHARTS = (
         lambda frame, look: views.error_map(frame, metric=look.metric, domain=METRICS[look.metric][1]),
         lambda frame, look: views.error_caption(frame, look.metric),
         lambda _, look: look.metric,
-        lambda look: [*ASKS_TOKENS(look), *ASKS_ATTENTION(look)],  # both: another metric is seen at once
+        lambda look: [*ASKS_TOKENS(look), *ASKS_ATTENTION(look)],  # both, so that another metric is drawn at once
         "Which layers and heads lose most: give these more bits.",
     ),
     Chart(
@@ -123,7 +123,7 @@ CHARTS = (
         lambda frame, _: views.bit_caption(frame),
         lambda _, look: look.method,
         _asks("bits"),
-        "What a value of each layer takes: its code, and scales on top.",
+        "Stored bits of a value in each layer: its code, and its share of scales.",
     ),
     Chart(
         "memory",
@@ -133,7 +133,7 @@ CHARTS = (
         lambda frame, _: views.memory_caption(frame),
         lambda _, look: look.method,
         _asks("memory", "sinks", "window"),
-        "What the cache saves as the context grows.",
+        "How many bytes the cache saves as the context grows.",
         "measured, then predicted",
     ),
 )
@@ -157,7 +157,7 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
     bits = property(lambda page: page._of_drawn(page.charts, "bits"), doc="The chart of bits.")
     memory = property(lambda page: page._of_drawn(page.charts, "memory"), doc="The chart of memory.")
     _listed: Mapping[int, str] | None = None
-    metric = Checked(choice(*METRICS), "output_error", help="which error is drawn: of attention, or of keys and values")
+    metric = Checked(choice(*METRICS), "output_error", help="the drawn error: of attention, or of keys and values")
 
     def __init__(self, experiment: Experiment, worker: Worker | None = None, *, now: bool = False) -> None:
         shown = any(c.queries is not None for c in experiment.capture.layers)
@@ -167,7 +167,7 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
         self._shown, self._unusual = shown, unusual(probe(experiment.model))
         self._draw(CHARTS, now=now)
         self._code = CodeLines()
-        self._own = ipywidgets.HBox(layout={"flex_flow": "row wrap"})  # a button a layer with bits of its own
+        self._own = ipywidgets.HBox(layout={"flex_flow": "row wrap"})  # a button for each layer with bits of its own
         self._laid_out([self._controls(), self._own], self._grid, self._code)
         self.follow()
 
@@ -203,7 +203,7 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
         metrics = [(METRICS[name][0], name) for name in self._metrics]
         metric = wide(self._control(ipywidgets.Dropdown, "metric", "error of", options=metrics))
         forget = partial(self.selection.choose, own_bits={}, layer=None)
-        self._reset = button("Same for all", "Forget the bits of single layers", forget)
+        self._reset = button("Same for all", "Remove the bits of single layers: all layers get the same", forget)
         measure = button("Measure fidelity", "Run the model with this cache and compare its predictions", self.measure)
         method, *others = self._of_cache(step=16)
         return controls(
@@ -220,7 +220,7 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
     @t.validate("metric")
     def _metric_is_there(self, proposal: dict[str, Any]) -> str:
         if proposal["value"] not in self._metrics:
-            raise InputError(f"There is no {proposal['value']} here. {NO_QUERIES}")
+            raise InputError(f"There is no metric {proposal['value']} here. {NO_QUERIES}")
         return str(proposal["value"])
 
     def _likely(self) -> Iterable[Look]:
@@ -238,10 +238,10 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
         self._list(choice.exceptions)
 
     def _list(self, exceptions: Mapping[int, str]) -> None:
-        """List the layers with bits of their own; a press gives one the bits of all again."""
+        """Show a button for each layer with bits of its own; a press removes these bits."""
         if exceptions != self._listed:
             self._listed, self._reset.disabled = exceptions, not exceptions
-            tip = "Give this layer the bits of all layers again"
+            tip = "Remove the bits of this layer: it gets those of all layers again"
             self._own.children = [
                 button(f"layer {layer}: {bits} \u2715", tip, partial(self._forget, layer), width="auto")
                 for layer, bits in exceptions.items()
@@ -254,24 +254,24 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
 
 
 class CacheExplorer(Experimenter, CachePage):
-    """Choose a compressed cache and see what it costs, on the model's own keys and values.
+    """Choose a compressed cache, and see its errors, bits and memory on the model's own keys and values.
 
     The first settings are measured at once, other bits ahead, so that sliders answer from tables. A method that learns
-    is fitted when it is first chosen, with progress. Clicking a layer in any chart marks it in all, and the bit sliders
-    are then of that layer alone. Nothing here needs a network.
+    is fitted when it is first chosen, with progress. A click on a layer in a chart marks that layer in all charts, and
+    the bit sliders then set that layer alone. No network is needed.
 
-    ``model``, ``tokenizer``: as `veloxlab.load` gives them. ``method``, ``bits``, ``key_bits``, ``value_bits``,
-    ``sinks``, ``window``: to begin with, as for `veloxlab.make_cache`. ``text``, ``tokens``: what the model reads, by
-    default the shipped WikiText-2 test excerpt, and how much of it. ``calibration``: what `veloxlab.calibrate` gave,
-    for a method that has to be fitted; sliders have its widths. Raises `InputError` for an unknown method, bits out of
-    range, or a text that is too short.
+    ``model``, ``tokenizer``: as `veloxlab.load` returns them. ``method``, ``bits``, ``key_bits``, ``value_bits``,
+    ``sinks``, ``window``: first settings, as for `veloxlab.make_cache`. ``text``, ``tokens``: the text that the model
+    reads (by default the shipped WikiText-2 test excerpt), and how many of its tokens. ``calibration``: from
+    `veloxlab.calibrate`, for a method that has to be fitted; sliders have its widths. Raises `InputError` for an
+    unknown method, bits out of range, or a text that is too short.
 
     ``method``, ``key_bits``, ``value_bits``, ``sinks``, ``window``, ``seed``, ``layer`` and ``metric`` are traits: set
-    them and the charts follow. Where a model does not show its queries, the metric is ``"rel_mse"`` and no other. The
-    charts ``errors``, ``bits``, ``memory`` and ``frontier`` are each a `ChartView`.
+    them and the charts follow. If a model does not show its queries, the only metric is ``"rel_mse"``. The charts
+    ``errors``, ``bits``, ``memory`` and ``frontier`` are each a `ChartView`.
     """
 
-    frontier = property(lambda page: page.comparison.frontier, doc="What was measured, once something was.")
+    frontier = property(lambda page: page.comparison.frontier, doc="The chart of measured caches, or None.")
 
     def _begin(self, experiment: Experiment) -> None:
         CachePage.__init__(self, experiment)

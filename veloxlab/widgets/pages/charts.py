@@ -1,4 +1,4 @@
-"""Pages that are lists of charts: what each shows, what has to be measured for it, and the frames that were."""
+"""Pages that are lists of charts: what each chart shows, what it needs measured, and the measured frames."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.selection import Selection
 from veloxlab.widgets.worker import Progress, Status, Worker, sentence
 
-Request = tuple[Any, ...]  # the name of a measurement, and what it is of
-Look = Any  # a `SimpleNamespace`: what a page shows, setting by setting
-Measure = Callable[..., Any]  # takes a `ChartPage`, a progress, and the rest of a request; gives a frame, as a rule
-WAITING = "Measuring these settings. Until then the charts show the settings before them."
-AWAITED = "Each chart comes when it is measured."
+Request = tuple[Any, ...]  # the name of a measurement, then its arguments
+Look = Any  # a `SimpleNamespace`: the settings that a page shows, by name
+Measure = Callable[..., Any]  # takes a `ChartPage`, a progress, and the arguments of a request; usually returns a frame
+WAITING = "Measuring these settings. Until then the charts show the previous settings."
+AWAITED = "Each chart appears when it is measured."
 CANCELLED = "Cancelled. The charts show the last settings that were measured. Press Retry to measure these."
 NONE_YET = "Cancelled. Press Retry to measure what is shown here."
 
@@ -39,11 +39,11 @@ NONE_YET = "Cancelled. Press Retry to measure what is shown here."
 class Chart:
     """One chart of a page.
 
-    ``depends``: the settings that it depends on. ``rows`` gives its rows from what was measured, ``draw`` the chart of
-    rows, ``caption`` the line under its heading; without one it is always drawn as a whole. ``shape``: what its spec
-    depends on beside numbers; rows of one shape can be put into one chart. ``data``: the chart's own rows, where it is
-    drawn from others. ``asks``: what has to be measured for it. ``why``: what it is for, in a line above it.
-    ``badge``: "measured", "predicted" or "measured, then predicted".
+    ``depends``: the settings that it depends on. ``rows`` makes its rows from the measured frames, ``draw`` a chart
+    from rows, ``caption`` the line under its heading. A chart without ``caption`` is always drawn again as a whole.
+    ``shape``: a value that the spec depends on, besides its numbers; new rows of equal shape go into the old chart.
+    ``data``: from ``rows`` to the chart's own rows, if they differ. ``asks``: the measurements that it needs. ``why``:
+    its purpose, for the line above it. ``badge``: "measured", "predicted" or "measured, then predicted".
     """
 
     name: str
@@ -58,19 +58,19 @@ class Chart:
     data: Callable[[Any], pl.DataFrame] = lambda rows: rows
 
     def at(self, look: Look) -> tuple[object, ...]:
-        """The settings that it depends on."""
+        """Values of the settings that it depends on."""
         return tuple(attrgetter(name)(look) for name in self.depends)
 
 
 class ChartPage(Panel):
-    """Charts that follow the settings. What they need is measured once, on the worker; what may be next, ahead.
+    """Charts that follow the settings. The worker measures what they need once, and likely next settings ahead.
 
-    The rows that a chart shows are in ``shown``; what was measured, or why it cannot be, in ``found`` and ``refused``,
-    by request. A frame never changes, so any thread may read it.
+    ``shown`` has the rows of each chart; ``found`` has the results of measurements by request, ``refused`` the errors
+    of those that failed. A frame never changes, so any thread may read it.
     """
 
     MEASURES: ClassVar[Mapping[str, Measure]] = {}
-    TALL: ClassVar[tuple[str, ...]] = ()  # charts that are as high as two others
+    TALL: ClassVar[tuple[str, ...]] = ()  # charts as high as two others
 
     problem = Checked(WORDS, "", help="why a chart shows older settings")
 
@@ -80,12 +80,10 @@ class ChartPage(Panel):
         super().__init__(selection, worker, **settings)
         self.capture = capture
         self.shown: dict[str, Any] = {}
-        self.found: dict[Request, Any] = selection.kept.setdefault(self.NAME, {})  # a page made anew finds it again
+        self.found: dict[Request, Any] = selection.kept.setdefault(self.NAME, {})  # a later page finds them
         self.refused: dict[Request, str] = {}
         self._kinds: dict[str, Chart] = {}
-        self._at: dict[
-            str, tuple[object, object]
-        ] = {}  # of each drawn chart: the settings that it shows, and its shape
+        self._at: dict[str, tuple[object, object]] = {}  # by drawn chart: the settings that it shows, and its shape
         self._grid = columns()
         self._drawing = threading.Lock()
         self._complete = True
@@ -97,11 +95,11 @@ class ChartPage(Panel):
         self._ends.append(self.worker.watch(weakly(self._follow)))
 
     def of_layer(self, layer: int | None) -> Capture:
-        """The capture of one layer alone, or with None of all."""
+        """The capture of one layer, or with None of all layers."""
         assert self.capture is not None
         return replace(self.capture, layers=tuple(c for c in self.capture.layers if layer in (None, c.layer)))
 
-    def _measured(self, request: Request, progress: Tell) -> Any:  # noqa: ANN401 - a frame, or what makes one
+    def _measured(self, request: Request, progress: Tell) -> Any:  # noqa: ANN401 - as `Measure`
         if request not in self.found:
             name, *rest = request
             self.found[request] = self.MEASURES[name](self, progress, *rest)
@@ -112,7 +110,7 @@ class ChartPage(Panel):
         return [request for request in asked if request not in self.found]
 
     def _measure(self) -> None:
-        """Measure what the present settings lack, and draw it; then what the next move may need."""
+        """Measure what is missing for the present settings, and draw it; then measure for likely next settings."""
         missing = self._lacking([self._look()])
         ahead = [request for request in self._lacking(self._likely()) if request not in self.refused]
 
@@ -130,7 +128,7 @@ class ChartPage(Panel):
         if missing and {*missing} <= self._cancelled:
             self._say_cancelled()
         elif missing:
-            new = not self._all_drawn  # to cancel the work that a new page waits for brings its charts
+            new = not self._all_drawn  # a new page waits: when other work is cancelled, its own goes on
             self._submit("frames", lambda progress: job(missing, progress), first=new, kept=new)
         if ahead:
             self._submit("ahead", lambda progress: job(ahead, progress), ahead=True)
@@ -139,12 +137,12 @@ class ChartPage(Panel):
         return SimpleNamespace(**({name: getattr(self, name) for name in self.SETTINGS} | changed))
 
     def _likely(self) -> Iterable[Look]:
-        return ()  # what may be looked at next
+        return ()  # likely next settings
 
     def _draw(self, kinds: Iterable[Chart], *, now: bool = False) -> None:
-        """Show these charts. What they need is measured here ``now``, and by a page with a worker of its own.
+        """Show these charts. With ``now``, and on a page with its own worker, what they need is measured here.
 
-        `InputError` says what cannot be measured. A page of a laboratory shows a chart once the worker measured it.
+        That raises `InputError` for a failed measurement. Other pages show a chart after the worker measured it.
         """
         self._kinds = {kind.name: kind for kind in kinds}
         self.charts, self.shown, self._at = {}, {}, {}
@@ -157,12 +155,12 @@ class ChartPage(Panel):
         self._arrange()
 
     def _arrange(self) -> None:
-        """Put the charts into the grid, and in the place of each that is not measured yet what it is for."""
+        """Put the charts into the grid, with a placeholder for each chart that is not measured yet."""
         self._grid.children = [self.charts.get(name) or awaited(kind.why) for name, kind in self._kinds.items()]
         loosen(self._grid)
 
     def _added(self, name: str, view: ChartView) -> None:
-        """A chart was drawn for the first time."""
+        """Called when a chart was drawn for the first time."""
 
     @property
     def _all_drawn(self) -> bool:
@@ -178,7 +176,7 @@ class ChartPage(Panel):
         return str(self.charts[name].content["params"]["caption"]) if name in self.charts else "not measured yet"
 
     def _selected(self, change: object = None) -> None:
-        self._cancelled.clear()  # who turns a knob asks again
+        self._cancelled.clear()  # a new choice asks for the measurements again
         super()._selected(change)
 
     def _can_retry(self) -> bool:
@@ -198,8 +196,8 @@ class ChartPage(Panel):
         self._measure()
 
     def _show(self) -> None:
-        """Bring every chart to the present look as far as it is measured. From any thread."""
-        with self._drawing:  # the one who comes last reads the newest settings
+        """Update all charts whose measurements for the present settings are done. Call it from any thread."""
+        with self._drawing:  # so the last caller draws the newest settings
             now = self._look()
             before = len(self.charts)
             problems = dict.fromkeys(self._bring(kind, now) for kind in self._kinds.values())
@@ -218,7 +216,7 @@ class ChartPage(Panel):
             self.say(said)
 
     def _bring(self, kind: Chart, look: Look) -> str:
-        """Bring one chart to a look, and give the reason if that cannot be."""
+        """Update one chart to the settings of ``look``; return why they cannot be measured, or an empty string."""
         at, asked = kind.at(look), [*kind.asks(look)]
         found = [self.found.get(request) for request in asked]
         if any(frame is None for frame in found):
@@ -252,9 +250,9 @@ class ChartPage(Panel):
 
 
 def coded(measure: Callable[..., pl.DataFrame], *names: str, **given: Any) -> Measure:
-    """A measurement of one layer, or of all, under a method, bits and a seed; ``names`` are those of what follows.
+    """A measurement of one layer, or of all, with a method, bits and a seed; ``names`` are its further arguments.
 
-    ``measure`` takes the capture and all of these by their names, with ``given`` and a calibration.
+    ``measure`` takes the capture, and by name all of these arguments, ``given`` and a calibration.
     """
 
     def run(

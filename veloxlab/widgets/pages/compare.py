@@ -1,4 +1,4 @@
-"""The page that compares: what whole caches change in the model's predictions, and a list of what was measured."""
+"""The Compare page: how whole caches change the model's predictions, and a list of measured caches."""
 
 from __future__ import annotations
 
@@ -38,34 +38,32 @@ from veloxlab.widgets.worker import Progress, Worker
 class Comparison(OfExperiment):
     """Measure the fidelity of caches, see them in one chart, rank methods at equal bits, and choose a cache again.
 
-    ``calibrate``, a trait: whether methods are measured that have to be calibrated first; else they are left out.
-    ``ranked`` are the methods where each holds ``equal_bits`` for a value: `veloxlab.measure.equal.EQUAL`.
+    ``calibrate``, a trait: whether methods that need a calibration are calibrated and measured; else they are left out.
+    ``ranked`` has the methods at ``equal_bits`` held bits for each value: `veloxlab.measure.equal.EQUAL`.
     """
 
     NAME = "compare"
     HELP = "11_search_pareto.ipynb#Use one of the results"
     WHY: ClassVar[dict[str, str]] = {
-        "frontier": "Which cache loses least in as many bytes.",
+        "frontier": "Which cache loses least at the same bytes.",
     }
     context = Checked(whole(1), 4096, help="tokens at which the bytes of caches are compared")
-    equal_bits = Checked(
-        real(above=0), 3.0, help="bits held for a value, at which methods are ranked; scales are included"
-    )
-    calibrate = t.Bool(False, help="calibrate what needs it first; what was calibrated once is found on disk")
-    frontier = property(lambda page: page.charts.get("frontier"), doc="The chart, once something was measured.")
+    equal_bits = Checked(real(above=0), 3.0, help="held bits of a value at which methods are ranked, including scales")
+    calibrate = t.Bool(False, help="first calibrate the methods that need it; finished calibrations are on disk")
+    frontier = property(lambda page: page.charts.get("frontier"), doc="The chart; None before the first measurement.")
 
     def __init__(self, experiment: Experiment, worker: Worker) -> None:
         super().__init__(experiment.selection, worker)
         self.experiment, self.points = experiment, experiment.points
-        self._slot, self._layouts = columns(), list[Layouts]()  # of each point
+        self._slot, self._layouts = columns(), list[Layouts]()  # one for each point
         self._left_out = ipywidgets.HTML()
         self.ranked, self._equal = pl.DataFrame(schema=EQUAL), ipywidgets.HTML()
-        self._list = ipywidgets.Dropdown(description="measured", tooltip="A point of the chart")
+        self._list = ipywidgets.Dropdown(description="measured", tooltip="A measured cache, a point of the chart")
         self._take = button("Use it", "Choose the settings of this point", self._use)
         one = button("Measure this cache", "Compare its predictions with those of the exact cache", self.measure)
-        tip = "At these bits, each method that is calibrated or needs no calibration"
+        tip = "Measure each method that is calibrated or needs no calibration, at the present bits"
         every = button("Measure all methods", tip, self.compare, width="auto")
-        tip = "Each of these methods, with just more and just fewer bits than are chosen beside"
+        tip = "Measure each of these methods at the widths just below and just above the equal bits"
         equal = button("Measure at equal bits", tip, self.compare_equal, width="auto")
         self._list.observe(self._pick, "value")
         context = self._control(ipywidgets.BoundedIntText, "context", min=1, max=2**24)
@@ -87,11 +85,11 @@ class Comparison(OfExperiment):
     def sections(self) -> list[Section]:
         if not self.charts:
             return []
-        ranked = Section(f"At {self.equal_bits:g} bits held a value, {self.context:,} tokens", table=self.ranked)
+        ranked = Section(f"At {self.equal_bits:g} held bits a value, {self.context:,} tokens", table=self.ranked)
         return [*super().sections, Section("Fidelity", table=self.measured), *[ranked] * (self.ranked.height > 0)]
 
     def compare(self) -> None:
-        """Ask for the fidelity of every method at the present bits or those next to them; see ``calibrate``."""
+        """Start to measure the fidelity of each method at the present or nearest bits; see ``calibrate``."""
         chosen = self.selection
         every = [chosen.changed(method=method, own_bits={}) for method in chosen.methods]
         ready = [choice for choice in every if all(self._may_run(choice.method, width) for width in choice.widths)]
@@ -99,7 +97,7 @@ class Comparison(OfExperiment):
         self._submit("comparison", lambda progress: self._measure_each(ready, progress), first=True)
 
     def compare_equal(self) -> None:
-        """Ask for what the ranking lacks: of every method the caches around the equal bits; see ``calibrate``."""
+        """Start to measure what the ranking lacks: each method's caches around the equal bits; see ``calibrate``."""
         chosen, bits, tokens = self.selection, self.equal_bits, self.context
         chosen.fitting.held.clear()
         runs, windows = self.points.every, self.points.windows
@@ -130,7 +128,7 @@ class Comparison(OfExperiment):
         return self.calibrate or self.selection.fitting.is_ready(method, width)
 
     def _measure_each(self, choices: Sequence[Choice], progress: Progress) -> None:
-        """Measure what can be; raises `InputError` with what could not."""
+        """Measure each choice; at the end raises `InputError` that lists the failed ones."""
         exact = self.experiment.reference(progress) if choices else None
         refused = []
         for done, choice in enumerate(choices):
@@ -165,7 +163,7 @@ class Comparison(OfExperiment):
         self._redraw()
 
     def _draw_points(self) -> None:
-        """Draw what was measured at the bytes of the chosen context, the exact cache beside it, and rank methods."""
+        """Draw the measured caches and the exact one at their bytes for the context, and rank methods."""
         if self._layouts:
             held = [ours.held(self.context) for ours, _ in self._layouts]
             rows = self.measured.with_columns(held_bytes=pl.Series(held), point=pl.int_range(pl.len(), dtype=pl.Int32))
@@ -182,7 +180,7 @@ class Comparison(OfExperiment):
             self._equal.value = equal_said(self.ranked, known, *given)
 
     def _pick(self, change: dict[str, Any]) -> None:
-        """Choose a measured cache: its point in the chart, and its line in the list."""
+        """Mark a measured cache in the chart and in the list."""
         point = change["new"]
         if point is not None and self.charts and point < len(self.points.every):
             self._list.value = self.charts["frontier"].picked_point = point

@@ -1,4 +1,4 @@
-"""What the page that compares says of methods at equal bits: which caches are read, which are missing, and a table."""
+"""Methods at equal bits on the Compare page: which caches are used, which are missing, and a table."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from veloxlab.widgets.selection import CACHE, Choice, Fitting
 
 Layouts = tuple[CacheLayout, CacheLayout]  # of a cache, and of the exact one in 16 bits
 CALIBRATE = "calibrate too"
-TITLES = ["", "method", "KL (nats)", "more than the first", "95 % interval", "read between (bits held)"]
+TITLES = ["", "method", "KL (nats)", "more than the first", "95 % interval", "interpolated between (held bits)"]
 
 
 def layouts(model: Module, choice: Choice) -> Layouts:
-    """What a cache holds, and what the exact one does in 16 bits."""
+    """The layouts of a cache and of the exact one in 16 bits."""
     given: dict[str, Any] = {name: getattr(choice, name) for name in CACHE[1:]}
     ours, exact, *_ = cache_layouts(model, choice.method, layer_bits=choice.own_bits, **given)
     return ours, exact
 
 
 def held_bits(pair: Layouts, tokens: int) -> float:
-    """Bits that a cache holds for a value of ``tokens`` tokens; those of the exact one are 16."""
+    """Bits that a cache of ``tokens`` tokens holds for each value; the exact cache holds 16."""
     ours, exact = (layout.held(tokens) for layout in pair)
     return 16 * ours / exact
 
 
 def to_calibrate(fitting: Fitting, methods: Sequence[str]) -> list[str]:
-    """Methods of which some width, or all, would have to be calibrated first."""
+    """Methods with a width that is not calibrated yet."""
     return [name for name in methods if not all(fitting.is_ready(name, width) for width in fitting.widths(name))]
 
 
 def calibrating_said(methods: Sequence[str], wanted: bool) -> str:
-    """Whether these methods are measured too, which they are if that is ``wanted``, and what calibrating them takes."""
+    """A sentence: whether ``methods`` are calibrated and measured too (``wanted``), and how long that takes."""
     if not methods:
         return ""
-    takes = f"it takes {FIT_TAKES} at each width for SmolLM2-135M, longer for a larger model, and is kept on disk"
+    takes = f"this takes {FIT_TAKES} at each width for SmolLM2-135M, longer for a larger model, and is kept on disk"
     if wanted:
-        return f"Calibrated first, where that is missing: {', '.join(methods)}; {takes}."
+        return f"Missing calibrations are made first, of {', '.join(methods)}; {takes}."
     return (
         f"Left out unless calibrated: {', '.join(methods)}. Tick \u201c{CALIBRATE}\u201d to measure them too; {takes}."
     )
@@ -57,14 +57,14 @@ def _is_uniform(choice: Choice) -> bool:
 
 
 def comparable(run: Run, other: Run) -> bool:
-    """Whether both have as many bits for keys as for values in all layers, and the same exact tokens, text and seed."""
+    """Whether both have equal bits for keys and values in all layers, and the same exact tokens, text and seed."""
     same = all(getattr(run.choice, name) == getattr(other.choice, name) for name in ("sinks", "window", "seed"))
     read = run.text == other.text and run.windows["positions"].equals(other.windows["positions"])
     return same and read and _is_uniform(run.choice)
 
 
 def points(runs: Sequence[Run], each: Sequence[Layouts], tokens: int) -> pl.DataFrame:
-    """`POINTS` of the runs that compare with the newest one."""
+    """`POINTS` of the runs that are `comparable` with the newest one."""
     frames = [
         run.windows.select(
             pl.lit(run.choice.method).alias("method"),
@@ -79,23 +79,23 @@ def points(runs: Sequence[Run], each: Sequence[Layouts], tokens: int) -> pl.Data
 
 
 def around(bits: float, choices: Sequence[Choice], held: Sequence[float]) -> list[Choice]:
-    """Those of one method's choices that hold just more and just fewer bits; none if one of the two is not there."""
+    """The choices of one method whose held bits are just below and just above; empty if one of the two is missing."""
     order = sorted(zip(held, range(len(choices)), strict=True))
     below, above = [i for has, i in order if has <= bits][-1:], [i for has, i in order if has >= bits][:1]
     return [choices[i] for i in dict.fromkeys(below + above)] if below and above else []
 
 
 def beyond_said(method: str, held: Sequence[float], bits: float, tokens: int) -> str:
-    """Why a method has no caches on both sides of ``bits``, by what each of its caches holds."""
+    """A sentence: why a method has no caches on both sides of ``bits``; ``held``: the held bits of its caches."""
     if not held:
         return ""
     return f"{method} is not ranked at {bits:g} bits: it holds {min(held):.3g} to {max(held):.3g} at {tokens:,} tokens."
 
 
 def equal_said(ranked: pl.DataFrame, known: pl.DataFrame, newest: Run, bits: float, tokens: int, nbytes: float) -> str:
-    """HTML of the ranking: ``known`` are the `POINTS` that it was made of, ``nbytes`` what so many bits take."""
+    """HTML of the ranking. ``known``: the `POINTS` that it was made from. ``nbytes``: bytes held at ``bits``."""
     if ranked.is_empty():
-        return f"At {bits:g} bits no method is measured on both sides: press \u201cMeasure at equal bits\u201d."
+        return f"No method is measured both below and above {bits:g} bits: press \u201cMeasure at equal bits\u201d."
     rows = [
         (
             i + 1,
@@ -108,12 +108,12 @@ def equal_said(ranked: pl.DataFrame, known: pl.DataFrame, newest: Run, bits: flo
         for i, row in enumerate(ranked.to_dicts())
     ]
     others = sorted({*known["method"]} - {*ranked["method"]})
-    left = f" Not ranked, as not measured on both sides: {', '.join(others)}." if others else ""
+    left = f" Not ranked, because not measured on both sides: {', '.join(others)}." if others else ""
     exact = f"sinks={newest.choice.sinks}, window={newest.choice.window}"
     said = (
-        f"<b>At {bits:g} bits held a value: {amount(nbytes)} at {tokens:,} tokens, {exact}.</b> Interpolated "
-        "between a method's two nearest measured caches, by the logarithm of KL. Caches with other bits for keys than "
-        f"for values do not count.{html.escape(left)}"
+        f"<b>At {bits:g} held bits a value: {amount(nbytes)} at {tokens:,} tokens, {exact}.</b> Interpolated "
+        "between a method's two nearest measured caches, by the logarithm of KL. Caches with different bits for keys "
+        f"and values do not count.{html.escape(left)}"
     )
     return said + html_table(TITLES, rows, cell="padding: 1px 14px 1px 0", left=2)
 

@@ -1,4 +1,4 @@
-"""The page of errors: what a method does to the attention of one KV head, and to its keys and values."""
+"""The page of errors: how a method changes the attention of one KV head, and its keys and values."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from veloxlab.views.scores import logits_data
 from veloxlab.widgets.pages.charts import ChartPage, Look, Measure, coded
 from veloxlab.widgets.pages.heads import CODED, HeadPage, head_chart
 
-BLOCKS = 32  # of positions: a tenth and nine tenths need some vectors each
-MAP = 20  # blocks of a side of an attention map: three triangles of 210 cells, which a page draws at once
+BLOCKS = 32  # of positions; few, because the quantiles 0.1 and 0.9 need enough vectors in each
+MAP = 20  # blocks on each side of an attention map: three triangles of 210 cells, which a page draws at once
 TOKEN_ERRORS = coded(token_errors)
 
 
@@ -52,10 +52,10 @@ def _attention_caption(frame: pl.DataFrame, where: str) -> str:
 
 
 class ErrorExplorer(HeadPage):
-    """See what a method at a number of bits does to one KV head: its attention map, and where errors come from.
+    """See how a method at a number of bits changes one KV head: its attention map, and the sources of errors.
 
-    Every token is seen through its codes. ``method``, ``bits``: what codes the keys and values. The attention map is
-    that of the first query head of ``head``. All else is as `KeyExplorer` has it; the ``charts`` are ``attention``,
+    All tokens are coded; none is exact. ``method``, ``bits``: these code the keys and values. The attention map is that
+    of the first query head of ``head``. All else is as in `KeyExplorer`; the ``charts`` are ``attention``,
     ``positions``, ``distribution``, ``logits`` and ``by_bits``.
     """
 
@@ -76,7 +76,7 @@ class ErrorExplorer(HeadPage):
             CODED,
             lambda frame, where: views.attention_maps(frame, caption=_attention_caption(frame, where)),
             _attention_caption,
-            why="Whether queries still look at the same keys.",
+            why="Whether queries still attend to the same keys.",
             more=lambda at: {"where": f"{at.method} at {bits_said(at.bits)}, layer {at.layer}, KV head {at.head}"},
         ),
         head_chart(
@@ -98,7 +98,7 @@ class ErrorExplorer(HeadPage):
             CODED,
             views.logit_errors,
             views.logits_caption,
-            why="What hurts this head: bits are needed there.",
+            why="Where this head's logits get their error: more bits help there.",
             data=logits_data,
         ),
         head_chart(
@@ -106,10 +106,10 @@ class ErrorExplorer(HeadPage):
             ("layer", "method", "widths", "seed"),
             views.errors_by_bits,
             views.by_bits_caption,
-            why="What one more bit is worth.",
+            why="How much one more bit reduces the errors.",
         ),
     )
-    RARE = ("attention", "logits"), "queries", "Not every layer shows its queries, so there are no attention maps."
+    RARE = ("attention", "logits"), "queries", "Some layers do not show their queries, so there are no attention maps."
 
     @property
     def summary(self) -> str:
@@ -118,8 +118,8 @@ class ErrorExplorer(HeadPage):
     @property
     def notes(self) -> list[str]:
         key_bits, value_bits = self.selection.choice.bits_of(self.layer)
-        both = f"Values are seen at {bits_said(key_bits)} too; in the cache they have {value_bits}."
-        some = f"What a bit is worth is drawn where {self.method} is calibrated: choose other bits to calibrate them."
+        both = f"Values are shown at {bits_said(key_bits)} too; in the cache they have {value_bits}."
+        some = f"Errors by bits are drawn where {self.method} is calibrated: choose other bits to calibrate them."
         shown = len(self._look().widths) >= sum(isinstance(width, int) for width in self.selection.widths)
         return [*super().notes, both if key_bits != value_bits else "", "" if shown else some]
 

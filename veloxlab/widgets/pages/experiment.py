@@ -1,4 +1,4 @@
-"""What pages of whole caches share: one model and text, what was measured there, and a state that can be restored."""
+"""The base of pages of whole caches: one model and text, the runs measured on them, and a state to restore."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.runs import Run, Runs
 from veloxlab.widgets.selection import Bits, Choice, Fitting, Selection
 
-SHOWN = 40  # characters of a text that a run is known by
+SHOWN = 40  # first characters of a text, which name it in a run
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What pages of whole caches share."""
+    """The model, text, capture, selection and runs that pages of whole caches share."""
 
     model: Module
     tokenizer: Any
-    text: str | None  # what the model reads; None for the shipped test excerpt
+    text: str | None  # the text that the model reads; None for the shipped test excerpt
     capture: Capture  # of this text
     selection: Selection
-    points: Runs = field(default_factory=Runs)  # what was measured, whichever page asked for it
+    points: Runs = field(default_factory=Runs)  # the runs of all pages
 
     def reference(self, progress: Tell) -> Reference:
-        """What the model predicts with its own cache."""
+        """The model's predictions with its own cache."""
         read: dict[str, Any] = {"text": self.text, "tokens": len(self.capture.tokens), "windows": self.points.windows}
         return reference(self.model, self.tokenizer, progress=progress, **read)
 
     def fidelity(self, choice: Choice, progress: Tell, exact: Reference | None = None) -> Run:
-        """Measure a cache against a `reference` of this experiment, which is run now if none is given."""
+        """Measure a cache against a `reference` of this experiment, by default one that is measured now."""
         calibration = self.selection.fitting.calibration(choice.method, choice.widths, progress, choice.seed)
         exact = exact or self.reference(progress)
         given: dict[str, Any] = {"name": choice.name, "calibration": calibration, "progress": progress}
@@ -57,11 +57,11 @@ class Experiment:
 
 
 _kept: dict[tuple[str, tuple[int, ...]], dict[str, dict[Any, Any]]] = {}
-MOST_KEPT = 4  # models and texts whose frames are kept
+MOST_KEPT = 4  # pairs of model and text with kept frames
 
 
 def kept_of(model: Module, ids: tuple[int, ...]) -> dict[str, dict[Any, Any]]:
-    """What pages measured on a model, as its weights are now, and a text: a cell that is run again finds it."""
+    """Results of pages by model (with its present weights) and text, so that a cell that runs again finds them."""
     place = name_of(model), ids
     found = _kept[place] = _kept.pop(place, {})
     for oldest in [*_kept][:-MOST_KEPT]:
@@ -72,11 +72,11 @@ def kept_of(model: Module, ids: tuple[int, ...]) -> dict[str, dict[Any, Any]]:
 class OfExperiment(Panel):
     """A panel of whole caches of one experiment."""
 
-    STATE: ClassVar[tuple[str, ...]] = ()  # traits that a state has beside what all pages share
+    STATE: ClassVar[tuple[str, ...]] = ()  # traits in a `state`, in addition to those that all pages share
     experiment: Experiment
     points: Runs
-    name = property(lambda page: page.selection.choice.name, doc="The settings in a few words.")
-    measured = property(lambda page: page.points.frame, doc="`veloxlab.fidelity` of every cache that was measured.")
+    name = property(lambda page: page.selection.choice.name, doc="A short name of the cache.")
+    measured = property(lambda page: page.points.frame, doc="`veloxlab.fidelity` of each measured cache.")
 
     @property
     def plan(self) -> Plan:
@@ -89,7 +89,7 @@ class OfExperiment(Panel):
         return {layer: self.selection.choice.bits_of(layer) for layer in self.selection.layers}
 
     def measure(self) -> None:
-        """Ask for the fidelity of the present settings; the result joins `measured` and the frontier chart."""
+        """Start to measure the fidelity of the present settings; `measured` and the frontier chart get the result."""
         experiment, choice = self.experiment, self.selection.choice
         self.selection.fitting.held.clear()
 
@@ -101,7 +101,7 @@ class OfExperiment(Panel):
 
     @property
     def notebook(self) -> bytes:  # type: ignore[override]  # a page of a whole cache can be measured again
-        """Cells that measure the present settings on the same text, as `export` puts into its page."""
+        """A notebook that measures the present settings on the same text; `export` puts it into its page."""
         experiment, plan = self.experiment, self.plan
         read: dict[str, Any] = {"tokens": len(experiment.capture.tokens), "windows": self.points.windows}
         model = loaded_as(experiment.model) or "the model that was measured"
@@ -112,7 +112,7 @@ class OfExperiment(Panel):
 
     @property
     def state(self) -> dict[str, Any]:
-        """The settings as plain words and numbers: what `restore` takes, and JSON holds."""
+        """The settings in types of JSON, for `restore`."""
         choice = self.selection.choice
         shared: dict[str, Any] = {
             name: getattr(choice, name) for name in ("method", "sinks", "window", "layer", "seed")
@@ -122,7 +122,7 @@ class OfExperiment(Panel):
         return shared | {name: getattr(self, name) for name in self.STATE}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Choose the settings of a `state`; raises `InputError` if they cannot be here, and changes nothing then."""
+        """Choose the settings of a `state`; raises `InputError`, and changes nothing, if they are not valid here."""
         before, state = self.state, {"seed": 0, **state}
         missing = sorted({*before} - {*state})
         if missing:
@@ -141,7 +141,7 @@ class OfExperiment(Panel):
 
 
 class Experimenter:
-    """A widget that begins with a model, and captures a text before anything else."""
+    """A widget that starts with a model: it first captures a text."""
 
     _begin: Callable[[Experiment], None]
 
@@ -166,7 +166,7 @@ class Experimenter:
         chosen: dict[str, Any] = {"method": method, "sinks": sinks, "window": window}
         chosen["key_bits"] = bits if key_bits is None else key_bits
         chosen["value_bits"] = bits if value_bits is None else value_bits
-        Plan.uniform(model, **chosen)  # refuses what cannot be, before any work
+        Plan.uniform(model, **chosen)  # raises for bad settings before any work
         seen = capture(model, tokenizer, text, tokens=tokens)
         selection = Selection.of(seen, Fitting(model, tokenizer, calibration), **chosen)
         if calibration is None:

@@ -1,4 +1,4 @@
-"""Two texts from one prompt, as they come: the exact cache's and a compressed one's."""
+"""Two texts from one prompt while they are generated: with the exact cache and with a compressed one."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ from veloxlab.widgets.worker import Progress, Worker
 
 PROMPT = "Tell me about the history of the city of Paris."
 USUAL = Choice(key_bits=3, value_bits=3, window=16)
-LATE = 2.0  # seconds in which a page may send, behind a press of Generate, what was chosen before it
+LATE = 2.0  # seconds after a press of Generate in which a page may still send an earlier choice
 
 
 class SideBySide(OfCache, Panel):
-    """Continue a prompt with the exact cache and with a compressed one, and see token by token where they part.
+    """Continue a prompt with the exact cache and with a compressed one, and see token by token where they differ.
 
-    Greedy, so that a run repeats. *Generate* starts it, the text comes as it is made, and *Cancel* ends it.
+    Generation is greedy, so that a run repeats. *Generate* starts it, each token appears at once, and *Cancel* ends it.
 
-    ``model``, ``tokenizer``: as `veloxlab.load` gives them. ``calibration``: what `veloxlab.calibrate` gave; else a
-    method that has to be fitted is fitted when it first runs. ``settings``: first values of the traits, such as
-    ``prompt="…"`` or ``method="rabitq"``; ``bits`` is of both. Raises `InputError` for an unknown method or setting, or
-    a number that cannot be.
+    ``model``, ``tokenizer``: as `veloxlab.load` returns them. ``calibration``: from `veloxlab.calibrate`; without it a
+    method that has to be fitted is fitted at its first run. ``settings``: first values of the traits, such as
+    ``prompt="…"`` or ``method="rabitq"``; ``bits`` sets both key and value bits. Raises `InputError` for an unknown
+    method or setting, or a number out of range.
 
-    The traits are ``prompt``, a user's message, or a text to continue where the tokenizer has no template; ``tokens``
-    to generate at most; and ``method``, ``key_bits``, ``value_bits``, ``sinks`` and ``window``, as for
-    `veloxlab.make_cache`. ``generated`` has rows of `veloxlab.measure.generation.GENERATION`, of the newest run so far.
-    ``charts``: each a `ChartView`, by name: ``texts`` and ``held``, once something was generated.
+    The traits are ``prompt``, a user's message, or a text to continue if the tokenizer has no chat template;
+    ``tokens``, the most to generate; and ``method``, ``key_bits``, ``value_bits``, ``sinks`` and ``window``, as for
+    `veloxlab.make_cache`. ``generated`` has the rows of the newest run: `veloxlab.measure.generation.GENERATION`.
+    ``charts``: each a `ChartView`, by name: ``texts`` and ``held``, after the first token.
     """
 
     NAME = "side-by-side"
     HELP = "15_side_by_side_generation.ipynb#The numbers"
     WHY: ClassVar[dict[str, str]] = {
         "texts": "Whether the answer changes, and where. Click a token.",
-        "held": "What each cache holds meanwhile.",
+        "held": "How many bytes each cache holds at each token.",
     }
     SETTINGS = ("prompt", "tokens", "bits", *CACHE)
     _pressed = -LATE
     parting = property(lambda page: first_parting(page.generated), doc="The first position at which the texts differ.")
 
-    prompt = Checked(WORDS, PROMPT, help="the message that is answered, or the text that is continued")
-    tokens = Checked(whole(1, 512), 64, help="tokens that each side generates at most")
+    prompt = Checked(WORDS, PROMPT, help="the message to answer, or the text to continue")
+    tokens = Checked(whole(1, 512), 64, help="the most tokens that each cache generates")
 
     @checked(prompt=WORDS, tokens=whole(1, 512))
     def __init__(
@@ -80,12 +80,12 @@ class SideBySide(OfCache, Panel):
 
     @property
     def name(self) -> str:
-        """What the compressed cache is, in a few words."""
+        """A short name of the compressed cache."""
         key, value = self.key_bits, self.value_bits
         return f"{self.method} at {bits_said(key) if key == value else f'{pair_said((key, value))} bits'}"
 
     def run(self) -> None:
-        """Generate with the present settings; an older run is ended."""
+        """Generate with the present settings; this ends an older run."""
         prompt, tokens, name, choice = self.prompt, self.tokens, self.name, self.selection.choice
         settings: dict[str, Any] = {each: getattr(choice, each) for each in CACHE if each != "method"} | choice.options
         self.selection.fitting.held.clear()
@@ -113,9 +113,9 @@ class SideBySide(OfCache, Panel):
 
     @t.observe("prompt", "tokens")
     def _redraw(self, _: object = None) -> None:
-        """Begin anew if Generate was pressed a moment ago and still runs.
+        """Start again if Generate was pressed a moment ago and still runs.
 
-        A page holds a second change of a control back until the first one is answered, and a press of a button never.
+        A page delays a second change of a control until the kernel answers the first, but never a press of a button.
         """
         super()._redraw()
         if time.monotonic() - self._pressed < LATE and not self.wait(0):
@@ -123,7 +123,7 @@ class SideBySide(OfCache, Panel):
 
     @property
     def _text(self) -> tuple[int, ...]:
-        """Ids of the prompt and of what the compressed cache made of it."""
+        """Token ids of the prompt and of the text that the compressed cache generated."""
         return (*self._prompt_ids, *self.generated.filter(side="compressed")["token"])
 
     @property
@@ -138,7 +138,7 @@ class SideBySide(OfCache, Panel):
             self.say(f"Token {place + 1} is picked: the page Tokens shows its causes.")
 
     def cancel(self) -> None:
-        """End the run; what was generated stays."""
+        """End the run; the generated text stays."""
         self.worker.cancel()
 
     @property
@@ -162,7 +162,7 @@ class SideBySide(OfCache, Panel):
     def _show(self, rows: pl.DataFrame, tokens: int, name: str) -> None:
         self.generated, parting = rows, first_parting(rows)
         both = parting is not None and rows.filter(position=parting).height == 2
-        framed = parting if both else None  # once both texts have a token there
+        framed = parting if both else None  # only if both texts have a token there
         self._outcome = strip_caption(rows, framed)
         charts = {
             "texts": token_strip(rows, parting=framed, lines=lines_for(tokens), caption=f"{name}. {self._outcome}"),

@@ -1,4 +1,4 @@
-"""What pages of one KV head share: its charts, under a method at a number of bits."""
+"""The base of pages of one KV head: its charts, for a method and a number of bits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from veloxlab.widgets.pages.charts import Chart, ChartPage, Look
 from veloxlab.widgets.selection import Fitting, Selection
 from veloxlab.widgets.worker import Worker
 
-CODED = ("layer", "method", "bits", "seed")  # settings of what is measured of a method
+CODED = ("layer", "method", "bits", "seed")  # settings of measurements of a method
 
 
 def head_chart(
@@ -31,9 +31,9 @@ def head_chart(
     why: str = "",
     data: Callable[[pl.DataFrame], pl.DataFrame] = lambda rows: rows,
 ) -> Chart:
-    """A chart of one KV head, from a frame of all heads that depends on some settings.
+    """A chart of one KV head, from a frame of all heads, which depends on the settings ``depends``.
 
-    ``draw`` and ``caption`` take the rows, and what ``more`` gives.
+    ``draw`` and ``caption`` take the rows, and the arguments that ``more`` returns.
     """
     return Chart(
         name,
@@ -49,21 +49,21 @@ def head_chart(
 
 
 class HeadPage(Seeded, ChartPage):
-    """Charts of one KV head of one layer, under a method at a number of bits, measured on a capture.
+    """Charts of one KV head of one layer, for a method and a number of bits, measured on a capture.
 
-    A subclass has ``CHARTS``, and ``RARE``: those that not every model has, the part of a layer's capture that they
-    need, and a sentence for where that is missing.
+    A subclass has ``CHARTS``, and ``RARE``: the names of charts that some models lack, the part of a layer's capture
+    that they need, and a sentence for models without it.
     """
 
     CHARTS: ClassVar[Sequence[Chart]]
     RARE: ClassVar[tuple[tuple[str, ...], str, str]]
 
     tensor: Any = "keys"
-    layer = Chosen("layer", read="shown_layer", help="layer that is seen, by its index in the prompt cache")
-    head = Chosen("head", help="KV head of the layer that is seen")
+    layer = Chosen("layer", read="shown_layer", help="the shown layer, by its index in the prompt cache")
+    head = Chosen("head", help="the shown KV head of that layer")
     method = Chosen("method", help="a method's id")
     bits = ChosenBits(
-        "", "shown_layer", help="code bits of each coordinate, 1 to 8 by the method; the label says of which layers"
+        "", "shown_layer", help="code bits of each coordinate, 1 to 8 by the method; the label names the layers"
     )
 
     @checked()
@@ -101,12 +101,12 @@ class HeadPage(Seeded, ChartPage):
 
     @property
     def notes(self) -> list[str]:
-        """Which chart is missing, and what the bits are of."""
+        """Sentences: which chart is missing, and of which layers the bits are."""
         own, note = self.selection.choice.own_bits, ""
         if self.layer in own:
             note = f"These are bits of layer {self.layer} alone."
         elif own:
-            note = f"These are bits of all layers but {', '.join(map(str, sorted(own)))}."
+            note = f"These are bits of all layers except {', '.join(map(str, sorted(own)))}."
         return [*super().notes, self._missing, note]
 
     def _redraw(self) -> None:

@@ -1,4 +1,4 @@
-"""The page of keys and values: one KV head in the spaces in which methods code it."""
+"""The page of keys and values: one KV head, in the spaces in which methods code it."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ SEEN = ("layer", "tensor", "space")
 
 
 class KeyExplorer(HeadPage):
-    """See one KV head's keys or values in the spaces in which methods code them.
+    """See the keys or values of one KV head, in the spaces in which methods code them.
 
-    Everything is measured on the capture, once. Nothing here needs the model or a network.
+    Everything is measured on the capture, once. It needs no model and no network.
 
-    ``capture``: what `veloxlab.capture` gave. ``layer``: index in the prompt cache to begin with; the capture's first
-    by default. ``head``: KV head. ``method``, ``bits``: whose levels are drawn; the bits are those of what is shown,
-    the keys or the values. ``calibration``: what `veloxlab.calibrate` gave, for a method that has to be fitted.
+    ``capture``: from `veloxlab.capture`. ``layer``: the first shown layer, an index in the prompt cache; by default the
+    first of the capture. ``head``: KV head. ``method``, ``bits``: the charts show the levels of this method; the bits
+    are those of the shown tensor. ``calibration``: from `veloxlab.calibrate`, for a method that has to be fitted.
     ``settings``: ``tensor="values"``, ``space="rotated"`` or another of `veloxlab.measure.distributions.SPACES`. Raises
-    `InputError` for a choice that there is not, or that cannot be measured.
+    `InputError` for an unknown choice, or for one that cannot be measured.
 
-    All of them but the capture and the calibration are traits: set them and the ``charts`` follow, each a `ChartView`,
-    by name: ``channels``, ``density``, ``levels``, ``spectrum`` and, where every layer has a known RoPE, ``pairs``.
+    All of them except the capture and the calibration are traits: set them and the ``charts`` follow, each a
+    `ChartView`, by name: ``channels``, ``density``, ``levels``, ``spectrum`` and, if each layer has a known RoPE,
+    ``pairs``.
     """
 
     NAME = "keys"
@@ -55,9 +56,9 @@ class KeyExplorer(HeadPage):
             SEEN,
             views.channel_ranges,
             views.channel_caption,
-            # channels that are drawn in groups are no rows of the frame
+            # if channels are drawn in groups, their number does not change the spec
             lambda frame, look: (look.tensor, look.space, frame.height if 3 * frame.height > MARKS else 0),
-            why="Channels far larger than others waste the levels of all.",
+            why="A few very large channels make the levels too coarse for all others.",
         ),
         head_chart(
             "density",
@@ -65,7 +66,7 @@ class KeyExplorer(HeadPage):
             views.density,
             views.density_caption,
             lambda _, look: look.space,
-            why="What one table of levels has to fit.",
+            why="The distribution that one table of levels has to fit.",
         ),
         head_chart(
             "levels",
@@ -74,14 +75,14 @@ class KeyExplorer(HeadPage):
             views.levels_caption,
             lambda frame, look: (look.tensor, frame.filter(kind="level").height <= SHARES_SHOWN),
             more=lambda look: {"method": look.method},
-            why="How well the method's levels fit what it quantizes.",
+            why="How well the method's levels fit the numbers that it quantizes.",
         ),
         head_chart(
             "spectrum",
             ("layer", "tensor"),
             views.spectrum,
             views.spectrum_caption,
-            why="How many directions hold the energy: few can get most bits.",
+            why="In how many directions the energy is: if few, they can get most bits.",
         ),
         head_chart(
             "pairs",
@@ -89,19 +90,17 @@ class KeyExplorer(HeadPage):
             views.pair_energy,
             views.pair_caption,
             lambda frame, _: tuple(frame["wavelength"]),
-            why="Which of the pairs that RoPE turns carry the keys.",
+            why="Which pairs of coordinates, as RoPE rotates them, have the energy of the keys.",
         ),
     )
     RARE = (
         ("pairs",),
         "rope",
-        "Not every layer has a rotary embedding that is known, so there is no chart of its pairs.",
+        "Some layers have no known rotary embedding, so there is no chart of pairs.",
     )
 
-    tensor = Checked(choice(*TENSORS), "keys", help="whether keys or values are seen")
-    space = Checked(
-        choice(*SPACES), "raw", help="space in which they are seen, such as that in which a method codes them"
-    )
+    tensor = Checked(choice(*TENSORS), "keys", help="the shown tensor, keys or values")
+    space = Checked(choice(*SPACES), "raw", help="the space of the charts, such as one in which a method codes vectors")
 
     @property
     def summary(self) -> str:

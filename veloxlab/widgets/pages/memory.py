@@ -1,4 +1,4 @@
-"""The memory planner: any model, context, batch and method, and whether it fits, before anything is loaded."""
+"""The memory planner: whether a model's cache fits, for any context, batch and method, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TYPED_IN = "typed in"
 TITLES = ["cache", "bytes held", "most tokens", "nats a token", "other first choice", "", "source"]
 GIGABYTE = 1e9
 HERE = "this model"
-LEAST, MOST = 8, 21  # powers of two between which the context slider runs
+LEAST, MOST = 8, 21  # ends of the context slider, as powers of two
 TYPED = {"layers": "layers", "kv_heads": "KV heads", "head_dim": "head dim"}
 TYPED |= {"sliding_window": "sliding", "full_every": "full every"}
 OWN = ("context", "batch", "memory_gb", "model", *TYPED)
@@ -49,7 +49,7 @@ class Count(Checked):
 
 
 def _layouts(page: Any, _: object, method: str, *numbers: Any) -> tuple[CacheLayout | int, ...]:  # noqa: ANN401
-    """Codecs make tables, which belong to the thread that made them: the worker's."""
+    """Runs on the worker: codecs build tables as MLX arrays, which belong to the thread that created them."""
     settings: dict[str, Any] = dict(zip(CACHE[1:], numbers, strict=False))
     own, model, *typed = numbers[len(settings) :]
     shape = page._shape(model, typed)
@@ -68,7 +68,7 @@ CHART = Chart(
     ),
     lambda plan, _: memory_plan(*plan[:2], trained=plan[2]),
     asks=lambda look: [("layouts", *(getattr(look, name) for name in (*CACHE, "own_bits", "model", *TYPED)))],
-    why="Whether this context fits, and how long a one does.",
+    why="Whether this context fits, and the longest context that does.",
     badge="predicted",
 )
 
@@ -78,20 +78,20 @@ def _of_chart(place: int, doc: str) -> Any:  # noqa: ANN401 - a property
 
 
 class MemoryPlanner(OfCache, ChartPage):
-    """See what a context will take, and how long one fits, as predicted by the layout of the codes.
+    """See how much memory a context needs, and the longest context that fits, as the layout of the codes predicts.
 
     ``model_or_config``: as for `veloxlab.models.shapes.shape_of`: a model, a ``config.json`` or its folder, the id of a
-    cached repository. Without one, boxes for layers, KV heads and head dimensions are shown. ``settings``: first values
-    of the traits, such as ``method="rabitq"`` or ``memory_gb=24``. Raises `InputError` if there is no such model here,
-    for an unknown method, bits out of range, or a number that cannot be.
+    cached repository. Without it, the page has boxes for layers, KV heads and head dimensions. ``settings``: first
+    values of the traits, such as ``method="rabitq"`` or ``memory_gb=24``. ``runs``: measured on this model; the page
+    shows their losses, and for other caches the losses predicted from the demo model. Raises `InputError` if the model
+    is not on this machine, for an unknown method, or for bits or another number out of range.
 
     The traits are ``context`` (tokens of each sequence), ``batch`` (sequences) and ``memory_gb`` (memory for the cache,
     10^9 bytes); ``method``, ``key_bits``, ``value_bits``, ``sinks`` and ``window``, as for `veloxlab.make_cache`; and
-    where the ``model`` is ``"typed in"`` ``layers``, ``kv_heads``, ``head_dim``, ``sliding_window`` and ``full_every``,
-    the last two as for `veloxlab.ModelShape.typed`, and 0 for none. Other values of ``model`` are ``"this model"``, if
-    one was given, a usual size, or what ``model_or_config`` may be in words. ``machine_gb`` and ``weight_bits`` are for
-    `leave_room`. ``chart`` is the `ChartView`. ``runs`` were measured on this model: what a cache lost there is said,
-    and otherwise what is predicted from the demo model.
+    if ``model`` is ``"typed in"``: ``layers``, ``kv_heads``, ``head_dim``, ``sliding_window`` and ``full_every``, the
+    last two as for `veloxlab.ModelShape.typed`, with 0 for none. Other values of ``model`` are ``"this model"``, if one
+    was given, a usual size, or text as for ``model_or_config``. ``machine_gb`` and ``weight_bits`` are for
+    `leave_room`. ``chart`` is the `ChartView`.
     """
 
     NAME = "planner"
@@ -100,18 +100,18 @@ class MemoryPlanner(OfCache, ChartPage):
     MEASURES = {"layouts": _layouts}  # noqa: RUF012
 
     model = Checked(WORDS, help="which model: this one, a usual size, typed in, or a folder, config.json or cached id")
-    weight_bits = Checked(whole(1, 32), 4, help="bits of a weight, usually 4, 8 or 16; a loaded model has its own")
-    machine_gb = Checked(real(above=0), help="memory of the whole machine, 10^9 bytes; a quarter is left to the system")
-    context = Count(2**LEAST, 2**MOST, 32_768, "tokens of each sequence, its prompt and what is generated")
+    weight_bits = Checked(whole(1, 32), 4, help="bits of a weight, usually 4, 8 or 16; known for a loaded model")
+    machine_gb = Checked(real(above=0), help="memory of the whole machine, 10^9 bytes; the system keeps a quarter")
+    context = Count(2**LEAST, 2**MOST, 32_768, "tokens of each sequence, its prompt and the generated text")
     batch = Count(1, 100_000, 1, "sequences that are held at once")
     memory_gb = Checked(
-        real(above=0), help="memory for the cache alone, 10^9 bytes; at first 8, or what this machine may use"
+        real(above=0), help="memory for the cache alone, 10^9 bytes; at first 8, or all memory of a smaller machine"
     )
     layers = Count(1, 1000, 32, "layers that keep keys and values")
     kv_heads = Count(1, 1000, 8, "KV heads of a layer")
     head_dim = Count(1, 10_000, 128, "numbers of a key or value of one head")
-    sliding_window = Count(0, 2**MOST, 0, "tokens that a sliding layer sees; 0: none slides")
-    full_every = Count(0, 1000, 0, "every so many-th layer sees all tokens; 0: none does")
+    sliding_window = Count(0, 2**MOST, 0, "tokens that a sliding layer sees; 0: no layer slides")
+    full_every = Count(0, 1000, 0, "n: each n-th layer sees all tokens; 0: no layer does")
     plan = _of_chart(0, "Bytes by part at this context: `veloxlab.measure.planned_memory.PLANNED`.")
     largest = _of_chart(1, "The largest contexts that fit: `veloxlab.measure.planned_memory.LARGEST`.")
     chart = property(lambda page: page._of_drawn(page.charts, "memory_plan"), doc="The chart of the plan.")
@@ -139,7 +139,7 @@ class MemoryPlanner(OfCache, ChartPage):
 
     @property
     def shape(self) -> ModelShape:
-        """The model's shape: that which was given, or that which is typed in."""
+        """The shape of the chosen model: the given one, a named one, or the numbers that are typed in."""
         return self._shape(self.model, [getattr(self, name) for name in TYPED])
 
     @property
@@ -150,7 +150,7 @@ class MemoryPlanner(OfCache, ChartPage):
         return f"{name}: {plan_caption(self.plan, self.largest)}"
 
     def loss(self, cache: str) -> Loss:
-        """What a cache of the chart loses: measured on this model in ``runs``, or predicted from the demo model."""
+        """The loss of a cache of the chart: measured on this model in ``runs``, or predicted from the demo model."""
         if cache == "fp16":
             return EXACT
         if cache.startswith("mlx-lm"):
@@ -164,9 +164,9 @@ class MemoryPlanner(OfCache, ChartPage):
         return UNKNOWN if choice.own_bits else expected_loss(choice.method, choice.key_bits, choice.value_bits)
 
     def leave_room(self) -> None:
-        """Set the memory for the cache to what the system and the weights leave of the machine's."""
+        """Set the memory for the cache: that of the machine, less a quarter for the system and the weights."""
         if not self.charts:
-            self.say("The plan is not there yet: press this again once its chart is.")
+            self.say("There is no plan yet: wait for its chart, and press the button again.")
             return
         shape, total = self.shape, self.machine_gb
         given = self._loaded if self.model == HERE and self._loaded is not None else shape
@@ -181,18 +181,18 @@ class MemoryPlanner(OfCache, ChartPage):
         said = f"{total:g} GB: {total * KEPT:.3g} for the system, {weights:.3g} for the weights, "
         if left > 0:
             self.memory_gb = round(left, 3)
-        self.say(said + (f"{left:.3g} for the cache." if left > 0 else "nothing for a cache: take fewer bits."))
+        self.say(said + (f"{left:.3g} for the cache." if left > 0 else "none for the cache: use fewer weight bits."))
 
     @property
     def _planned(self) -> Choice:
-        """What is planned: the layers' own bits too, where the model is theirs."""
+        """The planned cache: with the bits of single layers only if the plan is for the model that has these layers."""
         choice = self.selection.choice
         return choice if self.model == HERE else replace(choice, own_bits={})
 
     @property
     def notes(self) -> list[str]:
         left_out = self._planned.name if self._planned.own_bits != self.selection.choice.own_bits else ""
-        said = f"Bits of single layers belong to this model: what is planned here is {left_out}."
+        said = f"Bits of single layers belong to the loaded model only: the plan is for {left_out}."
         return [*super().notes, said if left_out else ""]
 
     def _look(self, **changed: Any) -> Look:
@@ -201,7 +201,7 @@ class MemoryPlanner(OfCache, ChartPage):
 
     @cached_property
     def _shape_given(self) -> ModelShape:
-        """Of the given model, which may have to be run for it: the worker asks first."""
+        """The shape of the given model. This may run the model, so the worker asks for it first."""
         assert self._given is not None
         return shape_of(self._given)
 
@@ -246,7 +246,8 @@ class MemoryPlanner(OfCache, ChartPage):
         names = [*([HERE] if self._given is not None else []), *SIZES, TYPED_IN]
         models = self._control(ipywidgets.Combobox, "model", options=names, continuous_update=False)
         models.placeholder = "a folder, a config.json, an id"
-        room = button("Leave room for weights", "Memory for the cache: what system and weights leave", self.leave_room)
+        tip = "Set the memory to what the system and the weights do not use"
+        room = button("Leave room for weights", tip, self.leave_room)
         return controls(
             models,
             context,
@@ -269,7 +270,7 @@ class MemoryPlanner(OfCache, ChartPage):
 
 
 def losses_table(plan: pl.DataFrame, largest: pl.DataFrame, loss: Callable[[str], Loss]) -> str:
-    """HTML: a row for each cache of `veloxlab.measure.planned_memory.LARGEST`, with its bytes of the `PLANNED` rows."""
+    """HTML: a row for each cache of `veloxlab.measure.planned_memory.LARGEST`, with bytes from the `PLANNED` rows."""
     held = dict(plan.group_by("cache").agg(pl.col("bytes").sum()).iter_rows())
     rows = []
     for row in largest.to_dicts():

@@ -1,4 +1,4 @@
-"""The page of runs: all that was measured, two of them side by side, and how sure their difference is."""
+"""The page of runs: all measured runs, two of them side by side, and how certain their difference is."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ TITLES = [
 ]
 CELL = "padding: 1px 14px 1px 0"
 ABOUT = (
-    "Both runs read the same text, so they are compared window by window. A difference whose interval holds 0 may be "
-    "chance: measure on more windows then."
+    "Two runs on the same text are compared window by window. A difference whose interval contains 0 may be chance: "
+    "then measure on more windows."
 )
 
 
@@ -53,7 +53,7 @@ MEASURED = {
     "perplexity": "perplexity",
     "key_bits": "true bits of keys",
     "value_bits": "true bits of values",
-    "held_bits": "bits held a value",
+    "held_bits": "held bits a value",
     "held_bytes": "bytes held",
     "positions": "predictions",
 }
@@ -61,17 +61,17 @@ PAIR = ("first", "second")
 
 
 class RunsPage(Seeded, OfExperiment):
-    """Keep what was measured, name it, and compare two runs window by window.
+    """Keep and name runs, and compare two of them window by window.
 
-    ``first`` and ``second`` are traits: the numbers of the two runs that are compared, the oldest being 0. ``points``
-    has all runs; see `veloxlab.widgets.runs.Runs`.
+    ``first`` and ``second`` are traits: the numbers of the two compared runs; the oldest is 0. ``points`` has all runs:
+    see `veloxlab.widgets.runs.Runs`.
     """
 
     NAME = "runs"
     WHY: ClassVar[dict[str, str]] = {"windows": "Whether one cache loses more in every window."}
 
-    first = t.Int(0, help="the run that the other is compared with")
-    second = t.Int(0, help="the other run, which can be named and used again")
+    first = t.Int(0, help="the run that the second is compared with")
+    second = t.Int(0, help="the second run; you can rename it and use its settings")
 
     def __init__(self, experiment: Experiment, worker: Worker) -> None:
         super().__init__(experiment.selection, worker)
@@ -93,7 +93,7 @@ class RunsPage(Seeded, OfExperiment):
 
     @property
     def pair(self) -> tuple[Run, Run]:
-        """The two runs that are compared; raises `InputError` if nothing was measured yet."""
+        """The two compared runs; raises `InputError` if nothing was measured yet."""
         runs = self.points.every
         if not runs:
             raise InputError("Nothing was measured yet: measure a cache first.")
@@ -115,8 +115,8 @@ class RunsPage(Seeded, OfExperiment):
         self.say(f"All pages now show {run.name}.")
 
     def save(self) -> None:
-        """Write all runs into a file of the kernel's folder."""
-        self.say(f"The runs are in {self.points.save(FILE)}; points.open reads them again.")
+        """Write all runs into a file in the kernel's folder."""
+        self.say(f"The runs are in {self.points.save(FILE)}; lab.points.open reads them again.")
 
     def _rename(self, change: dict[str, Any]) -> None:
         if self.points.every and change["new"] and change["new"] != self.pair[1].name:
@@ -175,7 +175,7 @@ def _line(number: int, run: Run) -> tuple[str, ...]:
 
 
 def _beside(first: Run, second: Run) -> str:
-    """HTML of both runs beside one another: settings that differ, and what was measured."""
+    """HTML of both runs side by side: settings that differ, and the measured numbers."""
     settings = [(words, str(first.settings[name]), str(second.settings[name])) for name, words in PARTS.items()]
     rows = [row for row in settings if row[1] != row[2]]
     both = first.row.row(0, named=True), second.row.row(0, named=True)

@@ -1,4 +1,4 @@
-"""The page of tasks: questions that are asked through the exact cache and through the chosen one."""
+"""The page of tasks: questions that a model answers with the exact cache and with the chosen one."""
 
 from __future__ import annotations
 
@@ -27,26 +27,27 @@ from veloxlab.widgets.worker import Progress, Worker
 
 USUAL, MOST = 512, 2**20  # tokens of a context
 WHY = (
-    "A model that answers as well through the compressed cache has kept what it read. The text is read first, the "
-    "question after it. A small model guesses on some tasks with the exact cache too: these tell nothing."
+    "If a model answers as well with the compressed cache, that cache has kept the text. The model reads the text, then "
+    "the question. A small model may guess on a task even with the exact cache: such a task shows nothing."
 )
-FEW = 20  # questions that say little
-FORMAT = "One question in a line of JSON; without choices the model writes its answer."
+FEW = 20  # fewer questions show little
+FORMAT = "One question in each line, as JSON; without choices the model writes its answer."
 ANSWERS = ["task", "question", "right answer", "exact", "compressed"]
 TITLES = ["task", "questions", "guess", "exact", "compressed", "difference", "95 % interval", "in codes"]
 
 
 class Tasks(OfCache, Panel):
-    """Ask questions through the exact cache and through a compressed one, and count the right answers.
+    """Ask questions with the exact cache and with a compressed one, and count the right answers.
 
-    ``model``, ``tokenizer``: as `veloxlab.load` gives them. ``settings``: first values of the traits, such as
+    ``model``, ``tokenizer``: as `veloxlab.load` returns them. ``settings``: first values of the traits, such as
     ``questions=64`` or ``method="rabitq"``. Raises `InputError` for an unknown method, task or setting.
 
-    The traits are ``tasks``, names in `veloxlab.measure.questions.BUILT_IN`; ``questions`` of each of these;
-    ``context``, tokens that are read before one; ``own``, what `veloxlab.measure.Task.of_lines` reads, asked in the
-    place of the built-in tasks unless these are chosen again; and ``method``, ``key_bits``, ``value_bits``, ``sinks``
-    and ``window``, as for `veloxlab.make_cache`. *Ask* starts a run. ``answered`` has the newest one, rows of
-    `veloxlab.measure.tasks.EVALUATION`, and ``answers`` its single answers, of `veloxlab.measure.tasks.ANSWERS`.
+    The traits are ``tasks``, names in `veloxlab.measure.questions.BUILT_IN`; ``questions``, the number for each task;
+    ``context``, tokens that are read before a question; ``own``, text for `veloxlab.measure.Task.of_lines`: these
+    questions replace the built-in tasks, which can be chosen again; and ``method``, ``key_bits``, ``value_bits``,
+    ``sinks`` and ``window``, as for `veloxlab.make_cache`. *Ask* starts a run. ``answered`` has the newest results,
+    rows of `veloxlab.measure.tasks.EVALUATION`; ``answers`` has one row for each answer, of
+    `veloxlab.measure.tasks.ANSWERS`.
     """
 
     NAME = "tasks"
@@ -54,12 +55,10 @@ class Tasks(OfCache, Panel):
     WHY: ClassVar[dict[str, str]] = {"scores": "Whether answers that need the text are still right."}
     SETTINGS = ("tasks", "questions", "context", "own", *CACHE)
 
-    tasks = Checked(
-        many(choice(*BUILT_IN), empty=True), BUILT_IN, help="which questions are asked; hold Ctrl to choose several"
-    )
-    questions = Checked(whole(1, 1000), 16, help="questions of each task; more make a difference surer")
+    tasks = Checked(many(choice(*BUILT_IN), empty=True), BUILT_IN, help="the tasks to ask; hold Ctrl to choose several")
+    questions = Checked(whole(1, 1000), 16, help="questions of each task; more make a difference more certain")
     context = Checked(whole(1, MOST), USUAL, help="tokens that are read before a question is asked")
-    own = Checked(WORDS, "", help="questions of your own, one in a line of JSON; they are asked beside the tasks")
+    own = Checked(WORDS, "", help="your own questions, one in each line, as JSON; asked in addition to chosen tasks")
 
     @checked(tasks=many(choice(*BUILT_IN), empty=True), own=WORDS, questions=whole(1, 1000), context=whole(1, MOST))
     def __init__(
@@ -83,7 +82,7 @@ class Tasks(OfCache, Panel):
         self.follow()
 
     def run(self) -> None:
-        """Ask with the present settings; an older run is ended. Raises `InputError` if there is nothing to ask."""
+        """Ask with the present settings; this ends an older run. Raises `InputError` if there is nothing to ask."""
         choice, asked = self.selection.choice, {"questions": self.questions, "context": self.context}
         tasks = [*self.tasks, *([Task.of_lines(self.own)] if self.own.strip() else [])]
         if not tasks:
@@ -129,10 +128,10 @@ class Tasks(OfCache, Panel):
         )
 
     def _own_questions(self) -> ipywidgets.Widget:
-        """A box for questions of one's own, and a button that fills it from a file."""
+        """A box for the user's own questions, and a button that fills it from a file."""
         box = self._control(ipywidgets.Textarea, "own", "questions", rows=6)
         box.placeholder, box.layout.width = EXAMPLE, "auto"
-        tip = "A file of JSON lines, a question in each"
+        tip = "A file with one question in each line, as JSON"
         file = ipywidgets.FileUpload(description="From a file", accept=".jsonl,.json,.txt", tooltip=tip)
         file.observe(self._read, "value")
         self.observe(self._check_own, "own")
@@ -141,7 +140,7 @@ class Tasks(OfCache, Panel):
         return ipywidgets.Accordion([parts], titles=["Questions of your own"], selected_index=None)
 
     def _check_own(self, change: dict[str, Any]) -> None:
-        """Say what is typed: how many questions, or which line is none."""
+        """Show how many questions the box has, or which line is not a question."""
         if change["new"].strip() and not change["old"].strip():
             self.tasks = ()
         try:
@@ -156,11 +155,11 @@ class Tasks(OfCache, Panel):
             try:
                 self.own = bytes(file["content"]).decode()
             except UnicodeDecodeError:
-                self.say(f"{file['name']} is no text in UTF-8: save it as that.")
+                self.say(f"{file['name']} is not a text in UTF-8: save it in UTF-8.")
 
 
 def too_few(count: int) -> str:
-    """Say how many questions there are, where they are few."""
+    """A sentence: these are too few questions."""
     return f"{count} question{'s are' if count != 1 else ' is'} too few to tell."
 
 

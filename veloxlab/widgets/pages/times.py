@@ -1,4 +1,4 @@
-"""The page of times: what each layer takes to store, decode and attend to tokens, beside what it holds."""
+"""The page of times: how long each layer takes to store, decode and attend to tokens, and its bytes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from veloxlab.widgets.pages.experiment import Experiment, OfExperiment
 from veloxlab.widgets.worker import Progress, Worker
 
 ABOUT = (
-    "A compressed cache takes time to store a token, and saves some where attention reads fewer bytes. Times are taken "
-    "when you ask, on this machine, with the captured text; other work makes them longer."
+    "A compressed cache needs time to store a token, and saves time where attention reads fewer bytes. Times are "
+    "measured when you press the button, on this machine, with the captured text; other work makes them longer."
 )
 
 
 class Times(OfExperiment):
-    """Time every layer of the chosen cache and of the exact one, when asked.
+    """Time each layer of the chosen cache and of the exact cache, at the press of a button.
 
     ``timed`` has the newest times, rows of `veloxlab.measure.times.LAYER_TIMES`.
     """
 
     NAME = "times"
-    WHY: ClassVar[dict[str, str]] = {"times": "Where a compressed cache takes time, and where it saves some."}
+    WHY: ClassVar[dict[str, str]] = {"times": "In which layers a compressed cache takes more time, and in which less."}
 
     def __init__(self, experiment: Experiment, worker: Worker) -> None:
         super().__init__(experiment.selection, worker)
@@ -40,7 +40,7 @@ class Times(OfExperiment):
         self.follow()
 
     def time(self) -> None:
-        """Ask for the times of the present settings."""
+        """Start to time the present settings."""
         experiment, choice = self.experiment, self.selection.choice
         self.selection.fitting.held.clear()
 

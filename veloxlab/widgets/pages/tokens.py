@@ -1,4 +1,4 @@
-"""The page of one token: what its prediction lost, in which heads, and over which keys; from a token to its causes."""
+"""The page of one token: how its prediction changed, in which heads, and through which keys."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from veloxlab.widgets.pages.experiment import Experiment, OfExperiment
 from veloxlab.widgets.selection import Choice, Selection
 from veloxlab.widgets.worker import Worker
 
-BLOCKS = 200  # of the text that are drawn along it
-SHOWN = 160  # tokens whose text is drawn: those around the picked one
-LINES = 9  # that these take, as a rule
-FIRST = 1  # no prediction says the token at position 0
+BLOCKS = 200  # of the whole text in the chart along it
+SHOWN = 160  # tokens in the chart of text, around the picked one
+LINES = 9  # that this text usually takes
+FIRST = 1  # position of the first predicted token: nothing predicts the token at 0
 STRIP = "The text around the token, with the KL divergence of each prediction: click a token"
-NO_QUERIES = "This model does not show its queries, so the keys that a token attends to cannot be seen."
+NO_QUERIES = "This model does not show its queries, so the keys that a token attends to are not known."
 
 
 def _predictions_of(look: Look) -> list[Request]:
@@ -43,7 +43,7 @@ def _predictions_of(look: Look) -> list[Request]:
 
 
 def _place(found: Predictions, token: int | None) -> int:
-    """The position that is seen: the picked one, or that which lost most."""
+    """The shown position: of the picked token, or of the token that lost most."""
     return found.worst if token is None else max(token, FIRST)
 
 
@@ -57,7 +57,7 @@ def _strip_rows(found: Sequence[Predictions], look: Look) -> pl.DataFrame:
 
 
 def _first_row(found: Predictions, token: int | None) -> int:
-    """Of the tokens whose text is drawn: the same for neighbours, so that a pick only moves a mark."""
+    """The first row in the chart of text: equal for near tokens, so that a pick only moves the mark."""
     return min((_place(found, token) - FIRST) // SHOWN * SHOWN, max(0, found.tokens.height - SHOWN))
 
 
@@ -72,7 +72,7 @@ def _choice(cache: tuple[Any, ...]) -> Choice:
 
 
 def _capture(page: TokenPage, progress: Tell, ids: tuple[int, ...]) -> Capture:
-    """What the model's own run over a text saw; that of one generated text is held."""
+    """The capture of the model's own run over a text; the page keeps that of one generated text."""
     if not ids:
         return page.experiment.capture
     if page._generated is None or page._generated.tokens != ids:
@@ -92,7 +92,7 @@ def _predictions(page: TokenPage, progress: Tell, ids: tuple[int, ...], cache: t
 def _layers(
     page: TokenPage, progress: Tell, ids: tuple[int, ...], cache: tuple[Any, ...]
 ) -> list[tuple[LayerCapture, LayerCapture]]:
-    """Each layer as it was captured, and as the cache holds it; kept until another cache is chosen."""
+    """Each layer as captured, and as the cache holds it; the page keeps them until another cache is chosen."""
     choice, before = _choice(cache), page._held
     given = page.selection.fitting.calibration(choice.method, choice.widths, progress, choice.seed)
     page._held = {}
@@ -151,7 +151,7 @@ def _of_token(
     *depends: str,
     data: Callable[[pl.DataFrame], pl.DataFrame] = lambda rows: rows,
 ) -> Chart:
-    """A chart of one token, from a measurement of the chart's name; a step to another token changes its rows alone."""
+    """A chart of one token, from a measurement with the chart's name; another token changes only its rows."""
     depends = ("ids", "cache", "token", *depends)
     return Chart(
         name,
@@ -167,19 +167,19 @@ def _of_token(
 
 
 CHARTS = (
-    _of_text("text", "Which words the cache hurts.", _strip_rows, _strip, "first"),
-    _of_text("along", "Where in the text they are.", _along_rows, views.losses_along),
+    _of_text("text", "Which words the cache predicts worse.", _strip_rows, _strip, "first"),
+    _of_text("along", "Where in the text these words are.", _along_rows, views.losses_along),
     _of_token(
         "alternatives",
-        "Whether another token would be said.",
+        "Whether the model would choose another token.",
         views.alternatives,
         views.alternatives_caption,
         data=alternatives_data,
     ),
-    _of_token("heads", "Where the harm to this token begins.", views.token_heads, views.heads_caption),
+    _of_token("heads", "In which layers and heads the error of this token is.", views.token_heads, views.heads_caption),
     _of_token(
         "keys",
-        "Whether it still reads the same tokens.",
+        "Whether this token still attends to the same tokens.",
         views.attended_keys,
         views.attended_caption,
         "layer",
@@ -190,11 +190,11 @@ CHARTS = (
 
 
 class TokenPage(OfExperiment, OfLayers, ChartPage):
-    """See why one token's prediction moved: errors in every layer and head, keys it attends to, what could stand there.
+    """See why one token's prediction changed: errors in each layer and head, attended keys, and alternative tokens.
 
-    The text is the laboratory's, or one that was generated. A click on a token picks it, on a cell of the map a layer
-    and a head. Without a picked token the one is seen that lost most. Keys are seen as the cache holds them once it has
-    read the text: all in codes but sinks and window.
+    The text is the laboratory's, or one that was generated. A click on a token picks it; a click on a cell of the map
+    picks a layer and a head. Without a picked token the page shows the token that lost most. Keys are as the cache has
+    them after it has read the text: all in codes except sinks and window.
     """
 
     NAME = "tokens"
@@ -208,9 +208,9 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
     }
 
     token = Chosen("token", help="the picked token, by its position in the text")
-    ids = Chosen("ids", help="the text that the token is of")
-    layer = Chosen("layer", read="shown_layer", help="layer whose attention is seen")
-    head = Chosen("head", help="KV head whose attention is seen")
+    ids = Chosen("ids", help="token ids of the text; empty for the captured text")
+    layer = Chosen("layer", read="shown_layer", help="layer of the shown attention")
+    head = Chosen("head", help="KV head of the shown attention")
 
     def __init__(
         self, experiment: Experiment, *, selection: Selection | None = None, worker: Worker | None = None
@@ -218,14 +218,14 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
         super().__init__(selection or experiment.selection, worker, experiment.capture)
         self.experiment, self.points = experiment, experiment.points
         self._generated: Capture | None = None
-        self._held: dict[tuple[object, ...], tuple[LayerCapture, LayerCapture]] = {}  # of the present cache
+        self._held: dict[tuple[object, ...], tuple[LayerCapture, LayerCapture]] = {}  # layers of the present cache
         shown = all(layer.queries is not None for layer in experiment.capture.layers)
         self._missing = "" if shown else NO_QUERIES
         self._draw(chart for chart in CHARTS if shown or chart.name != "keys")
-        tip = "Position in the text of the token that is seen, 1 to the last"
+        tip = "Position of the shown token in the text, 1 to the last"
         self._steps = ipywidgets.IntSlider(description="token", min=FIRST, max=FIRST, value=FIRST, tooltip=tip)
         self._steps.observe(self._token_picked, "value")
-        self._back = button("Captured text", "See the text of the laboratory again", self._leave, width="auto")
+        self._back = button("Captured text", "Show the text of the laboratory again", self._leave, width="auto")
         self._laid_out([self._controls()], self._grid)
         self.follow()
 
@@ -236,7 +236,7 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
 
     @property
     def place(self) -> int:
-        """Position of the token that is seen, in its text."""
+        """Position of the shown token in its text."""
         look = self._look()
         found = self.found.get(_predictions_of(look)[0])
         return _place(found, look.token) if found is not None else max(self.token or 0, FIRST)
@@ -247,7 +247,7 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
 
     @property
     def notes(self) -> list[str]:
-        other = "This is a text that was generated, with its prompt." if self.ids else ""
+        other = "This text is a prompt and the answer generated for it." if self.ids else ""
         return [*super().notes, other, self._missing]
 
     def _look(self, **changed: Any) -> Look:
@@ -282,7 +282,7 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
 
     def _show(self) -> None:
         super()._show()
-        if self._complete:  # which token lost most is known then
+        if self._complete:  # then it is known which token lost most
             self._mark()
             last = len(self.ids or self.experiment.capture.tokens) - 1
             with self._steps.hold_trait_notifications():
@@ -291,7 +291,7 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
 
     def _controls(self) -> ipywidgets.Widget:
         steps = ipywidgets.SelectionSlider
-        worst = button("Worst token", "See the token whose prediction moved most", lambda: self._pick_token(None))
+        worst = button("Worst token", "Show the token whose prediction changed most", lambda: self._pick_token(None))
         return controls(
             self._steps,
             self._control(steps, "layer", options=self.selection.layers),
