@@ -113,7 +113,7 @@ def test_a_generated_token_has_causes_too(lab, page):
     turn(lab, page="tokens")
     assert page.place == prompt + 3
     assert page._steps.max == prompt + 5
-    assert "a text that was generated" in page._banner.value
+    assert "the answer generated for it" in page._banner.value
     assert f"Token {prompt + 3}. " in said(page, "alternatives")
     # the compressed cache read these tokens one by one, and here in one call
     kl = texts.generated.filter(side="compressed", position=3)["kl"][0]

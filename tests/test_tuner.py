@@ -150,7 +150,9 @@ def test_several_parts_are_set_at_once_or_none(tuner):
     before = tuner.setting
     assert before == Setting(vl.allocate.AverageBits(5.0), vl.allocate.Bounds(4, 6), 2.0)
     tuner.tune(budget=4.25)
-    assert "Nothing is allocated: the bounds' least width, 4," in html.unescape(tuner._told.value)
+    assert "Nothing is allocated: this budget allows only the bounds' least width, 4" in html.unescape(
+        tuner._told.value
+    )
     tuner.tune(budget=5.0)
     assert "Nothing" not in tuner._told.value
     for parts, sentence in (
@@ -215,7 +217,7 @@ def test_a_longer_text_wants_more_memory_and_gets_the_least_that_fits(tuner):
     tuner._controls.kind.value = vl.allocate.TokensInMemory
     tuner._controls.tokens.value = 40_000
     assert tuner.budget.tokens == 40_000
-    assert "the nearest that they can" in tuner._message.value
+    assert "it was set to the nearest one" in tuner._message.value
     assert drawn_bits(tuner, "keys") == drawn_bits(tuner, "values") == 1
     turn(lambda: setattr(tuner._controls.megabytes, "value", tuner._controls.megabytes.max))
     assert drawn_bits(tuner, "keys") == 6
@@ -268,7 +270,7 @@ def test_bounds_that_cannot_spend_the_budget_move_it(tuner):
     turn(lambda: setattr(tuner._controls.widths, "value", (5, 6)))
     assert tuner.bounds == vl.allocate.Bounds(5, 6)
     assert tuner.budget == vl.allocate.AverageBits(tuner.rates.spans(vl.allocate.Bounds(5, 6), 1).bits[0])
-    assert "the nearest that they can" in tuner._message.value
+    assert "it was set to the nearest one" in tuner._message.value
 
 
 # measuring
@@ -367,7 +369,7 @@ def test_losses_that_are_no_divergences_are_not_compared_with_one(model, folder)
     assert tuner.measured.height == 1
     assert tuner.charts["frontier"].frame.filter(role="measured").is_empty()
     assert "in the unit of key_norm" in repr(tuner)
-    assert "no divergences" in tuner.charts["frontier"].content["params"]["caption"]
+    assert "not divergences" in tuner.charts["frontier"].content["params"]["caption"]
     tuner.worker.close()
 
 

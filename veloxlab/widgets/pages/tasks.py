@@ -27,8 +27,8 @@ from veloxlab.widgets.worker import Progress, Worker
 
 USUAL, MOST = 512, 2**20  # tokens of a context
 WHY = (
-    "If a model answers as well with the compressed cache, that cache has kept the text. The model reads the text, then "
-    "the question. A small model may guess on a task even with the exact cache: such a task shows nothing."
+    "If a model answers as well with the compressed cache, that cache has kept the text. The model reads the text, "
+    "then the question. A small model may guess on a task even with the exact cache: such a task shows nothing."
 )
 FEW = 20  # fewer questions show little
 FORMAT = "One question in each line, as JSON; without choices the model writes its answer."

@@ -1,6 +1,7 @@
-// Draws one Vega-Lite chart and keeps it: new numbers patch the running Vega view, only a new spec or ground embeds anew.
+// Draws one Vega-Lite chart. New numbers patch the running Vega view; a new spec, or a change between light and dark,
+// embeds the chart again.
 
-const PAGE = Symbol.for("veloxlab.vega"); // one import of the bundle per page, whatever the number of charts
+const PAGE = Symbol.for("veloxlab.vega"); // one import of the bundle for all charts of a page
 
 function importOnce(version, code) {
   const loaded = (globalThis[PAGE] ??= new Map());
@@ -13,7 +14,7 @@ function importOnce(version, code) {
   return loaded.get(version);
 }
 
-// JupyterLab lets a view reach the shared runtime model. Other hosts may not: there the kernel is asked for a copy.
+// In JupyterLab a view has access to the shared runtime model. In other hosts it may not: then the kernel sends a copy.
 async function runtimeOf(model) {
   if (model.widget_manager?.get_model) {
     const shared = await model.widget_manager.get_model(model.get("runtime").replace("IPY_MODEL_", ""));
@@ -32,13 +33,13 @@ async function runtimeOf(model) {
   });
 }
 
-// ---- the ground that the chart stands on
+// ---- the background of the chart
 
 function luminance([r, g, b]) {
   return (0.2126 * r + 0.7152 * g + 0.0722 * b) / 255;
 }
 
-// Red, green and blue to 255, and opacity to 1, of any CSS colour: marimo has "color(srgb 1 1 1)".
+// Red, green and blue (0 to 255) and opacity (0 to 1) of any CSS colour: marimo has "color(srgb 1 1 1)".
 function rgbaOf(colour) {
   if (colour.startsWith("rgb")) {
     const [r, g, b, opacity = 1] = colour.match(/[\d.]+/g).map(Number);
@@ -60,12 +61,12 @@ function isDark(el) {
     const parts = rgbaOf(getComputedStyle(node).backgroundColor);
     if (parts[3] > 0.5) return luminance(parts) < 0.5;
   }
-  // a page that does not opt in to dark stays white, whatever the system prefers
+  // a page that does not declare a dark scheme stays white, even if the system prefers dark
   const scheme = getComputedStyle(document.documentElement).colorScheme;
   return scheme.includes("dark") && (!scheme.includes("light") || matchMedia("(prefers-color-scheme: dark)").matches);
 }
 
-function onGround(changed) {
+function onBackground(changed) {
   const observer = new MutationObserver(changed);
   const watched = { attributeFilter: ["data-jp-theme-light", "data-theme", "theme", "class", "style"] };
   observer.observe(document.body, watched);
@@ -82,7 +83,7 @@ function onGround(changed) {
 
 const text = new TextDecoder();
 
-// Rows, from rows or from columns by name.
+// A list of rows, from JSON of rows or of columns by name.
 function rowsOf(payload) {
   const found = JSON.parse(typeof payload === "string" ? payload : text.decode(payload));
   if (Array.isArray(found)) return found;
@@ -107,16 +108,16 @@ function specOf(json, theme, datasets, values) {
   return spec;
 }
 
-// ---- as wide as its column: widths of plots are signals of a running view
+// ---- the width of a column: widths of plots are signals of a running view
 
-const ERRORS = 1; // that Vega logs, and no warnings: a scale of no rows has one at each move, which takes a millisecond
-const STRETCH = [0.35, 1.6]; // times a plot's own width, at least and at most
-const PADDING = 6; // of a chart, as in the theme
-const MARGIN = 12; // pixels of a chart that no word may take, beside those left of its plots
+const ERRORS = 1; // log level: Vega logs no warnings, which a scale without rows gives at each move, a millisecond each
+const STRETCH = [0.35, 1.6]; // least and greatest width of a plot, times its own width
+const PADDING = 6; // pixels around a chart, as in the theme
+const MARGIN = 12; // pixels that words leave free, in addition to those to the left of the plots
 const WORDS = { heading: "600 14px ", caption: "12px " }; // as in the theme
 const ruler = document.createElement("canvas").getContext("2d");
 
-// Words in lines that a chart has room for. Vega breaks no line by itself.
+// Words in lines of at most `room` pixels. Vega does not break lines by itself.
 function wrapped(words, font, room) {
   if (!Number.isFinite(room)) return words;
   ruler.font = font;
@@ -129,7 +130,7 @@ function wrapped(words, font, room) {
   return lines;
 }
 
-// The signals of a Vega spec that hold sizes of plots: `[name, own size, whether it is the height of a square]`.
+// The signals of a Vega spec for sizes of plots: `[name, own size, whether it is the height of a square]`.
 function sizesIn({ signals = [], width, height }) {
   const named = signals.map(({ name, value }) => [name, value]);
   const sizes = [["width", width], ["height", height], ...named].filter(([, size]) => typeof size === "number");
@@ -141,9 +142,9 @@ function sizesIn({ signals = [], width, height }) {
   };
 }
 
-// Vega numbers gradients from 0, and so does JupyterLab's own Vega on the same page: without names of our own the legend
-// of one chart would show the colours of another. Any redraw may bring Vega's names back, or other names of its own: what
-// is filled is asked first which one it has now.
+// Vega numbers gradients from 0, and JupyterLab's own Vega does so on the same page: without unique names the legend of
+// one chart would show the colours of another. Each redraw may restore Vega's names or set new ones, so the present
+// names are read from the filled elements first.
 let gradients = 0;
 
 function ownGradients(plot) {
@@ -162,8 +163,8 @@ function ownGradients(plot) {
   }
 }
 
-// What can be picked: the param that a chart must have, the model's trait, columns of a mark's row that have it, keys
-// that walk through it, and its name.
+// What can be picked: the param that a chart must have, the model's trait, columns of a mark's row with its value, keys
+// that step through the values, and its name.
 const PICKS = [
   { param: "picked_layer", trait: "picked", fields: ["layer"], keys: ["ArrowLeft", "ArrowRight"], name: "layer" },
   { param: "picked_head", trait: "picked_head", fields: ["head", "group"], keys: ["ArrowUp", "ArrowDown"], name: "head" },
@@ -207,7 +208,7 @@ class Chart {
     this.turn = Promise.resolve();
   }
 
-  // One step at a time; a step always draws the newest state, so steps that find nothing new end at once.
+  // One step at a time. A step draws the newest state, so a step without a new state ends at once.
   update() {
     this.el.ariaBusy = "true"; // until the newest step has ended
     const turn = this.turn
@@ -223,14 +224,14 @@ class Chart {
     return turn;
   }
 
-  // On a page of tabs that is not open, what nobody sees is drawn once it is seen. The page tells of its size: to ask
-  // for it after a patch would lay out the page for each chart.
+  // A chart in a hidden tab is drawn when the tab is shown. An observer reports the size, because reading the size after
+  // a patch would lay out the page once for each chart.
   resize({ width }) {
     this.isHidden = width === 0;
     if (!this.isHidden) this.room = width;
   }
 
-  // Why the chart is there, and whether its numbers are measured, predicted or stale.
+  // The line above the chart: its purpose, and whether its numbers are measured, predicted or stale.
   annotate() {
     const { why = "", badge = "", tip = "" } = this.model.get("note") ?? {};
     const parts = [["why", why], ["badge", badge]].filter(([, words]) => words);
@@ -255,7 +256,7 @@ class Chart {
     const { model, shown } = this;
     const spec = model.get("spec");
     const content = model.get("content");
-    if (content.spec !== spec.id) return false; // its spec is still on the way
+    if (content.spec !== spec.id) return false; // its spec did not arrive yet
     if (this.result && this.isHidden) return false;
     const dark = isDark(this.el);
     const anew = !this.result || spec.id !== shown.spec || dark !== shown.dark;
@@ -263,11 +264,11 @@ class Chart {
     if (anew) await this.embed(spec, content, dark);
     else if (content.revision !== shown.revision) await this.patch(content);
     else if (!misfit) return false;
-    if (anew || misfit) await this.fit(); // other numbers leave it as it is: to measure it takes as long as to draw it
+    if (anew || misfit) await this.fit(); // not for new numbers alone: measuring takes as long as drawing
     this.tell();
     this.shown = { spec: spec.id, dark, revision: content.revision, room: this.room };
     await this.mark();
-    // told to the page alone: a message to the kernel would come between those of the next charts
+    // only in the page: a message to the kernel would come between those of the next charts
     this.plot.dataset.revision = content.revision;
     return true;
   }
@@ -278,7 +279,7 @@ class Chart {
     for (const { param, trait } of PICKS) values[param] = this.model.get(trait);
     const whole = specOf(spec.json, this.themes[dark ? "dark" : "light"], datasets, values);
     this.font = whole.config.font ?? "sans-serif";
-    this.fixed = whole.usermeta?.veloxlab?.fixed === true; // a text, which only its letters make wide
+    this.fixed = whole.usermeta?.veloxlab?.fixed === true; // a text, whose width is that of its letters
     this.el.classList.toggle("veloxlab-wide", this.fixed);
     this.words = { caption: content.params.caption };
     if (typeof whole.title?.text === "string") {
@@ -287,12 +288,12 @@ class Chart {
       whole.params = [...(whole.params ?? []), { name: "heading", value: "" }];
     }
     this.room ??= this.plot.clientWidth;
-    // later its observer tells: at a change of theme the page may have no layout for a moment, of which nothing is told
+    // later the observer reports it: at a change of theme the page may have no layout for a moment
     if (!this.result) this.isHidden = this.plot.offsetParent === null;
     for (const param of whole.params ?? []) if (param.name in this.words) param.value = this.lines(param.name);
     const old = this.result;
     this.result = null;
-    this.held = {}; // by dataset: its fields, and its rows as they are in the view
+    this.held = {}; // by dataset: its fields, and its rows in the view
     old?.finalize();
     const result = await this.vega.vegaEmbed(this.plot, whole, {
       renderer: "svg",
@@ -312,7 +313,7 @@ class Chart {
     }
   }
 
-  // What a screen reader says of it: heading, the line of numbers, and its keys.
+  // The label for screen readers: heading, caption and keys.
   tell() {
     const said = this.picks.map(({ keys, name }) => `${keys.join(" and ")} pick a ${name}`);
     const keys = said.length > 0 ? `${said.join(", ")}, Escape clears it.` : "";
@@ -327,12 +328,12 @@ class Chart {
     this.words.caption = content.params.caption;
     const params = Object.entries(content.params).filter(([name]) => this.signals.has(name));
     for (const [name, value] of params) view.signal(name, name === "caption" ? this.lines(name) : value);
-    document.getElementById("vg-tooltip-element")?.classList.remove("visible"); // it tells of the numbers before
+    document.getElementById("vg-tooltip-element")?.classList.remove("visible"); // it shows the old numbers
     await view.runAsync();
   }
 
-  // Put rows in the place of those before them, one by one: a row that stays keeps its marks in the page, and Vega
-  // computes what depends on fields that changed.
+  // Replace rows one by one: a row that stays keeps its marks in the page, and Vega computes only what depends on
+  // changed fields.
   replace(name, rows) {
     const { view } = this.result;
     const fields = Object.keys(rows[0] ?? {});
@@ -353,15 +354,15 @@ class Chart {
       }
     }
     if (changed.size === 0 && tuples.length === rows.length) return;
-    const changes = view.changeset().reflow(); // all rows: a bar that stays moves with those that it is stacked on
+    const changes = view.changeset().reflow(); // all rows: an unchanged bar moves with the bars below it
     for (const [field, tuple] of changed) changes.modify(tuple, field, tuple[field]);
     view.change(name, changes.remove(tuples.slice(kept)).insert(rows.slice(kept)));
     held.tuples = [...tuples.slice(0, kept), ...rows.slice(kept)];
   }
 
-  // ---- its size
+  // ---- the size of the chart
 
-  // A chart of a page is as wide as its column; any other as it was drawn, or smaller.
+  // A chart of a page is as wide as its column; any other chart has its own width, or a smaller one.
   get stretches() {
     return this.el.closest(".veloxlab-grid") !== null;
   }
@@ -371,7 +372,7 @@ class Chart {
     return wrapped(this.words[name], WORDS[name] + this.font, room);
   }
 
-  // The view begins with the sizes that the one before it had.
+  // A new view starts with the sizes of the old one.
   sized(vega) {
     this.sizes = sizesIn(vega);
     if (this.fixed || !this.stretches) return vega;
@@ -399,8 +400,8 @@ class Chart {
     return this.plot.querySelector("svg.marks");
   }
 
-  // How wide the chart is without its words, which are in lines of their own. Vega brings the picture's own size to
-  // that of its parts a moment later.
+  // The width of the chart without heading and caption, which have their own lines. The width of the svg element itself
+  // is wrong for a moment: Vega updates it later than the parts.
   get width() {
     const parts = [...this.svg.querySelectorAll(".role-axis, .role-legend, .role-mark")];
     const boxes = parts.map((part) => part.getBoundingClientRect()).filter(({ width }) => width > 0);
@@ -410,20 +411,20 @@ class Chart {
     return wide / zoom + 2 * PADDING;
   }
 
-  // Bring plots and words to the width that there is. How a chart grows with its plots is seen at the first step.
+  // Fit plots and words to the room. The first step shows how much a chart grows with its plots.
   async fit() {
     if (!this.result || !this.stretches || this.room < 1) return;
     const { view } = this.result;
     const left = Number(this.svg.firstElementChild.getAttribute("transform").match(/[\d.]+/)?.[0] ?? this.left);
     if (this.shown.room !== this.room || Math.abs(left - this.left) > 8) {
-      this.left = left; // of the first plot, where words begin
+      this.left = left; // of the first plot; words start there
       for (const name of Object.keys(this.words)) if (this.signals.has(name)) view.signal(name, this.lines(name));
       await view.runAsync();
     }
     for (let step = 0; step < 4 && !this.fixed && this.sizes.across.length > 0; step++) {
       const had = this.width;
       const left = this.room - had;
-      const most = had / this.across; // if all of it grew with the plots
+      const most = had / this.across; // if the whole chart grew with the plots
       const slope = Math.min(Math.max(this.slope ?? most, 0.3 * most), most);
       const to = Math.min(Math.max(this.across + left / slope, STRETCH[0]), STRETCH[1]);
       const fits = (left >= 0 && left < 4) || Math.abs(to - this.across) < 0.005;
@@ -442,7 +443,7 @@ class Chart {
     return this.datasets;
   }
 
-  // ---- what is picked: numbers or null, shared by linked charts through their models
+  // ---- picks: numbers or null, shared by linked charts through their models
 
   async mark() {
     if (!this.result || this.isHidden) return;
@@ -452,7 +453,8 @@ class Chart {
     if (news.length > 0) await view.runAsync();
   }
 
-  // A second click on a layer, or one beside all layers, picks none; a token or a head goes by the next pick alone.
+  // A second click on a layer, or a click outside all layers, clears the pick. Picks of tokens and heads stay until the
+  // next pick.
   click(datum) {
     const layerAlone = this.picks.length === 1 && this.picks[0].name === "layer";
     const found = this.picks.map((pick) => [pick, valueOf(datum, pick.fields)]);
@@ -525,7 +527,7 @@ async function render({ model, el }) {
   listen(model, "change:content", update);
   for (const { trait } of PICKS) listen(model, `change:${trait}`, () => chart.mark());
   listen(model, "change:note", () => chart.annotate());
-  closers.push(onGround(update));
+  closers.push(onBackground(update));
   const seen = new ResizeObserver(([{ contentRect }]) => {
     chart.resize(contentRect);
     chart.update().then(() => chart.mark());
@@ -533,8 +535,8 @@ async function render({ model, el }) {
   seen.observe(chart.plot);
   closers.push(() => seen.disconnect());
 
-  // JupyterLab takes arrow keys at the document, before the chart sees them; the window comes first. Only while the
-  // chart has the focus, and only the keys that it uses.
+  // JupyterLab takes arrow keys at the document, before the chart gets them, so listen at the window, which is earlier.
+  // Only while the chart has the focus, and only for its keys.
   const key = (event) => chart.key(event);
   const focus = () => window.addEventListener("keydown", key, true);
   const blur = () => window.removeEventListener("keydown", key, true);
@@ -546,7 +548,7 @@ async function render({ model, el }) {
   return () => closers.forEach((close) => close());
 }
 
-// Notebook 7 keeps arrow keys from sliders (https://github.com/jupyter/notebook/issues/7716); not from one that says so.
+// Notebook 7 keeps arrow keys from sliders, except with this attribute: https://github.com/jupyter/notebook/issues/7716
 globalThis.veloxlabSliders ??= document.addEventListener("focusin", (event) => {
   const handle = event.target.closest?.("[class*='veloxlab-'] .noUi-handle");
   handle?.setAttribute("data-lm-suppress-shortcuts", "true");

@@ -2,7 +2,7 @@
 
 async function copy(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
-  const area = document.body.appendChild(document.createElement("textarea")); // a page that is not secure has no clipboard
+  const area = document.body.appendChild(document.createElement("textarea")); // without HTTPS there is no clipboard
   area.value = text;
   area.select();
   document.execCommand("copy");
