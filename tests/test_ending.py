@@ -20,14 +20,14 @@ IDS = Letters().encode(TEXT)[: 4 * LONG]
 
 
 class Ends:
-    """Counts the places at which work may end; raises at the one of a number."""
+    """Counts the places at which work may end; raises from the one of a number on."""
 
     def __init__(self, at: int = 0) -> None:
         self.at, self.asked = at, 0
 
     def __call__(self) -> None:
         self.asked += 1
-        if self.asked == self.at:
+        if 0 < self.at <= self.asked:
             raise Cancelled
 
 
