@@ -1,9 +1,9 @@
-"""Does what Binder does, and says how much memory the tour needs there: ``uv run python -m tests.binder_memory``.
+"""Measures the memory of the tour on Binder: ``uv run python -m tests.binder_memory``.
 
-A session on Binder may have 1 to 2 GB. In a temporary folder this makes the environment that repo2docker starts from,
-clones the last commit, takes the steps of binder/, starts JupyterLab and runs the tour. The peak is the sum of what the
-server, the kernel and their children ever had resident (VmHWM), so it is an upper bound: pages that they share count
-twice, and peaks at different times are added. Linux only; the Python of binder/runtime.txt has to be where uv finds it.
+A session on Binder may use 1 to 2 GB. This makes repo2docker's base environment in a temporary folder,
+clones the last commit, runs the steps of binder/, starts JupyterLab and runs the tour. The peak is the sum of the most
+resident bytes (VmHWM) of the server, the kernel and their children. It is an upper bound: shared pages count
+twice, and peaks at different times are added. Linux only; uv must find the Python of binder/runtime.txt.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ BASE = ("jupyterlab==4.4.9", "ipywidgets==8.1.7")  # of repo2docker's own enviro
 NAMED = ("veloxlab", "mlx", "mlx-lm", "jupyterlab", "ipywidgets", "ipykernel", "polars", "altair")
 MOST_BYTES = 2 * 10**9
 CELL_SECONDS = 600
-EVERY = 0.2  # seconds between two looks at the processes
+EVERY = 0.2  # seconds between two reads of the processes' memory
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print and write; give 1 if the tour needs more than Binder has."""
+    """Measure, print and write; return 1 if the tour needs more memory than Binder has."""
     parser = argparse.ArgumentParser(description="Measure the tour's memory as on Binder.")
     parser.add_argument("--out", type=Path, help="folder for binder_memory.json (default: only print)")
     out = parser.parse_args(arguments).out
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Take Binder's steps in a folder: seconds of each, and peak bytes of the processes that a session has."""
+    """Run Binder's steps in a folder; return seconds of each step, and peak bytes of a session's processes."""
     clone, env = folder / "clone", alone(folder)
     subprocess.run(("git", "clone", "--quiet", ROOT, clone), check=True)
     python = (clone / "binder" / "runtime.txt").read_text().strip().removeprefix("python-")
@@ -80,7 +80,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def alone(folder: Path) -> dict[str, str]:
-    """An environment whose programs are those of ``folder/env``, and whose caches and settings are in the folder."""
+    """Return environment variables for the programs of ``folder/env``, with caches and settings in the folder."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     env["PATH"] = f"{folder / 'env' / 'bin'}{os.pathsep}{env['PATH']}"
     env |= {f"XDG_{kind}_HOME": str(folder / kind.lower()) for kind in ("CACHE", "DATA")}
@@ -89,7 +89,7 @@ def alone(folder: Path) -> dict[str, str]:
 
 
 def versions(env: dict[str, str]) -> dict[str, str]:
-    """Versions of Python and of the packages that count, as installed there."""
+    """Return the installed versions of Python and of the relevant packages."""
     say = f"import json, platform; from importlib.metadata import version; names = {NAMED}; "
     say += "print(json.dumps({'python': platform.python_version()} | {name: version(name) for name in names}))"
     said = subprocess.run(("python", "-c", say), check=True, env=env, capture_output=True)
@@ -98,14 +98,14 @@ def versions(env: dict[str, str]) -> dict[str, str]:
 
 
 def tour_peaks(clone: Path, env: dict[str, str]) -> tuple[int, int]:
-    """Run the tour beside a JupyterLab server: peak bytes of the server, and of the kernel with its children."""
+    """Run the tour beside a JupyterLab server; return peak bytes of the server, and of the kernel with its children."""
     execute = ("--execute", f"--ExecutePreprocessor.timeout={CELL_SECONDS}", "--stdout")
     tour = ("jupyter", "nbconvert", "--to", "notebook", *execute, "notebooks/00_tour.ipynb")
     servers: dict[int, int] = {}
     kernels: dict[int, int] = {}
     with (
         running(("jupyter", "lab", "--no-browser", "--allow-root"), clone, env) as server,
-        running(tour, clone, env) as client,  # on Binder the server is the kernel's client: this one does not count
+        running(tour, clone, env) as client,  # does not count: on Binder the server is the client
     ):
         while client.poll() is None:
             servers |= peaks([server.pid, *below(server.pid)])
@@ -118,7 +118,7 @@ def tour_peaks(clone: Path, env: dict[str, str]) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def running(command: tuple[str, ...], folder: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command in the background, and end it and its children."""
+    """Run a command in the background, and end it and its children afterwards."""
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         yield process
@@ -129,7 +129,7 @@ def running(command: tuple[str, ...], folder: Path, env: dict[str, str]) -> Iter
 
 
 def below(pid: int) -> list[int]:
-    """Ids of a process's children, of their children and so on."""
+    """Return ids of a process's children, of their children and so on."""
     found: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):  # a thread that has ended
@@ -139,12 +139,12 @@ def below(pid: int) -> list[int]:
 
 
 def peaks(pids: list[int]) -> dict[int, int]:
-    """Most bytes that each process had resident until now."""
+    """Return the most bytes that each process has had resident."""
     found: dict[int, int] = {}
     for pid in pids:
         with contextlib.suppress(OSError):  # a process that has ended
             status = Path(f"/proc/{pid}/status").read_text()
-            if resident := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):  # none once it is a zombie
+            if resident := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):  # a zombie has none
                 found[pid] = int(resident[1]) * 1024
     return found
 

@@ -1,6 +1,6 @@
-"""What budgets of bits need of SmolLM2: ``python -m tests.budget_results`` writes rates, sensitivities and spectra.
+"""Measurements of SmolLM2 for bit budgets: ``python -m tests.budget_results`` writes rates, sensitivities and spectra.
 
-They are what `vl.rate_budget`, `vl.allocate.sensitivities` and `vl.calibrate` give, for notebooks 10 and 19.
+They are results of `vl.rate_budget`, `vl.allocate.sensitivities` and `vl.calibrate`, for notebooks 10 and 19.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from veloxlab.texts import shipped_folder
 FOLDER = shipped_folder("data") / "results"
 MODEL = "smollm2-135m"
 BITS = range(1, 8)
-TRIED: dict[str, Any] = {"sequences": 1, "tokens": 256}  # kinds that try layer by layer take long
+TRIED: dict[str, Any] = {"sequences": 1, "tokens": 256}  # kinds that try each layer take long
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""Cache types of llama.cpp and vLLM as methods of veloxlab: ``with registered():``, then their ids are methods.
+"""Cache types of llama.cpp and vLLM as methods of veloxlab; within ``with registered():`` their ids are methods.
 
-``python -m tests.cache_types`` measures what each does to SmolLM2's keys and values, beside our methods without a
-calibration: means of a layer's heads, in ``data/results/cache_types.parquet``.
+``python -m tests.cache_types`` measures their errors on SmolLM2's keys and values, beside our methods without a
+calibration: means over a layer's heads, in ``data/results/cache_types.parquet``.
 
 Definitions: ``ggml-quants.c`` of llama.cpp for q8_0, q5_1 and q4_0 (blocks of 32); the OCP 8-bit floating point
 specification 1.0 for E4M3 and E5M2, with vLLM's usual scale of 1; NVIDIA's NVFP4, E2M1 in blocks of 16 with an E4M3
-scale each and none for the tensor. True bits follow from what is stored.
+scale each and none for the tensor. True bits follow from the stored arrays.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WIDTHS = {"q8_0": 8, "q5_1": 5, "q4_0": 4, "fp8_e4m3": 8, "fp8_e5m2": 8, "nvfp4"
 
 
 def _blocks(x: mx.array) -> mx.array:
-    """``[..., D]`` to ``[..., D / 32, 32]``, float32."""
+    """Reshape ``[..., D]`` to ``[..., D / 32, 32]``, float32."""
     return x.astype(mx.float32).reshape(*x.shape[:-1], -1, BLOCK)
 
 
@@ -40,7 +40,7 @@ def _safe(step: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class Steps(Codec):
-    """Blocks of 32 in equal steps: around zero (q8_0, q4_0), or from the least number on (q5_1)."""
+    """Blocks of 32 in equal steps: around zero (q8_0, q4_0), or up from the least number (q5_1)."""
 
     head_dim: int
     kind: str
@@ -62,7 +62,7 @@ class Steps(Codec):
         if self.kind == "q8_0":
             step = mx.abs(y).max(axis=-1, keepdims=True) / (top - 1)
             codes = mx.sign(y) * mx.floor(mx.abs(y / _safe(step)) + 0.5) + top
-        elif self.kind == "q4_0":  # the number that is largest without its sign is a level
+        elif self.kind == "q4_0":  # the number with the largest magnitude is a level
             loudest = mx.take_along_axis(y, mx.argmax(mx.abs(y), axis=-1, keepdims=True), axis=-1)
             step = loudest / -top
             codes = mx.minimum(mx.floor(y / _safe(step) + top + 0.5), 2 * top - 1)
@@ -132,7 +132,7 @@ class Nvfp4(Codec):
 
 
 def codec(kind: str, head_dim: int) -> Codec:
-    """The codec of a cache type; heads of a multiple of 32."""
+    """Return the codec of a cache type; ``head_dim`` must be a multiple of 32."""
     return (Floats8 if kind.startswith("fp8") else Nvfp4 if kind == "nvfp4" else Steps)(head_dim, kind)
 
 
@@ -150,7 +150,7 @@ def method(kind: str) -> Method:
 
 @contextmanager
 def registered() -> Iterator[None]:
-    """Within it, all types are methods of veloxlab."""
+    """Within this context, all types are methods of veloxlab."""
     for kind in WIDTHS:
         vl.register(method(kind))
     try:
@@ -164,7 +164,7 @@ OURS = {"turboquant": (3, 4, 5, 8), "rabitq": (4, 8)}
 
 
 def main() -> None:
-    """Measure all types on the first 128 tokens of the test text, behind four exact sinks."""
+    """Measure all types on the first 128 tokens of the test text, after four exact sinks."""
     model, tokenizer = vl.load("smollm2-135m", dtype="float32")
     seen = vl.measure.capture(model, tokenizer, tokens=128)
     head_dim = seen.layers[0].keys.shape[-1]

@@ -1,4 +1,4 @@
-"""What all tests share: the order of files, their marks, and the demo model, loaded once."""
+"""Shared parts of all tests: the order of files, their marks, and the demo model, loaded once."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ SLOW = frozenset(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what gives a verdict quickly, and put long files first: at the end no process waits long for another."""
+    """Mark quick tests, and put long files first, so that no process waits long for another at the end."""
     files: dict[Path, dict[Path, int]] = {}
     for item in items:
         of_folder = files.setdefault(item.path.parent, {})
@@ -103,7 +103,7 @@ def _turn(item: pytest.Item) -> int:
 
 
 class Blocks(LoadFileScheduling):
-    """Gives each process a file at a time, and one of them all that is in the browser: it starts only once."""
+    """Gives each process one file at a time, and all browser tests to one process: the browser starts only once."""
 
     def _split_scope(self, nodeid: str) -> str:
         return "browser" if nodeid.startswith("tests/browser/") else super()._split_scope(nodeid)
@@ -111,31 +111,31 @@ class Blocks(LoadFileScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are processors: the one that has the browser waits for it most of the time."""
+    """Use one process more than there are processors: the one with the browser waits for it most of the time."""
     return cores() + 1
 
 
-@pytest.hookimpl(optionalhook=True)  # where there is no xdist, as on a GPU machine, there is no such hook
+@pytest.hookimpl(optionalhook=True)  # without xdist, as on a GPU machine, there is no such hook
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Blocks:
-    """Share files among processes as `Blocks`."""
+    """Distribute files to processes as `Blocks`."""
     return Blocks(config, log)
 
 
 @pytest.fixture(scope="session")
 def calibrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for ``vl.calibrate``: what one test has fitted, others with the same model and text find there."""
+    """Return a folder for ``vl.calibrate``: tests with the same model and text share a calibration."""
     return tmp_path_factory.mktemp("calibrations")
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[nn.Module, TokenizerWrapper]:
-    """SmolLM2-135M-Instruct in float32, and its tokenizer."""
+    """Return SmolLM2-135M-Instruct in float32, and its tokenizer."""
     from veloxlab.models.loading import load
 
     return load("smollm2-135m", dtype="float32")
 
 
 def pytest_collection_finish() -> None:
-    """Let garbage collection, which some tests ask for again and again, pass over what is there before the first."""
+    """Exclude existing objects from garbage collection, which some tests run many times."""
     gc.collect()
     gc.freeze()

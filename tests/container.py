@@ -1,9 +1,9 @@
-"""veloxlab where memory and CPU time are limited: ``python -m tests.container`` writes ``data/results/container.md``.
+"""veloxlab with limited memory and CPU time: ``python -m tests.container`` writes ``data/results/container.md``.
 
 Run it in a control group. With systemd: ``systemd-run --scope -p CPUQuota=50% -p MemoryMax=2G uv run python -m
-tests.container``. In a container: that of ``docker run --cpus 0.5 --memory 2g``. With version 1 of control groups: make
+tests.container``. In a container: ``docker run --cpus 0.5 --memory 2g``. With version 1 of control groups: make
 a folder in those of ``cpu`` and ``memory``, write ``cpu.cfs_quota_us`` and ``memory.limit_in_bytes`` there, and the
-number of a shell into ``cgroup.procs``.
+process id of a shell into ``cgroup.procs``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PLANNER = "import veloxlab as vl; print(vl.widgets.MemoryPlanner(layers=30, kv_h
 
 
 def measured(folder: Path) -> dict[str, Any]:
-    """What the doctor and the planner say, what the tour takes, and decoding beside the exact cache."""
+    """Return output of the doctor and the planner, costs of the tour, and decoding times beside the exact cache."""
     checks = {check["name"]: check["detail"] for check in json.loads(said(*CLI, "doctor", "--json"))}
     tour = watched(sys.executable, "-c", TOUR)
     bench = folder / "bench.json"
@@ -46,12 +46,12 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def said(*command: str) -> str:
-    """What a command prints; raises `subprocess.CalledProcessError` if it fails or is killed."""
+    """Return the output of a command; raises `subprocess.CalledProcessError` if it fails or is killed."""
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def watched(*command: str) -> dict[str, Any]:
-    """Run a command: its seconds, its status (-9: killed), and the most bytes that its processes had resident."""
+    """Run a command; return its seconds, its status (-9: killed), and the most resident bytes of its processes."""
     begun, most = time.monotonic(), dict[int, int]()
     with subprocess.Popen(command) as process:
         while process.poll() is None:
@@ -61,7 +61,7 @@ def watched(*command: str) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """What was measured, as Markdown."""
+    """Return the measurements as Markdown."""
     lines = [f"- `veloxlab doctor` says of {name}: {detail}." for name, detail in found["doctor"].items()]
     lines.append(f"- The memory planner offers {found['planner_gb']:.1f} GB.")
     for name, run in found["runs"].items():
@@ -83,7 +83,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Measure and write; 1 where there is no limit, or a run failed."""
+    """Measure and write; return 1 if there is no limit, or a run failed."""
     if runtime.memory_limit() is None or runtime.cpu_quota() is None:
         print("No control group limits memory and CPU time here: the docstring of this file says how.", file=sys.stderr)
         return 1

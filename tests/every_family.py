@@ -1,8 +1,8 @@
-"""Every family of models that mlx-lm knows, on a compressed cache: a small model of its own classes, checked.
+"""Every family of models in mlx-lm on a compressed cache, checked with a small model of its own classes.
 
-``uv run python -m tests.every_family`` writes the table to ``data/results``. A process measures some families, as to
-start one takes longer than to measure one. A family that ends its process, or takes too long, is a row that says so,
-and those behind it get a new one. Each has a file in the folder of ``--into``: a run that was stopped goes on there.
+``uv run python -m tests.every_family`` writes the table to ``data/results``. A process measures several families,
+because its start takes longer than a measurement. If a family ends its process, or takes too long, its row reports
+that, and a new process measures the next ones. Each has a file in the folder of ``--into``, so that a run can continue.
 """
 
 from __future__ import annotations
@@ -27,54 +27,54 @@ from veloxlab.progress import in_words
 from veloxlab.store import write_atomically
 
 RESULTS = Path(__file__).parents[1] / "data" / "results"
-SECONDS, CPU_SECONDS = 3600, 120  # for a family: one takes some two of a processor, and much longer on a busy machine
-TOGETHER, IN_ROW = 2, 12  # processes at once, and families that each of them measures
+SECONDS, CPU_SECONDS = 3600, 120  # for a family: about two CPU seconds are usual, and much more on a busy machine
+TOGETHER, IN_ROW = 2, 12  # processes at a time, and families for each
 SCHEMA: dict[str, Any] = {
     "family": pl.String,
-    "path": pl.String,  # of its caches, in order, with equal neighbours said once
+    "path": pl.String,  # of its caches, in order, with equal neighbours merged
     "reasons": pl.String,
-    "reads": pl.String,  # what `reads` says of the row
-    "own_keys": pl.Int64,  # caches of keys and values that stay the model's own
+    "reads": pl.String,  # result of `reads`
+    "own_keys": pl.Int64,  # caches of keys and values that are not replaced
     "exact_error": pl.Float64,  # largest difference from the model's own cache, with method "none"
     "chunked_error": pl.Float64,  # the same of a prompt in pieces, and drafts of several tokens
     "codes_error": pl.Float64,  # largest difference between reading 8-bit codes and decoding them
     "eight_bit_error": pl.Float64,  # root-mean-square difference from the model's own cache, everything at 8 bits
     "four_bit_error": pl.Float64,
-    "batch": pl.String,  # "yes", or what was raised, after "mlx-lm: " if its own cache raises too
+    "batch": pl.String,  # "yes", or the error, after "mlx-lm: " if its own cache raises too
     "trim": pl.String,
     "saved": pl.String,
     "rope": pl.String,  # for each cache, as `path`
-    "rope_error": pl.Float64,  # of keys at two positions that are turned back, as a share of them
+    "rope_error": pl.Float64,  # relative difference of keys at two positions after the inverse rotation
     "queries": pl.String,
     "lab": pl.String,
-    "raised": pl.String,  # what mlx-lm itself raises
-    "faults": pl.String,  # what veloxlab raised
+    "raised": pl.String,  # error of mlx-lm itself
+    "faults": pl.String,  # errors of veloxlab
 }
 
 
 FINE = ("yes", "mlx-lm: ", "no keys")
-# errors, in the unit of each: rounding of float32; a step of 8 bits, where that moves a key over the edge of a code
+# errors, in the unit of each: rounding of float32; a step of 8 bits, if that moves a key to another code
 BOUNDS = {"exact_error": 1e-3, "chunked_error": 1e-3, "codes_error": 0.1, "eight_bit_error": 0.3, "rope_error": 1e-4}
 Row = dict[str, Any]
 
 
 def models_folder() -> Path:
-    """Where mlx-lm keeps a file for each family."""
+    """Return mlx-lm's folder with a file for each family."""
     (folder,) = find_spec("mlx_lm.models").submodule_search_locations
     return Path(folder)
 
 
 def families() -> list[str]:
-    """Names of all files of mlx-lm that have a class ``Model``; the others are code that these share."""
+    """Return the names of all files of mlx-lm with a class ``Model``; other files are shared code."""
     has = re.compile(r"^class Model\(|^from \.\w+ import Model\b(?! as)", re.MULTILINE)
     return [file.stem for file in sorted(models_folder().glob("*.py")) if has.search(file.read_text())]
 
 
-# in a process of their own --------------------------------------------------------------------------------------------
+# in a separate process --------------------------------------------------------------------------------------------
 
 
 def measured(family: str, folder: Path) -> None:
-    """Write a family's row to ``folder``; until it is whole, what is there says what is being done."""
+    """Write a family's row to ``folder``; until it is complete, the file names the current check."""
     row: Row = {"family": family, "doing": "own"}
 
     def keep() -> None:
@@ -115,7 +115,7 @@ def measured(family: str, folder: Path) -> None:
 
 
 def measure_all(names: list[str], folder: Path) -> None:
-    """Measure the families that have no whole row in ``folder``."""
+    """Measure the families without a complete row in ``folder``."""
     waiting = unmeasured(names, folder)
     groups = [waiting[first : first + IN_ROW] for first in range(0, len(waiting), IN_ROW)]
     with ThreadPoolExecutor(TOGETHER) as pool:
@@ -123,7 +123,7 @@ def measure_all(names: list[str], folder: Path) -> None:
 
 
 def _apart(group: list[str], folder: Path) -> None:
-    """Measure families in a process of their own, and in another one those behind a family that ends it."""
+    """Measure families in a separate process, and in another one those after a family that ends it."""
     while left := unmeasured(group, folder):
         command = [sys.executable, "-m", "tests.every_family", "--here", *left, "--into", str(folder)]
         ended = subprocess.run(command, stderr=subprocess.DEVNULL).returncode
@@ -142,19 +142,19 @@ def _apart(group: list[str], folder: Path) -> None:
 
 
 def row_in(folder: Path, family: str) -> Row:
-    """The row of a family in ``folder``, which may not be whole."""
+    """Return the row of a family in ``folder``, which may be incomplete."""
     file = folder / f"{family}.json"
     row: Row = json.loads(file.read_text()) if file.exists() else {"family": family, "doing": "own"}
     return row
 
 
 def unmeasured(names: list[str], folder: Path) -> list[str]:
-    """Those of the families that have no whole row in ``folder``."""
+    """Return the families without a complete row in ``folder``."""
     return [name for name in names if "doing" in row_in(folder, name)]
 
 
 def wrong(row: Row) -> list[str]:
-    """What is wrong with a family's row, and not mlx-lm's doing; of one that mlx-lm itself does not run, nothing."""
+    """Return the faults in a family's row that are not mlx-lm's; none for a family that mlx-lm itself cannot run."""
     if row["raised"]:
         return []
     found = [row["faults"]] if row["faults"] else []
@@ -164,7 +164,7 @@ def wrong(row: Row) -> list[str]:
 
 
 def reads(row: Row) -> str:
-    """How attention reads what the family's caches hold, in a word or two."""
+    """Return in a word or two how attention reads the family's caches."""
     if row["raised"]:
         return "not run by mlx-lm"
     paths = {path.rpartition(" ")[2] for path in (row["path"] or "").split(", ")}
@@ -175,19 +175,19 @@ def reads(row: Row) -> str:
 
 
 def counts(frame: pl.DataFrame) -> dict[str, int]:
-    """How many families there are of each kind of `reads`."""
+    """Return the number of families of each kind of `reads`."""
     kinds = frame["reads"].to_list()
     return {kind: kinds.count(kind) for kind in ("codes", "some codes", "arrays", "own", "states", "not run by mlx-lm")}
 
 
 def page(frame: pl.DataFrame) -> str:
-    """The table, under what is counted in it."""
+    """Return the table with its counts above."""
     said = ", ".join(f"{kind} {count}" for kind, count in counts(frame).items() if count)
     return f"{frame.height} of {len(families())} families: {said}.\n\n{table(frame)}\n"
 
 
 def table(frame: pl.DataFrame) -> str:
-    """Markdown of the rows."""
+    """Return the rows as Markdown."""
     heads = ["family", "paths of its caches", "`none`", "in pieces", "codes", "8 bit", "4 bit"]
     heads += ["batch", "trim", "file", "rope", "turned back", "queries", "lab", "why"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * 2}{'---:|' * 5}{'---|' * 4}---:|{'---|' * 3}"]

@@ -1,6 +1,6 @@
 """Runs notebooks and saves them as the repository keeps them: ``uv run python -m tests.execute_notebooks [names]``.
 
-What is saved shows every chart where no kernel runs, and holds nothing that changes from one run to the next.
+A saved notebook shows every chart without a kernel, and has nothing that differs between runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ METADATA = {
 
 
 def main(names: Sequence[str]) -> int:
-    """Run the notebooks with these names, or all; give 1 if one failed, and leave that file as it was."""
+    """Run the named notebooks, or all; return 1 if one failed, and leave that file unchanged."""
     paths = [NOTEBOOKS / f"{Path(name).stem}.ipynb" for name in names] or sorted(NOTEBOOKS.glob("*.ipynb"))
     failed = 0
     for path in paths:
@@ -43,7 +43,7 @@ def main(names: Sequence[str]) -> int:
 
 
 def execute(path: Path) -> NotebookNode:
-    """Run every cell of a notebook in a fresh kernel, in the notebook's folder."""
+    """Run every cell of a notebook in a new kernel, in the notebook's folder."""
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
         notebook,
@@ -57,10 +57,10 @@ def execute(path: Path) -> NotebookNode:
 
 
 def cleaned(notebook: NotebookNode) -> NotebookNode:
-    """Take out what a reader without a kernel cannot use and what differs between runs of the same code.
+    """Remove what a reader without a kernel cannot use, and what differs between runs of the same code.
 
-    A widget cannot live without its state, which is not kept: JupyterLab would show an error in the place of the
-    picture or text that lies beside it.
+    A widget needs its state, which is not saved: JupyterLab would show an error instead of the
+    image or text beside it.
     """
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
@@ -72,7 +72,7 @@ def cleaned(notebook: NotebookNode) -> NotebookNode:
 
 
 def save(path: Path, notebook: NotebookNode) -> None:
-    """Write a notebook in one step, so that nobody ever reads half of it."""
+    """Write a notebook in one step, so that no reader sees half of it."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".execute_") as folder:
         whole = Path(folder) / path.name
         nbformat.write(notebook, whole)

@@ -1,4 +1,4 @@
-"""What a family of models does on a compressed cache: checks of a small model of its own classes with random weights.
+"""Checks of a family of models on a compressed cache, with a small model of its own classes and random weights.
 
 Errors of logits are in units of the standard deviation of the model's logits on its own cache.
 """
@@ -27,19 +27,19 @@ from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.ropes import ropes_of
 from veloxlab.progress import in_words
 
-CHUNKS = [20, 33, *[1] * 20, 5, 2]  # a prompt in two pieces, decoding, and drafts of several tokens
+CHUNKS = [20, 33, *[1] * 20, 5, 2]  # a prompt in two parts, decoding, and drafts of several tokens
 WHOLE = [53, *CHUNKS[2:]]
 IDS = [7 * i % 90 for i in range(sum(CHUNKS))]
 SOME_EXACT: dict[str, Any] = {"sinks": 2, "window": 8}  # so that all three runs hold tokens
 ALL_CODED: dict[str, Any] = {"sinks": 0, "window": 0, "chunk": "codes"}
 PROMPTS, WANTED = [IDS[:7], IDS[5:45], IDS[3:26]], [6, 9, 3]  # of a batch, and tokens to be generated
-ROUNDING = 1e-3  # float32, in another order, through some layers
-PLACES = 7, 41  # positions, others than those by which a rotary embedding is found out
+ROUNDING = 1e-3  # float32 sums in another order, through some layers
+PLACES = 7, 41  # positions that `ropes_of` does not use
 Found = dict[str, Any]
 
 
 class Subject:
-    """A small model of a family, and what it makes of its own caches."""
+    """A small model of a family, and its logits on its own caches."""
 
     def __init__(self, family: str) -> None:
         self.model = tiny(family)
@@ -48,25 +48,25 @@ class Subject:
 
     @cached_property
     def whole(self) -> np.ndarray:
-        """Logits, of a prompt that is read at once."""
+        """Logits of a prompt that is read in one call."""
         return stepwise(self.model, IDS, probe.own_cache(self.model), WHOLE)
 
     @cached_property
     def chunked(self) -> np.ndarray:
-        """The same of a prompt in pieces."""
+        """The same logits of a prompt in parts."""
         return stepwise(self.model, IDS, probe.own_cache(self.model), CHUNKS)
 
     def run(self, cache: list[Any], chunks: Sequence[int] = CHUNKS) -> np.ndarray:
-        """Logits on another cache."""
+        """Return logits on another cache."""
         return stepwise(self.model, IDS, cache, [*chunks])
 
     def off(self, one: np.ndarray, other: np.ndarray) -> float:
-        """The largest difference of two logits."""
+        """Return the largest difference of two logits."""
         return float(np.abs(one - other).max() / self.chunked.std())
 
 
 def fill(model: Any) -> None:
-    """Make arrays that are all zeros, or all ones, such as training leaves: biases, sinks, weights of norms, bytes."""
+    """Randomise arrays of zeros or ones that training would change: biases, sinks, weights of norms, bytes."""
     filled = []
     for i, (name, array) in enumerate(tree_flatten(model.parameters())):
         if array.dtype == mx.uint8 and not array.any().item():
@@ -78,11 +78,11 @@ def fill(model: Any) -> None:
     model.update(tree_unflatten(filled))
 
 
-# checks: each gives columns of a family's row -------------------------------------------------------------------------
+# checks: each returns columns of a family's row -----------------------------------------------------------------------
 
 
 def paths(subject: Subject) -> Found:
-    """How attention reads each cache, and why."""
+    """Return how attention reads each cache, and why."""
     report = vl.report(vl.make_cache(subject.model)).filter(pl.col("layer").is_not_null())
     kept = [f for f in probe.probe(subject.model) if not f.compressible and "for an indexer" not in f.reason]
     return {
@@ -93,19 +93,19 @@ def paths(subject: Subject) -> Found:
 
 
 def exact(subject: Subject) -> Found:
-    """With ``none``, of a prompt that is read at once."""
+    """Compare ``none`` on a prompt that is read in one call."""
     same = subject.run(vl.make_cache(subject.model, "none", **SOME_EXACT), WHOLE)
     return {"exact_error": subject.off(same, subject.whole)}
 
 
 def in_chunks(subject: Subject) -> Found:
-    """With ``none``, of a prompt in pieces."""
+    """Compare ``none`` on a prompt in parts."""
     same = subject.run(vl.make_cache(subject.model, "none", **SOME_EXACT))
     return {"chunked_error": subject.off(same, subject.chunked)}
 
 
 def codes(subject: Subject) -> Found:
-    """Everything coded: codes that are read against the same that are decoded, and both against the exact cache."""
+    """Compare codes that are read with decoded codes, and both with the exact cache; all tokens are in codes."""
     found, model = {}, subject.model
     for name, bits in (("eight", 8), ("four", 4)):
         coded = subject.run(vl.make_cache(model, bits=bits, **ALL_CODED))
@@ -117,7 +117,7 @@ def codes(subject: Subject) -> Found:
 
 
 def batch(subject: Subject) -> Found:
-    """Three prompts of different lengths in a batch: the tokens that each gets alone, and their logits."""
+    """Compare three prompts of different lengths in a batch with each one alone: tokens and logits."""
     model = subject.model
 
     def as_alone(made: Callable[[], list[Any]]) -> bool:
@@ -146,7 +146,7 @@ def batch(subject: Subject) -> Found:
 
 
 def trim(subject: Subject) -> Found:
-    """Three tokens are read, dropped, and others read in their place, one by one."""
+    """Read three tokens, drop them, and read others in their place, one by one."""
     model, ours = subject.model, vl.make_cache(subject.model, "none", **SOME_EXACT)
     if not can_trim_prompt_cache(probe.own_cache(model)):
         return {"trim": "mlx-lm: its own cache cannot be trimmed"}
@@ -161,7 +161,7 @@ def trim(subject: Subject) -> Found:
 
 
 def saved(subject: Subject) -> Found:
-    """A cache that was saved and loaded continues as the one that was not."""
+    """Compare a saved and loaded cache with the original as both continue."""
     model, cache = subject.model, vl.make_cache(subject.model, **SOME_EXACT)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "prompt.safetensors"
@@ -182,7 +182,7 @@ def saved(subject: Subject) -> Found:
 
 
 def rope(subject: Subject) -> Found:
-    """Whether the rotary embedding that is reported for each cache makes keys of two positions those of one."""
+    """Check that the reported rotary embedding maps keys of two positions to those of one."""
     model, said, worst = subject.model, [], 0.0
     keys = []
     for place in PLACES:
@@ -202,7 +202,7 @@ def rope(subject: Subject) -> Found:
 
 
 def capture(subject: Subject) -> Found:
-    """Whether `vl.capture` sees the queries of each cache."""
+    """Check whether `vl.capture` sees the queries of each cache."""
     if not probe.probes_of(probe.with_caches(subject.model, probe.Probe)):
         return {"queries": "no keys"}
     layers = vl.capture(subject.model, Letters(), tokens=64).layers
@@ -210,7 +210,7 @@ def capture(subject: Subject) -> Found:
 
 
 def lab(subject: Subject) -> Found:
-    """Whether the laboratory opens, and shows its first page without an error."""
+    """Check that the laboratory opens, and shows its first page without an error."""
     if not probe.probes_of(probe.with_caches(subject.model, probe.Probe)):
         return {"lab": "no keys"}
     shown = vl.Lab(subject.model, Letters(), tokens=64, window=8)
@@ -226,25 +226,25 @@ CHECKS: tuple[Callable[[Subject], Found], ...] = (
 )
 
 
-# what they share ------------------------------------------------------------------------------------------------------
+# shared functions ----------------------------------------------------------------------------------------------------
 
 
 class Letters:
-    """A tokenizer of one token for each letter."""
+    """A tokenizer with one token for each letter."""
 
     eos_token_ids = frozenset({95})
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Numbers that differ from place to place."""
+        """Return numbers that differ from position to position."""
         return [(7 * i * i + ord(letter)) % 90 for i, letter in enumerate(text)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """A letter for each."""
+        """Return a letter for each id."""
         return "".join(chr(32 + i) for i in ids)
 
 
 def agreed(same: Callable[[], bool], own: Callable[[], object]) -> str:
-    """``"yes"``, or ``"no"`` or what was raised; after ``mlx-lm:`` if its own cache is not the same, or raises, too."""
+    """Return ``"yes"``, ``"no"`` or the error; after ``mlx-lm:`` if its own cache differs, or raises, too."""
     said = tried(same)
     if said != "yes" and tried(own) != "yes":
         return f"mlx-lm: {tried(own)}"
@@ -252,7 +252,7 @@ def agreed(same: Callable[[], bool], own: Callable[[], object]) -> str:
 
 
 def tried(check: Callable[[], object]) -> str:
-    """``"yes"``, ``"no"``, or what is raised."""
+    """Return ``"yes"``, ``"no"``, or the error."""
     try:
         return "no" if check() is False else "yes"
     except Exception as error:  # noqa: BLE001 - a family fails in its own way
@@ -260,7 +260,7 @@ def tried(check: Callable[[], object]) -> str:
 
 
 def generated_together(model: Any, caches: list[Any]) -> list[list[int]]:
-    """The tokens of `PROMPTS` in a batch."""
+    """Return the generated tokens of `PROMPTS` in a batch."""
     generator = BatchGenerator(model, completion_batch_size=3, prefill_batch_size=2)
     uids = generator.insert(PROMPTS, WANTED, caches=caches)
     made: dict[int, list[int]] = {uid: [] for uid in uids}
@@ -272,7 +272,7 @@ def generated_together(model: Any, caches: list[Any]) -> list[list[int]]:
 
 
 def as_arrays(cache: list[Any]) -> list[Any]:
-    """The same caches on the path that decodes: what reading the codes has to agree with."""
+    """Return the same caches on the path that decodes, as the reference of reading codes."""
     for slot in probe.slots_of(cache):
         if isinstance(slot, CompressedKVCache):
             slot.path = "arrays"

@@ -1,8 +1,8 @@
 """Divergences of FisherQuant on SmolLM2: ``python -m tests.fisherquant_results [NAME ...]`` adds to a result file.
 
-Each row is kept in ``data/results/fisherquant.json`` when it is measured, with a table beside, and those that are there
-are not measured again. With names only these are, anew. One that was stopped goes on where it was. Rows of a
-calibration of another version are not those of this one: remove the file first.
+Each row is written to ``data/results/fisherquant.json`` after its measurement, with a table in another file. Existing
+rows are not measured again, except those that are named. A stopped run continues. Rows do not record the version of
+the calibration: remove the file after a change of it.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ OFF: dict[str, dict[str, Any]] = {
     "no scale": {"scale": "none"},
     "no sinks": {"sinks": 0},
 }
-"""What is switched off in each row of the ablation, at 2.25 bits."""
+"""The disabled part in each row of the ablation, at 2.25 bits."""
 FITTED: dict[str, dict[str, Any]] = {"before RoPE": {"basis": "before_rope"}, "positions to 512": {"positions": 512}}
-"""Options of calibrations of their own."""
+"""Options of the rows with their own calibration."""
 
 
 BELOW = """
@@ -52,7 +52,7 @@ Tokens but the sinks (4 where no row says another number) are read through their
 
 
 def rows() -> dict[str, dict[str, Any]]:
-    """Settings of `measured` by name."""
+    """Return the settings of `measured` by name."""
     found: dict[str, dict[str, Any]] = {f"{bits} bits": {"bits": bits} for bits in (2.25, 3.25, 4.25, 1.25)}
     found["2.25 bits, Python"] = {"bits": 2.25, "text": "Python"}
     found |= {f"without: {name}": {"bits": 2.25, **options} for name, options in OFF.items()}
@@ -81,7 +81,7 @@ def calibration(**fit: Any) -> Calibration:
 
 
 def price() -> dict[str, Any]:
-    """Of a calibration that finds nothing done."""
+    """Return the cost of a calibration from the start."""
     loaded = model()
     with TemporaryDirectory() as folder:
         begun = time.process_time()
@@ -91,7 +91,7 @@ def price() -> dict[str, Any]:
 
 @cache
 def exact(text: str, tokens: int, windows: int) -> Reference:
-    """Predictions on the test text, or on Python's own argparse, that is no text of calibration."""
+    """Return predictions on the test text, or on Python's argparse, which is not calibration text."""
     given = Path(argparse.__file__).read_text() if text == "Python" else None
     return reference(*model(), text=given, tokens=tokens, windows=windows)
 
@@ -107,7 +107,7 @@ def measured(
     fit: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """KL in nats where every token but the sinks is seen through its codes: mean, interval and each window's."""
+    """Return KL in nats with all tokens but the sinks in codes: mean, interval and each window's."""
     wanted, begun = exact(text, tokens, windows), time.process_time()
     plan = vl.Plan.uniform(model()[0], method, bits=bits, **options)
     if key_options:
@@ -143,7 +143,7 @@ def measured(
 
 
 def table(kept: dict[str, dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Return the rows as Markdown."""
     lines = [
         "| cache | version | text | windows × tokens | true bits | held bits | KL in nats (95 % interval) |",
         "|---|---:|---|---:|---:|---:|---:|",
@@ -163,7 +163,7 @@ def table(kept: dict[str, dict[str, Any]]) -> str:
 
 
 def main(names: list[str]) -> None:
-    """Measure what is missing, or what is named."""
+    """Measure missing rows, or the named ones."""
     kept = json.loads(FILE.read_text()) if FILE.exists() else {}
     for name, settings in rows().items():
         if name in names or (name not in kept and not names):

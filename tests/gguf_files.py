@@ -20,7 +20,7 @@ def write_gguf(path, architecture, tensors, metadata):
     for key, value in metadata.items():
         if key.startswith("add_"):
             getattr(writer, key)(value)
-        elif not (isinstance(value, list) and not value):  # the package writes no empty list
+        elif not (isinstance(value, list) and not value):  # the package cannot write an empty list
             writer.add_key_value(key, value, GGUFValueType.get_type(value))
     for name, tensor in tensors.items():
         stored, kind = tensor if isinstance(tensor, tuple) else (np.array(tensor), None)
@@ -33,7 +33,7 @@ def write_gguf(path, architecture, tensors, metadata):
 
 
 def as_llama_cpp(model, architecture, *, permuted=False, norm_plus=0.0):
-    """mlx-lm's weights with the names, order of rows and norms that llama.cpp's converter gives them."""
+    """Return mlx-lm's weights with the names, order of rows and norms of llama.cpp's converter."""
     kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(kind, len(model.layers))
     heads = {"q_proj": model.args.num_attention_heads, "k_proj": model.args.num_key_value_heads}
@@ -91,7 +91,7 @@ def write_llama(path, tensors=None, architecture="llama", **metadata):
 
 
 def byte_level(tokens, merges, types, **ids):
-    """Metadata of a byte-level vocabulary, with the ids of tokens that it names."""
+    """Return metadata of a byte-level vocabulary, with ids of named tokens."""
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
@@ -103,7 +103,7 @@ def byte_level(tokens, merges, types, **ids):
 
 
 def write_chat_model(path):
-    """Write a whole model that can be talked to, of 512 positions: a token for each byte, `<end>`, and a template."""
+    """Write a complete chat model of 512 positions: a token for each byte, `<end>`, and a template."""
     tokens = [*sorted(ByteLevel.alphabet()), "ab", "<end>"]
     vocabulary = byte_level(tokens, ["a b"], [1] * (len(tokens) - 1) + [3], eos=len(tokens) - 1)
     vocabulary["tokenizer.chat_template"] = "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}"

@@ -1,4 +1,4 @@
-"""Turns a widget's knobs as JupyterLab does."""
+"""Sets a widget's controls as JupyterLab does."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ PATIENCE = 120  # seconds
 
 
 def controls(widget: Any) -> dict[str, Any]:
-    """The controls of a page, by their words."""
+    """Return the controls of a page by their labels."""
     found = {part: part._trait_values.get("description") for part in parts(widget)}
     return {words: part for part, words in found.items() if words}
 
 
 def turn(widget: Any, **knobs: Any) -> None:
-    """Set traits from a thread that is not the main one, and wait until all that they ask for is done."""
+    """Set traits from a thread that is not the main one, and wait for all resulting jobs."""
 
     def work() -> None:
         for name, value in knobs.items():

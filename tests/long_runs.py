@@ -1,9 +1,9 @@
 """Long runs of compressed caches: ``python -m tests.long_runs [NAME ...]`` writes ``data/results/long_runs.md``.
 
-Decoding of many tokens: live bytes beside the bytes that the cache says it holds, and whether memory grows with steps.
+Decoding of many tokens: live bytes beside the bytes that the cache reports, and whether memory grows with steps.
 Random schedules (chunks, trims, batches that sequences join and leave, files, copies): logits beside those of the model
-without a cache, or, for codes, beside those of the same chunks and trims alone. Rows are kept in
-``data/results/long_runs.json`` as they come. With names only those are measured.
+without a cache, or, for codes, beside those of the same chunks and trims alone. Rows are written to
+``data/results/long_runs.json`` one by one. With names, only those are measured.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from veloxlab.store import write_atomically
 from veloxlab.texts import shipped_folder
 
 FILE = shipped_folder("data") / "results" / "long_runs.json"
-STEPS, EVERY = 20_000, 500  # tokens that are decoded, and between two looks at memory
-SCHEDULES, FEW, ACTIONS = 500, 20, 12  # in all, and between two writes of results; actions of one
+STEPS, EVERY = 20_000, 500  # decoded tokens, and tokens between two readings of memory
+SCHEDULES, FEW, ACTIONS = 500, 20, 12  # in all, between two writes of results, and actions of each
 LONGEST = 160  # tokens of a sequence
 SOME_EXACT: dict[str, Any] = {"sinks": 2, "window": 8}
 FAMILIES = {"llama": "plain", "gemma3_text": "sliding windows", "falcon_h1": "hybrid", "qwen3_next": "hybrid"}
-BOUNDED = 256  # tokens of a cache that forgets
+BOUNDED = 256  # tokens of a cache that drops old ones
 DECODED: dict[str, tuple[str, int, int, dict[str, Any]]] = {  # family, sequences, steps, settings
     "decode, plain": ("llama", 1, STEPS, {}),
     f"decode, at most {BOUNDED} tokens": ("llama", 1, STEPS, {"max_kv_size": BOUNDED}),
@@ -55,10 +55,10 @@ Row = dict[str, Any]
 
 
 def decoded(family: str, sequences: int, steps: int, settings: dict[str, Any], every: int = EVERY) -> Row:
-    """Decode random tokens, and look at memory between.
+    """Decode random tokens, and read the memory between them.
 
-    MLX gives a buffer a used block that is up to two pages larger, if it has one, and which it has depends on the
-    timing of its threads. So it may keep none, but for the last steps.
+    MLX can use a free block that is up to two pages larger for a buffer. Which blocks are free depends on the
+    timing of its threads. So its cache is switched off, except for the last steps.
     """
     usual = mx.set_cache_limit(0)
     mx.clear_cache()
@@ -70,7 +70,7 @@ def decoded(family: str, sequences: int, steps: int, settings: dict[str, Any], e
 
 def _decoded(family: str, sequences: int, steps: int, settings: dict[str, Any], every: int, usual: int) -> Row:
     model, rng = tiny(family), np.random.default_rng(0)
-    _steps(model, _filled(model, sequences, rng, settings), 2 * BLOCK, rng, sequences)  # makes what all caches share
+    _steps(model, _filled(model, sequences, rng, settings), 2 * BLOCK, rng, sequences)  # builds what all caches share
     gc.collect()
     before = mx.get_active_memory()
     cache = _filled(model, sequences, rng, settings)
@@ -83,7 +83,7 @@ def _decoded(family: str, sequences: int, steps: int, settings: dict[str, Any], 
     _steps(model, cache, every, rng, sequences)
     reused, of_them, _ = _memory(cache, before)
     at, live, held, resident = (np.array(column, np.float64) for column in zip(*looks, strict=True))
-    late = at > steps / 2  # what is set up once is there by then
+    late = at > steps / 2  # one-time setup is done by then
     return {
         "family": family,
         "sequences": sequences,
@@ -111,9 +111,9 @@ def _filled(model: Any, sequences: int, rng: np.random.Generator, settings: dict
 
 
 def _memory(cache: list[Any], before: int) -> tuple[int, int, int]:
-    """Bytes of live arrays beyond those ``before``, bytes that the cache says it holds, and memory of this process.
+    """Return bytes of live arrays beyond ``before``, bytes that the cache reports, and memory of this process.
 
-    Of this what is free is given back first: buffers that grow by copies leave holes.
+    Free memory is returned to the system first, because buffers that grow by copies leave holes.
     """
     mx.eval([layer.state for layer in cache])
     mx.synchronize()
@@ -125,7 +125,7 @@ def _memory(cache: list[Any], before: int) -> tuple[int, int, int]:
 
 
 def joined(single: list[list[Any]]) -> list[Any]:
-    """One cache of a batch, of caches of sequences."""
+    """Return the cache of a batch from caches of sequences."""
     return [type(layer[0]).merge(list(layer)) for layer in zip(*single, strict=True)]
 
 
@@ -141,17 +141,17 @@ class Sequence:
 
 
 class Schedule:
-    """Random actions on some sequences; what each step says is compared with what it is to say."""
+    """Random actions on some sequences; the logits of each step are compared with a reference."""
 
     def __init__(self, family: str, method: str, bits: int, seed: int) -> None:
         self.model, self.random, self.coded = model_of(family), random.Random(seed), method != "none"
         self.make = lambda: vl.make_cache(self.model, method, bits=bits, **SOME_EXACT)
         self.sequences = [Sequence(self.make()) for _ in range(3)]
-        self.alone = [self.make() for _ in self.sequences]  # of codes: the same chunks and trims, and nothing else
+        self.alone = [self.make() for _ in self.sequences]  # for codes: only the same chunks and trims
         self.worst, self.done = 0.0, Counter[str]()
 
     def run(self, actions: int = ACTIONS) -> None:
-        """Do so many actions, after one chunk of each sequence."""
+        """Do ``actions`` actions, after one chunk of each sequence."""
         for i in range(len(self.sequences)):
             self.chunk(i)
         for _ in range(actions):
@@ -160,7 +160,7 @@ class Schedule:
             self.done[action.__name__] += 1
 
     def compare(self, i: int, logits: mx.array) -> None:
-        """Keep the largest difference from what sequence ``i`` is to say for its last tokens, of the largest logit."""
+        """Keep the largest difference of sequence ``i``'s last logits from the reference, over the largest logit."""
         one, count = self.sequences[i], logits.shape[0]
         if self.coded:
             expected = self.model(mx.array([one.ids[-count:]]), cache=self.alone[i])[0]
@@ -179,7 +179,7 @@ class Schedule:
             self.compare(i, self.model(mx.array([new]), cache=one.cache)[0])
 
     def trim(self, i: int) -> None:
-        """Forget some of the newest tokens, if all layers can."""
+        """Drop some of the newest tokens, if all layers can."""
         one = self.sequences[i]
         most = min(len(one.ids) - 1, 30)
         if most > 0 and all(layer.is_trimmable() for layer in one.cache):
@@ -201,13 +201,13 @@ class Schedule:
             one.cache = [layer.extract(i) for layer in together]
 
     def file(self, i: int) -> None:
-        """Save, and read again."""
+        """Save the cache, and load it again."""
         with TemporaryDirectory() as folder:
             path = vl.save_cache(Path(folder) / "cache", self.sequences[i].cache)
             self.sequences[i].cache = vl.load_cache(path, self.model)
 
     def copy(self, i: int) -> None:
-        """Take a copy in the place of it, and spoil the original."""
+        """Replace the cache by a copy, and change the original."""
         one = self.sequences[i]
         original, one.cache = one.cache, copy.deepcopy(one.cache)
         mx.eval(self.model(mx.array([[1, 2, 3]]), cache=original))
@@ -215,12 +215,12 @@ class Schedule:
 
 @cache
 def model_of(family: str) -> Any:
-    """A small model of a family."""
+    """Return a small model of a family."""
     return tiny(family)
 
 
 def scheduled(method: str, bits: int, before: Row | None = None, count: int = FEW) -> Row:
-    """Run so many schedules more than ``before``, of all families in turn."""
+    """Run ``count`` more schedules than ``before``, of all families in turn."""
     found = before or {"schedules": 0, "actions": {}, "worst": dict.fromkeys(FAMILIES, 0.0)}
     start, worst, done = found["schedules"], {**found["worst"]}, Counter[str](found["actions"])
     for seed in range(start, start + count):
@@ -237,7 +237,7 @@ def scheduled(method: str, bits: int, before: Row | None = None, count: int = FE
 
 
 def tables(results: dict[str, Row]) -> str:
-    """Results as Markdown."""
+    """Return the results as Markdown."""
     runs = [{"name": name.partition(", ")[2], **results[name]} for name in DECODED if name in results]
     of_runs = markdown(
         "cache | model | steps: | live, MB: | held, MB: | beyond: | in used blocks: | slope of live: | "
@@ -274,7 +274,7 @@ def tables(results: dict[str, Row]) -> str:
 
 
 def main(names: list[str]) -> None:
-    """Measure ``names``, or all; schedules go on where they were stopped."""
+    """Measure ``names``, or all; schedules continue where they stopped."""
     for name in names or (*CHECKED, *DECODED):
         if name in DECODED:
             _keep(name, decoded(*DECODED[name]))

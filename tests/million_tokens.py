@@ -1,8 +1,8 @@
 """A cache of a million tokens on a device: ``python -m tests.million_tokens [FILE]`` takes 40 GB, and 20 GB of disk.
 
-The model has the layers of one of 8 billion parameters, all 32, and random weights; keys and values are random too.
-Rows come to the file as they are measured: what the planner says beside what is held, what MLX has allocated and what
-the device has; the time to store a chunk of the prompt, first and last; a token; a trim; a file.
+The model has all 32 layers of a model of 8 billion parameters, and random weights; keys and values are random too.
+Rows are written to the file one by one: predicted and held bytes, bytes that MLX has allocated and
+bytes of the device; the times of storing the first and last chunk of the prompt, of a token, a trim and a file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Row = dict[str, Any]
 
 
 def device_bytes() -> int | None:
-    """What is taken of the device's memory, of all programs, as its driver says."""
+    """Return the used bytes of the device's memory, over all programs, by its driver."""
     asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     try:
         said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
@@ -48,14 +48,14 @@ def device_bytes() -> int | None:
 
 
 def taken() -> tuple[int, int]:
-    """Bytes that MLX has allocated, and those of the device."""
+    """Return the bytes that MLX has allocated, and those of the device."""
     mx.clear_cache()
     mx.synchronize()
     return mx.get_active_memory(), device_bytes() or 0
 
 
 def timed(work: Callable[[], object]) -> tuple[float, int]:
-    """Seconds, and the most that MLX had allocated meanwhile beyond what it had before."""
+    """Return the seconds, and the most bytes that MLX allocated meanwhile in addition."""
     mx.synchronize()
     mx.reset_peak_memory()
     before, start = mx.get_active_memory(), time.perf_counter()
@@ -65,7 +65,7 @@ def timed(work: Callable[[], object]) -> tuple[float, int]:
 
 
 def filled(cache: list[Any], heads: int, dim: int, tokens: int) -> list[float]:
-    """Store a text as mlx-lm reads it: seconds of each chunk, in all layers."""
+    """Store a text as mlx-lm reads it; return the seconds of each chunk, in all layers."""
     keys = mx.random.normal((1, heads, CHUNK, dim)).astype(mx.float16)
     values, spent = mx.random.normal(keys.shape).astype(mx.float16), []
     mx.eval(keys, values)
@@ -81,7 +81,7 @@ def filled(cache: list[Any], heads: int, dim: int, tokens: int) -> list[float]:
 
 
 def row(model: Model, bits: int, tokens: int, folder: Path | None, told: Callable[[Row], None]) -> None:
-    """All of one width, which is ``told`` as often as more is known."""
+    """Measure all of one width; ``told`` gets the row after each part."""
     attention = model.layers[0].self_attn
     heads = attention.n_kv_heads
     dim = attention.k_proj.weight.shape[0] // heads

@@ -1,8 +1,8 @@
-"""A pytest plugin that has nbval compare floating-point numbers with a tolerance, in text and in chart specs alike.
+"""A pytest plugin that makes nbval compare floating-point numbers with a tolerance, in text and in chart specs.
 
-Loaded with ``-p tests.nbval_tolerance``: a conftest would serve one of the folders tests/ and notebooks/ only.
-nbval passes every output through the undocumented ``IPyNbCell.sanitize`` and compares the results by ``!=``, so this
-wraps that method to return values that compare with a tolerance. Hence the pinned version of nbval.
+It is loaded with ``-p tests.nbval_tolerance``, because a conftest would cover only one of tests/ and notebooks/.
+nbval passes every output through the undocumented ``IPyNbCell.sanitize`` and compares the results with ``!=``. The
+plugin wraps that method to return values that compare with a tolerance. So the version of nbval is pinned.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from nbval.plugin import IPyNbCell, IPyNbFile
 
 
 class Tolerance(NamedTuple):
-    """How far two numbers may be apart: by this share of the larger, or by this much."""
+    """Allowed difference of two numbers: this share of the larger, or this absolute value."""
 
     relative: float
     absolute: float
 
 
-# The error of one head differs by 1.4e-3 between OpenBLAS's kernels of an Intel and of an AMD processor, and a number
+# The error of one head differs by 1.4e-3 between OpenBLAS's kernels for an Intel and an AMD processor, and a number
 # of three digits by as much as its rounding.
 FINE = Tolerance(2e-3, 1e-6)
-# A cell with this tag shows how a cache moves predictions, or what codebooks do that were trained in the notebook. The
-# BLAS kernels of another CPU round otherwise, which moves codes, and over 256 tokens that moves KL by 15 % and flips by
+# A cell with this tag shows a cache's effect on predictions, or codebooks that the notebook trains. The
+# BLAS kernels of another CPU round differently, which changes codes; over 256 tokens KL changes by 15 % and flips by
 # 0.016 (measured with OPENBLAS_CORETYPE=Haswell).
 ROUGH_TAG, ROUGH = "rounding-sensitive", Tolerance(0.3, 0.02)
 DECIMAL = re.compile(r"[-+]?\d+\.\d+(?:[eE][-+]?\d+)?")  # integers stay exact
-HASHED_NAME = re.compile(r"data-[0-9a-f]{32}")  # what Altair calls a dataset: it changes with any last bit
+HASHED_NAME = re.compile(r"data-[0-9a-f]{32}")  # Altair's name of a dataset; it changes with any bit
 PICTURES = ("image/png", "image/svg+xml")  # they vary with the fonts of a machine
 
 
@@ -45,7 +45,7 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Have every cell of a notebook compare with a tolerance."""
+    """Make every cell of a notebook compare with a tolerance."""
     for item in items:
         if isinstance(item, IPyNbCell):
             tags = item.cell.metadata.get("tags", [])
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def tolerant(sanitize: Callable[[str], str], tolerance: Tolerance = FINE) -> Callable[[object], object]:
-    """Wrap nbval's ``sanitize`` so that what it returns compares with a tolerance."""
+    """Wrap nbval's ``sanitize``, so that its results compare with a tolerance."""
 
     def comparable(output: object) -> object:
         if isinstance(output, dict):
@@ -97,7 +97,7 @@ class TolerantSpec(dict[str, Any]):
 
 
 def close(a: object, b: object, tolerance: Tolerance = FINE) -> bool:
-    """Tell whether two trees of JSON are the same but for noise in their floats."""
+    """Return whether two trees of JSON are equal except for noise in their floats."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(close(a[key], b[key], tolerance) for key in a)
     if isinstance(a, list) and isinstance(b, list):
@@ -115,7 +115,7 @@ def decimals(text: str) -> list[float]:
 
 
 def with_numbered_datasets(spec: dict[str, Any]) -> dict[str, Any]:
-    """Number the datasets that Altair named by a hash, in the order in which the spec refers to them."""
+    """Number the datasets that Altair names by a hash, in the order in which the spec refers to them."""
     rest = {key: value for key, value in spec.items() if key != "datasets"}
     hashed = dict.fromkeys(text for text in strings(rest) if HASHED_NAME.fullmatch(text))
     numbered: dict[str, Any] = renamed(spec, {name: f"data-{number}" for number, name in enumerate(hashed)})
@@ -123,7 +123,7 @@ def with_numbered_datasets(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def strings(tree: object) -> Iterator[str]:
-    """Give the strings of a tree, in the order of the sorted keys: a saved notebook has sorted them, a kernel not."""
+    """Yield the strings of a tree in the order of sorted keys: a saved notebook has sorted keys, a kernel does not."""
     if isinstance(tree, dict):
         for key in sorted(tree):
             yield from strings(tree[key])

@@ -1,8 +1,8 @@
-"""What a GPU is asked in one go: the parity suite, then the benchmarks: ``python -m tests.on_gpu FOLDER [options]``.
+"""All GPU work in one command: the parity suite, then the benchmarks: ``python -m tests.on_gpu FOLDER [options]``.
 
-The folder gets ``parity.json`` (how many comparisons passed, and which did not, of which commit) and ``bench.json``,
-both with device, driver, versions and date. The options are those of ``veloxlab bench``. A kernel takes seconds to
-compile, so that the suite is shared out among processes.
+The folder gets ``parity.json`` (the number of comparisons that passed, those that failed, and the commit) and
+``bench.json``, both with device, driver, versions and date. The options are those of ``veloxlab bench``. A kernel takes
+seconds to compile, so several processes share the suite.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ PYTEST = (
     "-m",
     "gpu",
 )
-_LEFT = 4  # processors that compile nothing
-_ALONE = dict.fromkeys(("OPENBLAS_NUM_THREADS", "VELOXLAB_THREADS"), "1")  # threads that spin take those of the others
-COMMIT = "VELOXLAB_COMMIT"  # in the environment, where the folder is no clone
+_LEFT = 4  # processors without a compiling process
+_ALONE = dict.fromkeys(("OPENBLAS_NUM_THREADS", "VELOXLAB_THREADS"), "1")  # threads that spin take the cores of others
+COMMIT = "VELOXLAB_COMMIT"  # in the environment, if the folder is no clone
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run both, and give 1 if a comparison failed; benchmarks are run all the same."""
+    """Run both, and return 1 if a comparison failed; benchmarks run in any case."""
     folder, *options = arguments
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
@@ -52,19 +52,19 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def commit() -> str:
-    """The commit that is tested."""
+    """Return the tested commit."""
     asked = ["git", "rev-parse", "HEAD"]
     return os.environ.get(COMMIT) or subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def tests_of(suite: Path) -> list[str]:
-    """The ids of all comparisons."""
+    """Return the ids of all comparisons."""
     listed = subprocess.run([*PYTEST, "--collect-only", str(suite)], capture_output=True, text=True, check=True)
     return [line for line in listed.stdout.splitlines() if "::" in line]
 
 
 def parity(tests: Sequence[str], processes: int) -> dict[str, object]:
-    """Numbers of comparisons that passed and that were skipped, and the last lines of those that failed."""
+    """Return numbers of passed and skipped comparisons, and the last lines of failed ones."""
     shares = [share for share in (tests[i::processes] for i in range(processes)) if share]
     with ThreadPoolExecutor(len(shares)) as pool:
         outcomes = list(pool.map(_outcomes, shares))
@@ -77,7 +77,7 @@ def parity(tests: Sequence[str], processes: int) -> dict[str, object]:
 
 
 def _outcomes(tests: Sequence[str]) -> list[str]:
-    """A line for each test, or two where its teardown failed, and another where the process died before the end."""
+    """Return a line for each test, two if its teardown failed, and another if the process died before the end."""
     command, env = [*PYTEST, "-rA", "--no-fold-skipped", *tests], os.environ | _ALONE
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     lines = [line for line in run.stdout.splitlines() if line.startswith(("PASSED", "SKIPPED", "FAILED", "ERROR"))]

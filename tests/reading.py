@@ -1,4 +1,4 @@
-"""What kernels are to give, written down a second time with MLX operations: codes by their readers, and attention."""
+"""Expected results of kernels, written a second time with MLX operations: codes by their readers, and attention."""
 
 import math
 from itertools import accumulate
@@ -19,7 +19,7 @@ from veloxlab.kernels.readers import (
 
 
 def expand(reader):
-    """Vectors ``[B, H, S, dim]``, float32."""
+    """Return vectors ``[B, H, S, dim]``, float32."""
     levels = LEVELS[type(reader)](reader)
     if reader.scales is not None:
         scales = reader.scales
@@ -31,9 +31,9 @@ def expand(reader):
 
 
 def bits_at(rows, first, bits):
-    """Numbers of ``bits`` bits (one width, or ``[n]``) that begin at bits ``first`` ``[n]``, uint32, LSB first.
+    """Return numbers of ``bits`` bits (one width, or ``[n]``) that begin at bits ``first`` ``[n]``, uint32, LSB first.
 
-    ``rows`` are words ``[..., words]`` or bytes; the numbers ``[..., n]``, uint32. One of no bits is 0, wherever it is.
+    ``rows``: words ``[..., words]`` or bytes. The numbers are ``[..., n]``, uint32. A number of no bits is 0.
     """
     if rows.dtype == mx.uint8:
         rows = mx.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % 4)]).view(mx.uint32)
@@ -119,7 +119,7 @@ def sums_levels(reader):
 
 
 def trellis_levels(reader):
-    """Each head's string of bits walked from its begin, the last coordinate: only widths are read from the windows."""
+    """Walk each head's string of bits from its begin, the last coordinate; only widths are read from the windows."""
     states = reader.table.size // 9
     table, widths = reader.table.reshape(9, states), np.array(reader.windows)[..., 3] // states
     alone = (np.array(reader.windows)[..., 1] + 1 == 1 << widths).all()  # windows of the scalar form are the codes
@@ -152,9 +152,9 @@ LEVELS = {
 
 
 def attend(queries, tokens):
-    """The exact and the coded part of attention over everything expanded, in float32, each ``[B, H, Hq/H · L, ·]``.
+    """Return the exact and the coded part of attention over expanded tokens, in float32, each ``[B, H, Hq/H · L, ·]``.
 
-    ``queries.coded`` is to be given.
+    ``queries.coded`` must be given.
     """
     q, coded_queries = queries.q, queries.coded
     grouped = q.astype(mx.float32).reshape(*coded_queries.shape[:3], -1)
@@ -167,7 +167,7 @@ def attend(queries, tokens):
     if queries.mask is not None:
         full = mx.broadcast_to(queries.mask, (*q.shape[:3], joined.shape[-1]))
         joined = joined + full.reshape(joined.shape)
-    if queries.logits is not None:  # behind the tokens, so that their places stay
+    if queries.logits is not None:  # after the tokens, so that their places stay
         beside = mx.broadcast_to(queries.logits[None, :, None, None], (*q.shape[:3], 1))
         joined = mx.concatenate([joined, beside.reshape(*joined.shape[:-1], 1)], axis=-1)
     weights = mx.softmax(joined, axis=-1)

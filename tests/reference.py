@@ -35,13 +35,13 @@ COUNT = "import veloxlab as vl\n\nprint(len(vl.__all__), 'names and modules at t
 
 
 def names(room: object) -> list[str]:
-    """Public names of a module, as it declares them, without the modules that it holds."""
+    """Return the declared public names of a module, without the modules in it."""
     declared = getattr(room, "__all__")  # noqa: B009 - a module's type has none
     return sorted(name for name in declared if not inspect.ismodule(getattr(room, name)))
 
 
 def entry(prefix: str, name: str, thing: object) -> str:
-    """A name as Markdown: signature, what it is for, and what tells shapes and units."""
+    """Return a name as Markdown: signature, purpose, shapes and units."""
     signature, is_value = f"{prefix}.{name}", not inspect.isroutine(thing) and not inspect.isclass(thing)
     if not is_value:
         try:
@@ -51,7 +51,7 @@ def entry(prefix: str, name: str, thing: object) -> str:
     shown = f"A dictionary by {', '.join(map(repr, thing))}." if isinstance(thing, dict) else f"`{thing}`"
     words = (not is_value and inspect.getdoc(thing)) or shown
     first, *rest = re.split(rf"\n\n(?=(?:{'|'.join(SECTIONS)})\n-+\n)", words)
-    # without such sections, shapes and units are told in the paragraphs behind the first
+    # without such sections, shapes and units are in the paragraphs after the first
     said = [re.sub(r"\n(?!- )\s*", " ", paragraph) for paragraph in first.split("\n\n")]
     lines = [f"### `{prefix}.{name}`", f"```python\n{signature}\n```", *(said[:1] if rest else said)]
     for section in rest:
@@ -61,7 +61,7 @@ def entry(prefix: str, name: str, thing: object) -> str:
 
 
 def notebook() -> str:
-    """The notebook as text."""
+    """Return the notebook as text."""
     book = nbformat.v4.new_notebook()
     book.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     count = nbformat.v4.new_code_cell(COUNT, execution_count=1)

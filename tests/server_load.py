@@ -1,8 +1,8 @@
 """A server under load: ``python -m tests.server_load`` writes ``data/results/server_load.md``.
 
-`veloxlab serve` gets a small model with random weights. Clients ask at once, streaming and not, and each answer is
-compared with that of a client alone. Others leave in the middle, or send what is no request. Then it is asked to end
-while it is busy.
+`veloxlab serve` gets a small model with random weights. Clients send requests at the same time, streaming and not, and
+each answer is compared with that of a client alone. Others disconnect early, or send malformed requests. Then the
+server gets a signal to end while it is busy.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TOKENS = 24
 
 
 class Server:
-    """A process that serves, and its port."""
+    """A serving process, and its port."""
 
     def __init__(self, model: Path) -> None:
         self.port = free_port()
@@ -52,10 +52,10 @@ class Server:
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5)
                 break
             time.sleep(0.1)
-        self.ask(PROMPTS[0])  # the model is loaded, and kernels are compiled
+        self.ask(PROMPTS[0])  # loads the model, and compiles kernels
 
     def ask(self, prompt: str, stream: bool = False) -> str:
-        """The text that follows a prompt."""
+        """Return the text that follows a prompt."""
         body = {"prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
         if not stream:
             status, answer = post(self.port, TEXT, body)
@@ -70,24 +70,24 @@ class Server:
         return "".join(part["choices"][0]["text"] for part in parts if part["choices"])
 
     def leave(self, number: int) -> None:
-        """Ask, read a little of the answer or nothing, and go."""
+        """Send a request, read a little of the answer or nothing, and disconnect."""
         body = json.dumps({"prompt": PROMPTS[number % len(PROMPTS)], "max_tokens": 200, "stream": number % 2 == 0})
         head = (
             f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         sent = (head + body).encode()
         with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
-            connection.sendall(sent if number % 5 else sent[:-5])  # some do not even ask to the end
+            connection.sendall(sent if number % 5 else sent[:-5])  # some requests are incomplete
             if number % 5 and number % 2 == 0:
                 connection.recv(64)
 
     def memory(self) -> int:
-        """Resident bytes."""
+        """Return resident bytes."""
         pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
     def addresses(self) -> set[str]:
-        """Where the port is open."""
+        """Return the addresses with the open port."""
         lines = [
             line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
         ]
@@ -96,7 +96,7 @@ class Server:
         return {socket.inet_ntoa(bytes.fromhex(each)[::-1]) if len(each) == 8 else each for each in found}
 
     def end(self, number: signal.Signals) -> float:
-        """Seconds until the process ends after a signal, while clients wait for answers."""
+        """Return the seconds until the process ends after a signal, while clients wait for answers."""
         clients = [threading.Thread(target=self._wait, args=(i,), daemon=True) for i in range(8)]
         for client in clients:
             client.start()
@@ -112,7 +112,7 @@ class Server:
 
 
 def malformed(rng: random.Random) -> bytes:
-    """The body of a request that cannot be done."""
+    """Return the body of an invalid request."""
     good = json.dumps({"prompt": "ab", "max_tokens": 2}).encode()
     return rng.choice(
         [
@@ -128,7 +128,7 @@ def malformed(rng: random.Random) -> bytes:
 
 
 def loaded(server: Server) -> dict[str, Any]:
-    """What came of all clients."""
+    """Return the results of all clients."""
     expected = {prompt: server.ask(prompt) for prompt in PROMPTS}
     rng = random.Random(0)
     asked = [(rng.choice(PROMPTS), rng.random() < 0.5) for _ in range(REQUESTS)]
@@ -162,7 +162,7 @@ def loaded(server: Server) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """What came of it, as Markdown."""
+    """Return the results as Markdown."""
     many = f"{found['rounds']} × {found['requests']} requests of {found['clients']} clients at once"
     grown = ", ".join(f"{more / 1e6:+.1f}" for more in found["grown_bytes"])
     rows = {

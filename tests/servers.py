@@ -1,4 +1,4 @@
-"""Starts `veloxlab serve` for a test, asks it, and sees that Ctrl-C ends it well."""
+"""Starts `veloxlab serve` for a test, sends requests, and checks that Ctrl-C ends it cleanly."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
-LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # which a background job ignores
+LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background job ignores SIGINT
 MAIN = "import sys; from veloxlab.cli import main; sys.exit(main())"
 VELOXLAB = [sys.executable, "-c", f"{LISTEN}; {MAIN}"]
-# to leave a step that takes long is a failure here, where none does
+# to leave a long step is a failure here, where all steps are short
 PATIENT = "import os; from veloxlab.serve import server; server.END_SECONDS = 60; os._exit = lambda status: os.abort()"
 
 
@@ -27,7 +27,7 @@ def free_port() -> int:
 
 @contextmanager
 def serving(*arguments: str, model: str = "smollm2-135m"):
-    """A server of a model, and its port; at the end it gets Ctrl-C and has to end well, with all its threads."""
+    """Start a server of a model, and yield its port; at the end Ctrl-C must end it and all its threads cleanly."""
     port = free_port()
     options = ["serve", model, *arguments, "--port", str(port), "--log-level", "WARNING"]
     command = [sys.executable, "-c", f"{PATIENT}; {LISTEN}; {MAIN}", *options]
@@ -50,7 +50,7 @@ def serving(*arguments: str, model: str = "smollm2-135m"):
 
 
 def post(port: int, path: str, body: dict | bytes) -> tuple[int, dict]:
-    """Status and content of an answer."""
+    """Return status and content of an answer."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", content, {"Content-Type": "application/json"})
     try:

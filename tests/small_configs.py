@@ -1,7 +1,7 @@
 """A small configuration of any family of mlx-lm, made from the fields of its own dataclass of arguments.
 
-Sizes are made small by their names. A field without a default gets a value by its name or its type. What a family needs
-beside that, such as a list with an entry for each layer, is in `OWN`.
+Sizes are made small by their names. A field without a default gets a value by its name or its type. `OWN` has the rest
+that a family needs, such as a list with an entry for each layer.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ KDA = {"kda_layers": [1], "full_attn_layers": [2], "num_heads": 2, "head_dim": 1
 LLAMA4_ROPE = {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 32}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 ROPE_OF_TYPES = {name: {"rope_theta": theta} for name, theta in zip(ALTERNATING[:2], (1e4, 1e6), strict=True)}
-# what these families need beside that: lists with an entry for each layer, nested settings, and numbers that must fit
+# more fields of these families: lists with an entry for each layer, nested settings, and numbers that must fit
 OWN: dict[str, Config] = {
     "afm7": {"num_layers": 4, "num_kv_reuse_layers": 2},
     "baichuan_m1": {"sliding_window_layers": [0], "head_dim": 16},
@@ -240,12 +240,12 @@ OWN: dict[str, Config] = {
 
 
 def module_of(family: str) -> Any:
-    """The module of mlx-lm that a family is in."""
+    """Return the module of mlx-lm for a family."""
     return import_module(f"mlx_lm.models.{family}")
 
 
 def small_config(family: str, given: Config) -> Config:
-    """A configuration for ``family``, with what is ``given``, to a language model that it holds too."""
+    """Return a configuration for ``family``, with ``given`` also for a language model in it."""
     kind, first = module_of(family).ModelArgs, OWN.get(family, {}) | given
     config = {"model_type": family, **small_fields(kind, first)}
     if any(field.name == "text_config" for field in dataclasses.fields(kind)):
@@ -255,7 +255,7 @@ def small_config(family: str, given: Config) -> Config:
 
 
 def _text_of(family: str) -> tuple[str, Any]:
-    """The family of a wrapper's language model, and the class of its arguments."""
+    """Return the family of a wrapper's language model, and the class of its arguments."""
     module, named = module_of(family), TEXT_FAMILIES.get(family)
     for name in TEXT_CLASSES:
         if named is None and hasattr(module, name):
@@ -265,7 +265,7 @@ def _text_of(family: str) -> tuple[str, Any]:
 
 
 def small_fields(kind: Any, given: Config) -> Config:
-    """Values for the fields of a dataclass: those ``given``, what is to be small, and what has no default."""
+    """Return values for the fields of a dataclass: ``given``, small sizes, and fields without a default."""
     made: Config = {}
     for field in dataclasses.fields(kind):
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

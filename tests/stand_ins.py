@@ -1,7 +1,7 @@
-"""What two families of mlx-lm compute by Metal kernels alone, as MLX operations: so their caches are checked anywhere.
+"""MLX operations in place of Metal kernels for two families of mlx-lm, so that their caches are checked anywhere.
 
-Attention and caches are mlx-lm's own. All is in float32, where muse_spark rounds to bfloat16, so that no error hides
-behind the rounding. Of a third family an empty package stands in for one that it does not use.
+Attention and caches are mlx-lm's own. All numbers are in float32, where muse_spark rounds to bfloat16, so that rounding
+hides no error. For a third family, an empty package replaces one that it does not use.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ FAMILIES = "bitnet", "muse_spark"
 
 
 def needed(family: str) -> bool:
-    """Whether a family does not run on this machine without what is here."""
+    """Return whether a family needs these replacements to run on this machine."""
     return family in FAMILIES and not mx.metal.is_available()
 
 
 def put_in(family: str) -> None:
-    """Replace in the family's module what does not run on this machine."""
-    if family == "olmo":  # it asks only whether this package is there
+    """Replace the parts of the family's module that do not run on this machine."""
+    if family == "olmo":  # it only checks that this package exists
         sys.modules.setdefault("hf_olmo", ModuleType("hf_olmo"))
     if not needed(family):
         return
@@ -40,7 +40,7 @@ def put_in(family: str) -> None:
 def _ternary_product(
     inputs: list[mx.array], template: list[tuple[str, Any]], output_dtypes: list[mx.Dtype], **_: object
 ) -> list[mx.array]:
-    """``x`` times weights of which a byte holds four, one of each quarter of the rows."""
+    """Return ``x`` times weights of which a byte holds four, one from each quarter of the rows."""
     x, packed, scale = inputs
     weights = mx.concatenate([((packed >> shift) & 3).astype(mx.float32) - 1 for shift in (0, 2, 4, 6)])
     product = x @ weights.T
@@ -48,7 +48,7 @@ def _ternary_product(
     return [scaled.astype(output_dtypes[0])]
 
 
-# of muse_spark, by the names that it calls them by -------------------------------------------------------------------
+# for muse_spark, by its own names -------------------------------------------------------------------
 
 
 def pre_norm(stream: mx.array, norm: Any, *, dtype: mx.Dtype) -> mx.array:

@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 @lru_cache
 def adapted(kind: str) -> Any:
-    """SmolLM2 with an adapter in all layers: trained on code for some steps, random, or the trained one fused."""
+    """Return SmolLM2 with an adapter in all layers: trained on code for some steps, random, or trained and fused."""
     if kind == "base":
         return model()[0]
     net, tokenizer = vl.load("smollm2-135m", dtype="float32")
@@ -83,13 +83,13 @@ def calibration(kind: str, method: str) -> vl.Calibration:
 
 
 def moved(kind: str) -> Row:
-    """How far the adapter moves the base's predictions, in nats, on each stretch."""
+    """Return the divergence that the adapter causes in the base's predictions, in nats, for each window."""
     both = zip(exact("base").log_probs, exact(kind).log_probs, strict=True)
     return {"kl": [divergence(one, other).mean().item() for one, other in both]}
 
 
 def adapter(kind: str, method: str, calibrated: str) -> Row:
-    """Loss on each stretch, against the adapted model's own exact cache, and what is said of another calibration."""
+    """Return the loss in each window, against the adapted model's exact cache, and the warning on a calibration."""
     if not method:
         return moved(kind)
     net, fitted = adapted(kind), calibration(calibrated, method)

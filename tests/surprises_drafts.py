@@ -19,7 +19,7 @@ from veloxlab.measure.activations import stretches
 from veloxlab.mlxlm.probe import own_cache
 
 TEXTS, PROMPT, ANSWER = 2, 256, 40
-DRAFTED = 3  # tokens that are drafted before the target looks, mlx-lm's usual number
+DRAFTED = 3  # drafted tokens for each check by the target, mlx-lm's default
 EXACT = 16
 SETTINGS: dict[str, dict[str, Any]] = {"usual": {}, "codes": {"window": 0, "chunk": "codes"}}
 Row = dict[str, Any]
@@ -36,14 +36,14 @@ def prompt(part: int) -> mx.array:
 
 @lru_cache
 def alone(part: int, target: int, read: str) -> list[int]:
-    """The target's own text, token by token."""
+    """Return the target's own text, token by token."""
     net, _ = model()
     steps: Any = generate_step(prompt(part), net, max_tokens=ANSWER, prompt_cache=made(net, target, read))
     return [token for token, _ in steps]
 
 
 def drafted(part: int, draft: int, target: int, read: str) -> Row:
-    """Share of accepted drafts, and where the text leaves the target's own and the exact one (null: nowhere)."""
+    """Return the share of accepted drafts, and the first difference from the target's and the exact text, or null."""
     (net, _), drafting = model(), with_weights_of_4_bits()
     caches = made(net, target, read) + made(drafting, draft, read)
     options: dict[str, Any] = {"num_draft_tokens": DRAFTED, "max_tokens": ANSWER, "prompt_cache": caches}
@@ -62,7 +62,7 @@ def drafted(part: int, draft: int, target: int, read: str) -> Row:
 
 
 def _jobs() -> Iterator[Row]:
-    """The exact draft first; a target that reads every token through its codes; then drafts of fewer bits."""
+    """Yield the exact draft first, then a target that reads all tokens through codes, then drafts of fewer bits."""
     for part in range(TEXTS):
         for draft, read in ((EXACT, "usual"), (EXACT, "codes"), (4, "usual"), (2, "usual")):
             for target in (EXACT, 4, 2):

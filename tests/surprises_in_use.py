@@ -1,8 +1,8 @@
-"""Caches in use, on SmolLM2: ``python -m tests.surprises_in_use [EXPERIMENT ...]`` adds what is missing.
+"""Caches in use, on SmolLM2: ``python -m tests.surprises_in_use [EXPERIMENT ...]`` adds missing rows.
 
-Passkeys, sampled texts, prompt caches that are used again, speculative decoding, adapters and 8,192 tokens. A row is
-kept in ``data/results/surprises_in_use.ndjson`` when it is measured: what was asked, and what was found. What was
-guessed before is in ``surprises_guesses.json``. Texts, model and sizes are those of `tests.surprises_results`.
+Passkeys, sampled texts, reused prompt caches, speculative decoding, adapters and 8,192 tokens. A row, with its
+settings and results, is written to ``data/results/surprises_in_use.ndjson`` after its measurement. The earlier
+guesses are in ``surprises_guesses.json``. Texts, model and sizes are those of `tests.surprises_results`.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from veloxlab.texts import shipped_folder
 
 FOLDER = shipped_folder("data") / "results"
 FILE = FOLDER / "surprises_in_use.ndjson"
-CODES: dict[str, Any] = {"sinks": 0, "window": 0, "chunk": "codes"}  # as the greedy texts
+CODES: dict[str, Any] = {"sinks": 0, "window": 0, "chunk": "codes"}  # as for the greedy texts
 METHODS = ("turboquant", "ratequant", "fisherquant", "commvq", "mlx-lm")
 BEHIND_4096 = [("none", 16), ("fisherquant", 2), ("commvq", 2), ("turboquant", 3), ("turboquant", 4), ("mlx-lm", 4)]
 DEPTHS = 10
 TEMPERATURE = 0.7
 SAMPLED = [*product(["turboquant"], [2, 3, 4]), ("rabitq", 4), ("mlx-lm", 4), ("mlx-lm", 8)]
-PREFIX, NEW, ENDING = 256, 16, 128  # tokens: read by both, read behind, of an ending that is read and trimmed between
-LONG, ALONE, CALL = 8192, 1024, 512  # tokens of a long text, of its stretches, and of one call
+PREFIX, NEW, ENDING = 256, 16, 128  # tokens: common prefix, new text, ending that is trimmed between
+LONG, ALONE, CALL = 8192, 1024, 512  # tokens of a long text, of its windows, and of one call
 IN_LONG = [("turboquant", 2), ("turboquant", 4), ("fisherquant", 2), ("mlx-lm", 4)]
 Row = dict[str, Any]
 
 
 def made(method: str, bits: int, **settings: Any) -> list[Any]:
-    """An empty cache for the model. RateQuant gets the bytes of the same bits for each head."""
+    """Return an empty cache for the model. RateQuant gets the bytes of the same bits for each head."""
     net, tokenizer = model()
     if method == "none":
         return own_cache(net)
@@ -68,7 +68,7 @@ def made(method: str, bits: int, **settings: Any) -> list[Any]:
 
 @lru_cache(maxsize=1)
 def with_passkey(context: int, depth: int) -> tuple[list[int], list[int], list[int], list[Any]]:
-    """What is left of a text behind its first call, the question, the answer, and the exact cache after that call."""
+    """Return the text after its first call, the question, the answer, and the exact cache after that call."""
     net, tokenizer = model()
     number = str(np.random.default_rng([context, depth]).integers(10 ** (DIGITS - 1), 10**DIGITS))
     ids = hidden(tokenizer, first_tokens(tokenizer, None, context, **PLAIN), context, depth / DEPTHS, number)
@@ -78,17 +78,17 @@ def with_passkey(context: int, depth: int) -> tuple[list[int], list[int], list[i
 
 
 def hand_over(exact: list[Any], cache: list[Any]) -> None:
-    """Store in an empty cache what the exact one holds."""
+    """Store in an empty cache the tokens that the exact one holds."""
     for own, ours in zip(exact, cache, strict=True):
         ours.update_and_fetch(*own.keys_and_values())
     mx.eval([ours.state for ours in cache])
 
 
 def passkey(context: int, depth: int, method: str, bits: int) -> Row:
-    """Nats of the answer, and whether each of its tokens is the most probable one. Sinks and window are the usual.
+    """Return nats of the answer, and whether each of its tokens is the most probable one. Default sinks and window.
 
-    The first 2,048 tokens of a prompt are read in one call, whose tokens see one another exactly: their keys and
-    values are those of the exact cache, whatever cache they go to. The others are read by each cache, in a call more.
+    The first 2,048 tokens of a prompt are read in one call, whose tokens see each other exactly: their keys and
+    values are those of the exact cache, for every cache. Each cache reads the others in another call.
     """
     rest, question, answer, exact = with_passkey(context, depth)
     cache = copy.deepcopy(exact) if method == "none" else made(method, bits)
@@ -102,7 +102,7 @@ def passkey(context: int, depth: int, method: str, bits: int) -> Row:
 
 
 def passkeys() -> Iterator[Row]:
-    """First what two bits lose, of 1,024 tokens before 2,048, all caches of one text together; some of 4,096 last."""
+    """Yield first the losses of two bits, 1,024 tokens before 2,048, all caches of a text together; 4,096 last."""
     for context, widths in product((1024, 2048), ((16, 2), (3, 4))):
         every = [cache for bits in widths for cache in ([("none", 16)] if bits == 16 else product(METHODS, [bits]))]
         for depth, (method, bits) in product(range(DEPTHS), every):
@@ -115,9 +115,9 @@ def passkeys() -> Iterator[Row]:
 
 
 def drawn(logits: mx.array, part: int) -> tuple[mx.array, mx.array]:
-    """Tokens that a seed draws by ``logits`` ``[S, vocabulary]``: of rows, as mlx-lm's sampler does, and of vectors.
+    """Draw tokens with a seed from ``logits`` ``[S, vocabulary]``: by rows, as mlx-lm's sampler does, and by vectors.
 
-    MLX draws them in two ways (``findings/mlx_draws_from_rows_by_another_way.sh``).
+    MLX has two ways to draw (``findings/mlx_draws_from_rows_by_another_way.sh``).
     """
     keys = [mx.random.key(part * ANSWER + step) for step in range(len(logits))]
     warm = [row / TEMPERATURE for row in logits]
@@ -129,7 +129,7 @@ def drawn(logits: mx.array, part: int) -> tuple[mx.array, mx.array]:
 
 @lru_cache(maxsize=1)
 def sampled_texts() -> list[list[int]]:
-    """The prompts of the greedy texts, each continued by tokens that are sampled with the exact cache."""
+    """Return the prompts of the greedy texts, each continued by tokens that are sampled with the exact cache."""
     net, tokenizer = model()
     ids = mx.array(stretches(tokenizer, None, PROMPT, PROMPTS))
     state, read, texts = own_cache(net), ids, [ids]
@@ -144,7 +144,7 @@ def sampled_texts() -> list[list[int]]:
 
 
 def predicted(ids: list[int], cache: list[Any]) -> mx.array:
-    """Log-probabilities of the tokens behind the prompt, in one call."""
+    """Return log-probabilities of the tokens after the prompt, in one call."""
     return log_probabilities(model()[0](mx.array([ids[:-1]]), cache=cache)[0, PROMPT - 1 :])
 
 
@@ -154,7 +154,7 @@ def exactly_predicted(part: int) -> mx.array:
 
 
 def sampled(part: int, method: str, bits: int) -> Row:
-    """How often a cache samples another token than the exact one, by the same seed, and where first (null: nowhere)."""
+    """Return how often a cache samples another token than the exact one with one seed, and where first (or null)."""
     ids, exact = sampled_texts()[part], exactly_predicted(part)
     said = predicted(ids, made(method, bits, **({} if method == "mlx-lm" else CODES)))
     rows, vectors = (np.array(ours != own) for ours, own in zip(drawn(said, part), drawn(exact, part), strict=True))
@@ -171,12 +171,12 @@ def all_sampled() -> Iterator[Row]:
         yield {"part": part, "method": method, "bits": bits}
 
 
-# prompt caches that are used again ------------------------------------------------------------------------------------
+# reused prompt caches ------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
 def with_ending(part: int) -> tuple[list[int], list[int], list[int], mx.array]:
-    """A prefix, what comes behind it, another ending, and what the exact cache predicts behind the prefix."""
+    """Return a prefix, the text after it, another ending, and the exact cache's predictions after the prefix."""
     net, tokenizer = model()
     ids = stretches(tokenizer, None, PREFIX + NEW + ENDING, part + 1)[part]
     prefix, new, ending = ids[:PREFIX], ids[PREFIX : PREFIX + NEW], ids[PREFIX + NEW :]
@@ -184,7 +184,7 @@ def with_ending(part: int) -> tuple[list[int], list[int], list[int], mx.array]:
 
 
 def reuse(part: int, bits: int, window: int, trimmed: bool) -> Row:
-    """Loss of new tokens behind a prefix, by a cache that has read and trimmed another ending, or has not."""
+    """Return the loss of new tokens after a prefix, with a cache that has read and trimmed another ending, or not."""
     prefix, new, ending, exact = with_ending(part)
     reader = Reader(model()[0], made("turboquant", bits, window=window)).read(prefix)
     if trimmed:
@@ -196,7 +196,7 @@ def reuse(part: int, bits: int, window: int, trimmed: bool) -> Row:
 
 def all_reused() -> Iterator[Row]:
     for part, bits, window, trimmed in product(range(4), (2, 4), (0, 64), (False, True)):
-        if window or part < 2:  # without a window both are the same cache
+        if window or part < 2:  # without a window both caches are the same
             yield {"part": part, "bits": bits, "window": window, "trimmed": trimmed}
 
 
@@ -204,7 +204,7 @@ def all_reused() -> Iterator[Row]:
 
 
 def read_in_calls(first: int, count: int, cache: list[Any]) -> Iterator[mx.array]:
-    """Log-probabilities behind so many tokens of the text, from ``first`` on: an array for each call."""
+    """Yield log-probabilities after ``count`` tokens of the text, from ``first`` on: an array for each call."""
     net, tokenizer = model()
     ids = first_tokens(tokenizer, None, LONG, **PLAIN)[first : first + count]
     for start in range(0, count, CALL):
@@ -217,18 +217,18 @@ def read_in_calls(first: int, count: int, cache: list[Any]) -> Iterator[mx.array
 
 @lru_cache(maxsize=1)
 def exactly_read(first: int, count: int) -> list[mx.array]:
-    return [*read_in_calls(first, count, own_cache(model()[0]))]  # 1.6 GB of the whole text
+    return [*read_in_calls(first, count, own_cache(model()[0]))]  # 1.6 GB for the whole text
 
 
 def losses(first: int, count: int, method: str, bits: int) -> Row:
-    """Mean loss of each call's tokens. All but sinks are read through codes."""
+    """Return the mean loss of each call's tokens. All but sinks are read through codes."""
     cache = made(method, bits, **({} if method == "mlx-lm" else {"window": 0, "chunk": "codes"}))
     both = zip(exactly_read(first, count), read_in_calls(first, count, cache), strict=True)
     return {"kl": [divergence(exact, said).mean().item() for exact, said in both]}
 
 
 def longest() -> Iterator[Row]:
-    """The text's end alone, the whole text, and some other stretches of it."""
+    """Yield the text's end alone, the whole text, and some other windows of it."""
     alone = [(first, ALONE) for first in range(ALONE, LONG, 2 * ALONE)]
     for (first, count), (method, bits) in product([alone[-1], (0, LONG), *alone[:-1]], IN_LONG):
         yield {"first": first, "count": count, "method": method, "bits": bits}
@@ -248,12 +248,12 @@ EXPERIMENTS: dict[str, tuple[Callable[[], Iterator[Row]], Measure]] = {
 
 
 def kept() -> list[Row]:
-    """What was measured."""
+    """Return the existing rows."""
     return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
 
 
 def missing(names: list[str], known: list[Row]) -> Iterator[tuple[Measure, Row]]:
-    """What is to be measured of the named experiments, or of all, in their order."""
+    """Yield the missing measurements of the named experiments, or of all, in their order."""
     there = [row["asked"] for row in known]
     for name, (every, measure) in EXPERIMENTS.items():
         if name in names or not names:
@@ -261,13 +261,13 @@ def missing(names: list[str], known: list[Row]) -> Iterator[tuple[Measure, Row]]
 
 
 def main(names: list[str]) -> None:
-    """Measure what is missing of the named experiments, or of all."""
+    """Measure the missing rows of the named experiments, or of all."""
     known = kept()
     for measure, asked in missing(names, known):
         begun = time.process_time()
         found = measure(**{name: value for name, value in asked.items() if name != "experiment"})
         row = {"asked": asked, "found": found | {"cpu_seconds": round(time.process_time() - begun, 1)}}
-        known = [*kept(), row]  # another experiment may be measured at the same time
+        known = [*kept(), row]  # another process may measure another experiment
         write_atomically(FILE, ("\n".join(json.dumps(one) for one in known) + "\n").encode())
         print(json.dumps(row)[:200], flush=True)
 

@@ -1,10 +1,10 @@
-"""Small experiments on SmolLM2: ``python -m tests.surprises_results [EXPERIMENT ...]`` adds what is missing.
+"""Small experiments on SmolLM2: ``python -m tests.surprises_results [EXPERIMENT ...]`` adds missing rows.
 
-Each row, one cache on one stretch of text, is kept in ``data/results/surprises.ndjson`` when it is measured. A run that
-was stopped goes on where it was. What was guessed before is in ``surprises_guesses.json``.
+Each row, one cache on one window of text, is written to ``data/results/surprises.ndjson`` after its measurement. A
+stopped run continues. The earlier guesses are in ``surprises_guesses.json``.
 
-Every token is seen through its codes, but for sinks; there is no window. Stretches have 256 tokens of the WikiText-2
-test text if nothing else is said, as those of `veloxlab search`. The model is float32; its weights come from a file of
+All tokens but sinks are seen through codes; there is no window of exact tokens. By default, windows of text have 256
+tokens of the WikiText-2 test text, as in `veloxlab search`. The model is float32; its weights come from a file of
 4 bits (GGUF Q4_1).
 """
 
@@ -36,9 +36,9 @@ from veloxlab.store import write_atomically
 from veloxlab.texts import shipped_folder
 
 FILE = shipped_folder("data") / "results" / "surprises.ndjson"
-BIN = 64  # predictions, of which `kl_along` has the mean
+BIN = 64  # predictions for each mean in `kl_along`
 PROMPT, ANSWER, PROMPTS = 128, 64, 20  # tokens and number of the greedy texts
-DECODED_FROM = 128  # tokens of a stretch that are read in one call before the rest comes one by one
+DECODED_FROM = 128  # tokens of a window that are read in one call before the rest is decoded
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Cache:
 @dataclass(frozen=True)
 class Job:
     cache: Cache
-    text: str  # "256" or "2048" tokens a stretch, or "greedy"
-    part: int  # which stretch
+    text: str  # "256" or "2048" tokens for each window, or "greedy"
+    part: int  # number of the window
 
 
 def both(method: str, *widths: int, **settings: Any) -> list[Cache]:
@@ -76,17 +76,17 @@ GREEDY = [*both("turboquant", 2, 3, 4), *both("rabitq", 4), *both("mlx-lm", 4, 8
 LONG = [*both("turboquant", 3), *both("rabitq", 3), *both("mlx-lm", 4)]
 CALIBRATIONS = {
     "spectralquant": ["WikiText 1024", "code 1024", "random 1024", "WikiText 64", "WikiText 256"],
-    "vecinfer": ["WikiText 1024", "code 1024", "random 1024", "WikiText 512"],  # it refuses 256, as too few
+    "vecinfer": ["WikiText 1024", "code 1024", "random 1024", "WikiText 512"],  # it refuses 256 as too few
 }
 
 
 def experiments() -> dict[str, list[Job]]:
-    """Jobs by experiment, in the order in which they are run; experiments share rows."""
+    """Return jobs by experiment, in the order in which they run; experiments share rows."""
     sums = [Cache("none", 16, 16, weights="4 bit"), *both("turboquant", 3, 4, weights="4 bit")]
     types = [*both("turboquant", 4), *(Cache(kind, bits, bits) for kind, bits in WIDTHS.items())]
     types += [*both("mlx-lm", 4, 8), *both("rabitq", 4)]
     pairs = sorted(product(range(2, 7), repeat=2), key=lambda pair: abs(pair[0] - pair[1]))
-    plane = [Cache("turboquant", keys, values, sinks=4) for keys, values in pairs]  # sinks change which pair is best
+    plane = [Cache("turboquant", keys, values, sinks=4) for keys, values in pairs]  # sinks change the best pair
     usual = [Cache("turboquant", keys, values, sinks=4) for keys, values in ((4, 4), (5, 3))]  # in the same bytes
     learned = [both(method, 3, calibration=read) for method, texts in CALIBRATIONS.items() for read in texts]
     fitted = [*both("turboquant", 2), *both("spectralquant", 2, calibration="WikiText 512")]
@@ -114,7 +114,7 @@ def model() -> Any:
 
 @cache
 def with_weights_of_4_bits() -> Any:
-    """The model with each matrix quantized and decoded: the numbers of 4-bit weights, at the speed of float32."""
+    """Return the model with each matrix quantized and decoded: numbers of 4-bit weights, at the speed of float32."""
     changed, _ = vl.load("smollm2-135m", dtype="float32")
     for module in changed.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -125,7 +125,7 @@ def with_weights_of_4_bits() -> Any:
 
 @cache
 def greedy_texts() -> list[list[int]]:
-    """Twenty prompts of the test text, each continued by the exact cache's most likely tokens, all at once."""
+    """Return twenty prompts of the test text, each continued by the exact cache's most likely tokens, as one batch."""
     net, tokenizer = model()
     ids = mx.array(stretches(tokenizer, None, PROMPT, PROMPTS))
     state, read, texts = own_cache(net), ids, [ids]
@@ -155,7 +155,7 @@ def calibration(method: str, bits: int, read: str) -> Any:
 
 
 def measured(job: Job) -> dict[str, Any]:
-    """Divergence in nats: its mean, means of 64 predictions, and where a greedy text parts (null: nowhere)."""
+    """Return the divergence in nats: its mean, means of 64 predictions, and where a greedy text differs, or null."""
     chosen, wanted, begun = job.cache, exact(job.text, job.part), time.process_time()
     if chosen.weights != "own":
         wanted = replace(wanted, model=with_weights_of_4_bits())
@@ -193,20 +193,20 @@ def measured(job: Job) -> dict[str, Any]:
 
 
 def kept() -> dict[Job, dict[str, Any]]:
-    """What was measured."""
+    """Return the existing rows."""
     lines = FILE.read_text().splitlines() if FILE.exists() else []
     rows = [json.loads(line) for line in lines]
     return {Job(Cache(**row["cache"]), row["text"], row["part"]): row["found"] for row in rows}
 
 
 def missing(names: list[str], known: dict[Job, dict[str, Any]]) -> list[Job]:
-    """Jobs of the named experiments that are not known, first stretches first: a run that is stopped leaves pairs."""
+    """Return missing jobs of the named experiments, by window, so that a stopped run leaves pairs."""
     wanted = [job for name, jobs in experiments().items() if name in names or not names for job in jobs]
     return sorted((job for job in dict.fromkeys(wanted) if job not in known), key=lambda job: job.part)
 
 
 def main(names: list[str]) -> None:
-    """Measure what is missing of the named experiments, or of all."""
+    """Measure the missing rows of the named experiments, or of all."""
     known = kept()
     with registered():
         for job in missing(names, known):
