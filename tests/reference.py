@@ -28,8 +28,8 @@ ROOMS = (
 SECTIONS = ("Parameters", "Attributes", "Returns", "Raises")
 INTRODUCTION = """# Reference
 
-Every public name: how it is called, what it is for, and the shapes and units of what it takes and gives. It is
-generated from the docstrings by `python -m tests.reference`.
+Every public name, with its signature, its purpose, and the shapes and units of its arguments and results.
+`python -m tests.reference` generates this notebook from the docstrings.
 """
 COUNT = "import veloxlab as vl\n\nprint(len(vl.__all__), 'names and modules at the top')"
 
