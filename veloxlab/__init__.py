@@ -27,7 +27,7 @@ defer_iri_grammar()
 # MLX binds to a BLAS at its import, so all imports of modules that use MLX come after this line
 if load_fast_blas() == TOO_LATE:
     warnings.warn(
-        "mlx was imported before veloxlab, so matrix products on this CPU are about 30 times slower than need be: "
+        "mlx was imported before veloxlab, so matrix products on this CPU are about 30 times slower than necessary: "
         "import veloxlab first, before mlx or mlx_lm.",
         stacklevel=2,
     )

@@ -48,7 +48,7 @@ class Code:
 
     @property
     def kv_heads(self) -> int:
-        """KV heads; an array with one row for all heads has 1."""
+        """KV heads: the most of any array, because an array may have one row for all heads."""
         return max(array.shape[1] for array in self.arrays.values())
 
     @property

@@ -12,7 +12,7 @@ For each KV head's keys and values x, with gradients g, where E[ggᵀ] is the Fi
        C = Σ w xxᵀ / Σ w, w = min(‖g‖² / mean, 20) + 0.2.
        With H = LLᵀ and LᵀCL = UΛUᵀ, Λ ascending, the coordinates are y = x·LU, and x = y·UᵀL⁻¹.
        Calibration reads the first positions of a text. A model's predictions do not depend on where a text begins, so
-       at later positions H and C of keys are the same, rotated. 15 % of them is from 8 positions up to ``positions``.
+       at later positions H and C of keys are the same, rotated. 8 such positions, up to ``positions``, weigh 15 %.
     3. Ranges: σᵢ² = E[wᵢyᵢ²] / E[wᵢ], wᵢ = min(gᵢ² / mean, 30) + 0.05, gᵢ the gradient by yᵢ.
     4. Bits: a coordinate of b bits loses ½ σᵢ² D(b) nats. When a cache is made, one reverse water-filling over all
        coordinates of all heads, layers, keys and values gives each 0 to 8 bits: one calibration serves every budget.
@@ -136,10 +136,7 @@ class FisherQuant(Codec):
         return len(self.widths)
 
     def fit(self, sample: Sample) -> Self:
-        """Learn metric, ranges and means, and plan the bits of these heads.
-
-        Raises `InputError` below D tokens that vary.
-        """
+        """Learn metric, ranges, means and bits of these heads; raises `InputError` below D tokens that vary."""
         check_vectors(sample.x, self.head_dim)
         with_rope = replace(self, rope=sample.rope if self.tensor == "keys" else None)
         turning, sample = with_rope._turning, with_rope._as_coded(sample)

@@ -91,7 +91,7 @@ class RaBitQ(RotatedCodec):
         return encode_kernel(self.head_dim, self._signs, grid, self.scale, fields, sine=self.bounds, loss=loss)
 
     def _lost(self, arrays: Mapping[str, mx.array], x: mx.array) -> mx.array:
-        """Relative squared errors of encoded vectors, plus the error of their scales."""
+        """Relative squared errors of encoded vectors, plus the error of their stored sines."""
         y, u = x if self._signs is None else self._rotation.forward(x), RaBitQ.expand(self, Code(dict(arrays)))
         off, rest = (
             mx.square(y - factor * u).sum(axis=-1, keepdims=True) / mx.square(y).sum(axis=-1, keepdims=True)
