@@ -1,4 +1,4 @@
-"""Which cache is advised: the least loss that fits, measured where a model is at hand, and said in sentences."""
+"""Advice on a cache: the least loss that fits, measured on a loaded model, and reported in sentences."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ LAYER = vl.models.ModelShape.typed(layers=1, kv_heads=8, head_dim=128)  # an exa
 
 
 def advise(memory, **more):
-    """For the layer, where so many bytes are left for the cache."""
+    """Advice for `LAYER` with ``memory`` bytes left for the cache."""
     return vl.advise(LAYER, weights=1, memory=4 / 3 * (memory + 1), **more)
 
 
@@ -51,7 +51,7 @@ def test_an_eight_billion_model_on_sixteen_gigabytes():
     assert "Without a calibration, " in str(at_131k)
 
 
-def test_the_least_loss_that_fits_comes_first_and_what_does_not_fit_last():
+def test_the_least_loss_that_fits_comes_first_and_caches_that_do_not_fit_last():
     frame = advise(20e6, context=8192).frame
     assert frame.schema == pl.Schema(ADVICE)
     fits, others = frame.filter("fits"), frame.filter(~pl.col("fits"))
@@ -65,7 +65,7 @@ def test_the_least_loss_that_fits_comes_first_and_what_does_not_fit_last():
     assert set(frame["kind"]) == {"predicted"}
 
 
-def test_a_use_that_bears_less_is_told_of_more_caches_that_lose_too_much():
+def test_a_goal_with_a_lower_limit_marks_more_caches_as_too_lossy():
     told = {goal: advise(1e9, goal=goal).frame["reason"].str.contains(f"that {goal} bears").sum() for goal in GOALS}
     assert told["draft"] < told["chat"] < told["retrieval"]
 
@@ -112,7 +112,7 @@ def test_a_model_at_hand_is_measured(tmp_path, monkeypatch):
     assert advice.frame.filter("fits")["kl_mean"].is_sorted()
 
 
-def test_what_has_no_weights_or_cannot_be_measured_is_refused():
+def test_a_shape_without_weights_and_a_tokenizer_without_a_model_are_refused():
     with pytest.raises(InputError, match=r"no weights: give their size, such as weights=\"4.5 GB\"\."):
         vl.advise(LAYER, memory="16 GB")
     with pytest.raises(InputError, match="tokenizer is for a loaded model"):
@@ -152,7 +152,7 @@ def test_a_folder_of_that_name_goes_before_a_usual_size(tmp_path, monkeypatch):
     assert len(shape_of("8b").caches) == 1
 
 
-def test_an_unknown_model_is_told_of_the_sizes_once_and_of_code_that_works():
+def test_the_message_on_an_unknown_model_lists_the_sizes_once_and_code_that_works():
     with pytest.raises(InputError) as refused:
         vl.advise("some 8b")
     assert str(refused.value).count("8B, as Llama 3.1") == 1
@@ -161,7 +161,7 @@ def test_an_unknown_model_is_told_of_the_sizes_once_and_of_code_that_works():
 
 
 @pytest.mark.parametrize(("context", "said"), [(8192, False), (8193, True)])
-def test_a_context_beyond_what_the_model_was_made_for_is_said(context, said):
+def test_a_context_beyond_the_trained_one_is_reported(context, said):
     shape = replace(LAYER, trained_tokens=8192)
     advice = vl.advise(shape, context=context, weights="1 GB", memory="4 GB")
     assert (f"up to 8,192 tokens: what it says in a context of {context:,} is not" in str(advice)) == said
@@ -176,8 +176,8 @@ def test_the_command_takes_a_usual_size_and_thousands_of_tokens(capsys):
     assert "many is not a number of tokens: give 32768 or 32k" in capsys.readouterr().err
 
 
-def test_what_was_measured_without_the_sinks_of_the_cache_is_said():
-    """A cache of advise has 4 sinks; without them a method that learns may lose several times as much."""
+def test_a_measurement_without_the_sinks_of_the_cache_is_marked():
+    """A cache of advise has 4 sinks; without them the loss of a method that learns can be several times larger."""
     reasons = dict(advise(1e9).frame.select("name", "reason").rows())
     said = {name: "without the 4 sinks that this cache has" in reason for name, reason in reasons.items()}
     assert said["spectralquant 3 bit"]

@@ -1,4 +1,4 @@
-"""The page of advice: constraints in, a ranked table out, and what its buttons do, on a model of random weights."""
+"""The page of advice: constraints in, a ranked table out, and the actions of its buttons, with a random model."""
 
 import re
 import threading
@@ -84,7 +84,7 @@ def test_what_was_measured_stays_measured_under_other_constraints(page, monkeypa
     assert again.equals(measured.select("name", "kl_mean"))
 
 
-def test_layers_that_may_have_two_bits_are_found_and_used(page, lab):
+def test_layers_that_can_have_two_bits_are_found_and_used(page, lab):
     turn(page, picked="turboquant 4 bit")
     assert button(page, "Use these layers").disabled
     pressed(page, "Which layers may go to 2 bits?")
@@ -105,7 +105,7 @@ def test_layers_that_may_have_two_bits_are_found_and_used(page, lab):
 
 
 def test_a_cache_whose_layers_were_tried_stays_picked(page, monkeypatch):
-    """What was measured may make another cache the best."""
+    """A measurement can make another cache the best one."""
 
     def best_until_measured(*given, measured, **more):
         found = vl.advise(*given, measured=measured, **more)
@@ -120,7 +120,7 @@ def test_a_cache_whose_layers_were_tried_stays_picked(page, monkeypatch):
     assert page.picked == "turboquant 4 bit" != page.advice.best["name"]
 
 
-def test_an_answer_is_compared_with_the_cache_that_the_code_makes(page, monkeypatch):
+def test_an_answer_is_compared_with_the_cache_of_the_shown_code(page, monkeypatch):
     plans = []
 
     def compared(model, tokenizer, prompt, plan, **more):
@@ -142,9 +142,9 @@ def test_an_answer_is_compared_with_the_cache_that_the_code_makes(page, monkeypa
     )
 
 
-def test_a_changed_answer_says_how_near_a_tie_it_was():
+def test_a_changed_answer_reports_how_close_the_probabilities_were():
     def rows(*sides):
-        """Texts of both sides, a token a letter, and the exact cache's probability of each."""
+        """Texts of both sides, one token for each letter, and the exact cache's probabilities of each."""
         every = [
             (side, position, ord(letter), letter, chance)
             for side, (text, chances) in zip(("exact", "compressed"), sides, strict=True)
@@ -161,7 +161,7 @@ def test_a_changed_answer_says_how_near_a_tie_it_was():
     assert "There the exact cache" not in answer_said(rows(same, ("a", (1,))), "")  # one ended
 
 
-def test_a_model_that_is_not_here_is_said_and_the_last_advice_stays(page):
+def test_a_missing_model_is_reported_and_the_last_advice_stays(page):
     before = page._verdict.value
     turn(page, model="no/such-model")
     assert "no config.json of a repository of that name" in page._message.value
@@ -180,15 +180,15 @@ def test_a_size_is_found_by_words_of_its_name(page):
     assert "The model was made for texts of up to 131,072 tokens" in page._verdict.value
 
 
-def test_what_a_running_job_leaves_under_another_model_is_stale(page):
-    """Advice for 8B stayed at full brightness when another model was chosen while a job was ending."""
+def test_the_result_of_a_job_for_another_model_is_stale(page):
+    """Advice for 8B was not marked as stale when another model was chosen while a job was ending."""
     turn(page, model="8B, as Llama 3.1")
     begun, end = threading.Event(), threading.Event()
     page.worker.submit("another job", lambda progress: begun.set() or end.wait(60))
     assert begun.wait(60)
     page.model = HERE  # its advice waits for that job
     assert "veloxlab-stale" in page._verdict._dom_classes
-    page.picked = "rabitq 4 bit"  # all is written again, with the old advice
+    page.picked = "rabitq 4 bit"  # everything is drawn again, with the old advice
     assert "4.52 GB for the weights" in page._verdict.value
     assert "veloxlab-stale" in page._verdict._dom_classes
     end.set()
@@ -213,7 +213,7 @@ def test_a_cache_stays_picked_if_it_was_picked_by_hand(page):
     assert page.picked == "rabitq 3 bit"
 
 
-def test_a_button_says_that_it_calibrates_first_and_for_how_long(page):
+def test_a_button_states_that_it_calibrates_first_and_for_how_long(page):
     turn(page, picked="fisherquant 4.25 bit")
     answer = button(page, "Does the answer change?")
     assert answer.description == "Does the answer change? (calibrates first)"

@@ -1,4 +1,4 @@
-"""From measurements to a plan: within its budget, better by its own prediction than uniform bits, and attachable."""
+"""Plans from measurements: within their budget, predicted to be better than uniform bits, and usable."""
 
 import itertools
 import json
@@ -45,7 +45,7 @@ def several(model, folder):
 
 
 def bytes_per_token(plan, model):
-    """Of the codes that the plan's own caches make."""
+    """Bytes of a token in the codes of the plan's own caches."""
     total = 0.0
     for cache in vl.make_cache(model, plan, sinks=0, window=0):
         for codec in (cache.key_codec, cache.value_codec):
@@ -73,7 +73,7 @@ def fits(curves):
     return {tensor: fit(own["bits"], own["relative"]) for (tensor,), own in means.group_by("tensor")}
 
 
-def test_curves_are_what_codecs_do_to_a_capture(model, rates):
+def test_curves_are_the_distortions_of_codecs_on_a_capture(model, rates):
     curves = rates.curves
     assert curves.schema == CURVES
     assert curves.height == 3 * 2 * 2 * 6  # layers, heads, sides, widths
@@ -122,7 +122,7 @@ def test_curves_that_cannot_be_measured_are_refused(model, methods, settings, se
 
 
 def test_no_allocation_of_a_small_model_is_predicted_to_be_better(folder):
-    """Of all widths of two layers of two heads, by dynamic programming over bits."""
+    """The reference is dynamic programming over bits, for all widths of two layers of two heads."""
     small = tiny("llama")
     rates = vl.rate_budget(small, Letters(), text=TEXT, folder=folder, bits=(2, 3, 4), **SETTINGS)
     tables = Offer.of(rates.sizes, rates.sensitivities, rates.curves).tables
@@ -148,7 +148,7 @@ def test_a_plan_holds_what_its_budget_allows_and_loses_less_than_uniform_bits(mo
     assert solved.predicted_loss == pytest.approx(rates.predicted_loss(solved.plan), rel=1e-9)
     assert solved.predicted_loss <= solved.predicted_uniform_loss * (1 + 1e-9)
     assert bytes_per_token(rates.uniform(bits), model) <= bits * 3 * 256 / 8
-    assert solved.uniform.layers == rates.uniform(vl.allocate.BytesPerToken(held)).layers  # of what is spent
+    assert solved.uniform.layers == rates.uniform(vl.allocate.BytesPerToken(held)).layers  # of the spent bytes
     assert rates.predicted_loss(solved.uniform) == pytest.approx(solved.predicted_uniform_loss, rel=1e-9)
 
 
@@ -168,7 +168,7 @@ def test_uniform_bits_are_the_same_for_keys_and_values(rates, bits):
     assert abs(keys - values) <= 1 / 6 + 1e-9  # one of six heads
 
 
-def test_a_text_fits_into_the_memory_that_it_was_given(model, rates):
+def test_a_text_fits_into_its_memory_budget(model, rates):
     plan = rates.plan(vl.allocate.TokensInMemory(600, 0.3))
     cache = vl.make_cache(model, plan)
     for token in range(600):
@@ -178,7 +178,7 @@ def test_a_text_fits_into_the_memory_that_it_was_given(model, rates):
 
 
 def test_one_problem_serves_texts_of_any_length(rates):
-    """Where layers have as many tokens in codes, memory for a text is bytes for each token; windows empty in turn."""
+    """With equal numbers of tokens in codes, memory for a text is bytes per token; windows empty in turn."""
     rates = replace(rates, window=0)
     lengths = [rates.solve(vl.allocate.TokensInMemory(n, 0.3)).bytes_per_token for n in (400, 600, 800)]
     assert lengths == sorted(lengths, reverse=True)
@@ -206,26 +206,26 @@ def test_the_frontier_falls_and_lies_under_uniform_widths(rates):
 
 
 @pytest.mark.parametrize(("budget", "least"), [(2.0, 1), (2.25, 1), (2.37, 1), (2.38, 2), (3.25, 2)])
-def test_one_bit_is_given_only_where_two_bits_would_spend_the_budget(rates, budget, least):
-    """Every value has 0.25 bits of scales, so that 19/18 of what 2 bits take is 2.375."""
+def test_one_bit_is_used_only_if_two_bits_exceed_the_budget(rates, budget, least):
+    """Every value has 0.25 bits of scales, so 19/18 of the bits of 2-bit codes is 2.375."""
     found = rates.solve(budget)
     assert (found.least_bits, found.only_least) == (least, False)
     assert found.predicted_loss == rates.solve(budget, vl.allocate.Bounds(least)).predicted_loss
     if budget >= 2.25:
         assert found.predicted_loss < found.predicted_uniform_loss
-    if budget in (2.25, 3.25):  # what the line shows; what a step leaves over is spent too
+    if budget in (2.25, 3.25):  # at these points of the line, the rest of a step is spent too
         drawn = rates.frontier().filter(pl.col("true_bits") <= budget, kind="allocated")
         assert drawn["true_bits"][-1] > 0.95 * budget
         assert found.predicted_loss <= drawn["predicted_loss"][-1] * (1 + 1e-9)
 
 
-def test_bounds_that_leave_nothing_to_allocate_are_told(rates):
+def test_bounds_that_leave_nothing_to_allocate_are_reported(rates):
     found = rates.solve(2.25, vl.allocate.Bounds(2))
     assert found.only_least
     assert set(rates.heads(found.plan)["bits"]) == {2}
 
 
-def test_bounds_are_kept(model, rates):
+def test_bounds_hold(model, rates):
     plan = rates.plan(3.75, vl.allocate.Bounds(least_bits=3, most_bits=4, protected_first=1))
     assert plan.widths(0, "keys") == plan.widths(0, "values") == (4, 4)
     assert all(
@@ -242,7 +242,7 @@ def test_bounds_are_kept(model, rates):
 
 
 @pytest.mark.parametrize("end", ["protected_first", "protected_last"])
-def test_more_protected_layers_than_there_are_is_all_of_them(rates, end):
+def test_more_protected_layers_than_layers_protect_all(rates, end):
     exact = rates.plan(32.0, vl.allocate.Bounds(**{end: 5}, protection="exact"))
     assert {layer.key_method for layer in exact.layers} == {"none"}
 
@@ -265,7 +265,7 @@ def test_across_methods_a_plan_is_no_worse_than_with_one(model, rates, several):
     assert methods <= {"ratequant", "rabitq", "polarquant"}
 
 
-def test_a_plan_from_a_calibrated_method_wants_its_calibration(model, tmp_path, folder):
+def test_a_plan_of_a_calibrated_method_needs_its_calibration(model, tmp_path, folder):
     fit = vl.calibrate(model, Letters(), "spectralquant", TEXT, bits=[2, 3], tokens=300, folder=tmp_path)
     rates = vl.rate_budget(
         model,
@@ -291,15 +291,15 @@ def test_a_plan_from_a_calibrated_method_wants_its_calibration(model, tmp_path, 
 
 @pytest.fixture(scope="module")
 def fisher(model, folder):
-    """A calibration, and tables that know it."""
+    """A calibration, and its budget tables."""
     fitted = vl.calibrate(model, Letters(), "fisherquant", TEXT, tokens=256, folder=folder)
     methods = ("ratequant", "fisherquant")
     return fitted, vl.rate_budget(model, Letters(), methods, TEXT, folder=folder, calibrations=[fitted], **SETTINGS)
 
 
 @pytest.mark.parametrize("bits", [1.5, 2.25, 4.0])
-def test_fisherquant_is_allocated_as_its_own_water_filling_does(model, fisher, bits):
-    """By words of rows or by one mean of the whole model, its cache is the same; the loss is ½ Σ σ² D(b)."""
+def test_fisherquant_is_allocated_as_by_its_own_water_filling(model, fisher, bits):
+    """By words of rows or by one mean for the model, its cache is the same; the loss is ½ Σ σ² D(b)."""
     fitted, rates = fisher
     found = rates.solve(bits, vl.allocate.Bounds(methods=("fisherquant",)))
     whole = vl.Plan.uniform(model, "fisherquant", bits=bits)
@@ -324,7 +324,7 @@ def test_fisherquant_is_allocated_as_its_own_water_filling_does(model, fisher, b
     assert both["bits"].to_list() == pytest.approx(both["bits_right"].to_list())
 
 
-def test_fisherquant_keeps_bounds_and_stands_beside_others(model, fisher, tmp_path):
+def test_fisherquant_obeys_bounds_and_combines_with_other_methods(model, fisher, tmp_path):
     fitted, rates = fisher
     assert rates.methods == ["ratequant", "fisherquant"]
     assert (
@@ -352,7 +352,7 @@ def test_fisherquant_keeps_bounds_and_stands_beside_others(model, fisher, tmp_pa
         replace(rates, sizes=rates.sizes[:2]).with_calibration(fitted)
 
 
-def test_a_plan_reattaches_from_its_file_as_it_was(model, rates, tmp_path):
+def test_a_plan_from_a_file_makes_the_same_caches(model, rates, tmp_path):
     plan = rates.plan(3.0)
     loaded = vl.Plan.load(plan.save(tmp_path / "plan.json"))
     assert loaded == plan
@@ -366,7 +366,7 @@ def test_a_plan_reattaches_from_its_file_as_it_was(model, rates, tmp_path):
         vl.make_cache(tiny("llama"), plan)
 
 
-def test_measurements_come_back_from_their_file(rates, tmp_path):
+def test_measurements_are_restored_from_a_file(rates, tmp_path):
     path = rates.save(tmp_path / "rates.json")
     loaded = vl.allocate.RateBudget.load(path)
     assert loaded.identity == rates.identity
@@ -380,14 +380,14 @@ def test_measurements_come_back_from_their_file(rates, tmp_path):
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gemma3n", "falcon_h1", "qwen3_next", "gemma2"])
 def test_models_of_other_kinds_are_allocated_and_attached(family, folder):
-    """Sliding layers, borrowed keys, state-space layers in between: what holds keys and values gets its bits."""
+    """Sliding layers, shared keys, state-space layers between: each layer with keys and values gets its bits."""
     other = tiny(family)
     plan = vl.allocate.allocate_bits(other, Letters(), 3.0, text=TEXT, folder=folder, **SETTINGS)
     logits = other(mx.arange(60)[None], cache=vl.make_cache(other, plan))
     assert mx.isfinite(logits).all().item()
 
 
-def test_what_cannot_be_allocated_is_refused(model, rates):
+def test_impossible_allocations_are_refused(model, rates):
     with pytest.raises(InputError, match="leaves 192.0 bytes a token .* within the bounds take 216.0: give more"):
         rates.solve(2.0, vl.allocate.Bounds(2))
     with pytest.raises(InputError, match="leaves 96.0 bytes a token .* within the bounds take 120.0: give more"):
@@ -425,8 +425,8 @@ def smollm2_rates(smollm2, folder):
     return vl.rate_budget(*smollm2, bits=(2, 3, 4, 5), sequences=1, tokens=256, window=0, folder=folder)
 
 
-def test_heads_of_a_real_model_differ_and_rotated_ones_lose_alike(smollm2_rates):
-    """AM/GM of the paper's models, keys and values together, is 1.8 to 2.2; here keys are more alike, values less."""
+def test_heads_of_a_real_model_differ_and_rotated_heads_have_similar_losses(smollm2_rates):
+    """AM/GM of the paper's models, keys and values together, is 1.8 to 2.2; here keys differ less, values more."""
     for tensor, least in (("keys", 1.2), ("values", 2)):
         weights = smollm2_rates.sensitivities.filter(tensor=tensor)["sensitivity"].to_numpy()
         assert len(weights) == 30 * 3
@@ -442,12 +442,12 @@ def exact(smollm2):
 
 @pytest.mark.parametrize("bits", [2.5, 3.0])
 def test_allocated_bits_move_a_real_model_less_than_uniform_ones_in_the_same_bytes(exact, smollm2_rates, bits):
-    """Calibrated on one text and evaluated on another, everything but four sinks through its codes."""
+    """Calibrated on one text and evaluated on another, with everything but four sinks in codes."""
     budget = vl.allocate.AverageBits(bits + 16 / 64)
     solved = smollm2_rates.solve(budget, vl.allocate.Bounds(2, 5))
     uniform = vl.measure.fidelity_to(exact, smollm2_rates.uniform(budget))
     allocated = vl.measure.fidelity_to(exact, solved.plan)
     assert allocated["held_bytes"][0] == uniform["held_bytes"][0]
     assert allocated["kl_mean"][0] < 0.85 * uniform["kl_mean"][0]
-    # the prediction is of the second order, for small errors: it is right to a factor of 2 at these widths
+    # the prediction is of second order, for small errors: at these widths it is accurate to a factor of 2
     assert 0.5 < allocated["kl_mean"][0] / solved.predicted_loss < 2

@@ -1,4 +1,4 @@
-"""Families that attend by arithmetic of their own read codes, and get their own function back."""
+"""Families with their own attention arithmetic read codes, and their original functions are restored by `detach`."""
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +16,7 @@ from veloxlab.mlxlm.hooks import attach, detach
 HISTORY = History((exact_segment(exact_codes(mx.zeros((2, 3, 5, 8)), mx.zeros((2, 3, 5, 8)))),))
 
 
-def test_a_handle_says_what_it_stands_for():
+def test_a_handle_states_shape_and_dtype_of_its_keys():
     assert HISTORY.shape == (2, 3, 5, 8)
     assert HISTORY.dtype == mx.float32
     assert HISTORY.astype(mx.float16) is HISTORY
@@ -26,7 +26,7 @@ def test_a_handle_says_what_it_stands_for():
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
-def test_a_cap_bends_logits_before_the_mask(dtype):
+def test_a_cap_limits_logits_before_the_mask(dtype):
     rng = np.random.default_rng(0)
     q, k, v = (mx.array(rng.standard_normal((1, heads, 20, 16), np.float32)).astype(dtype) for heads in (4, 2, 2))
     sinks = mx.array(rng.standard_normal(4, np.float32))
@@ -39,7 +39,7 @@ def test_a_cap_bends_logits_before_the_mask(dtype):
     assert mx.abs(found - wanted).max() < (2e-3 if dtype == mx.float16 else 1e-5)
 
 
-def test_gemma2_gets_its_own_function_back():
+def test_gemma2_has_its_own_function_after_detach():
     model = tiny("gemma2")
     caches = vl.make_cache(model, bits=8)
     module = type(model.layers[0].self_attn)
@@ -53,18 +53,18 @@ def test_gemma2_gets_its_own_function_back():
     finally:
         attach()
     assert module.__call__ is not own
-    assert mx.array_equal(model(ids, cache=probe.own_cache(model)), native)  # with a cache of mlx-lm's, the same
+    assert mx.array_equal(model(ids, cache=probe.own_cache(model)), native)  # with a cache of mlx-lm, the same
     assert caches[0].path == "codes"
 
 
 @pytest.mark.parametrize("name", [name for name in hooks._OWN if name.endswith("Attention.__call__")])
 def test_a_cache_of_another_library_is_left_to_mlx_lms_own_function(name):
-    """Such a one has no ``keys`` either, which is what a compressed cache lacks."""
+    """Such a cache has no ``keys`` either, like a compressed cache."""
     assert hooks._OWN[name](lambda *given: "its own", "layer", "x", None, [object(), object()]) == "its own"
 
 
 @pytest.mark.parametrize("chunks", [[40, 1, 1], [3, 20, 19]])
-def test_gemma2_of_a_low_cap_keeps_its_logits(chunks):
+def test_gemma2_with_a_low_cap_keeps_its_logits(chunks):
     model, ids = tiny("gemma2", attn_logit_softcapping=0.05), [7 * i % 90 for i in range(42)]
     native = stepwise(model, ids, probe.own_cache(model), chunks)
     same = stepwise(model, ids, vl.make_cache(model, "none", sinks=2, window=8), chunks)
@@ -73,7 +73,7 @@ def test_gemma2_of_a_low_cap_keeps_its_logits(chunks):
     assert np.abs(free - native).max() > 1e-2 * native.std()
 
 
-def test_a_capture_of_gemma2_is_its_own_attention():
+def test_a_capture_of_gemma2_equals_its_own_attention():
     model = tiny("gemma2", attn_logit_softcapping=0.05)
     (layer, *_) = capture_layers(model, list(range(1, 30)))
     assert layer.cap == 0.05

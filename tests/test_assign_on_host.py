@@ -1,4 +1,4 @@
-"""The kernel that finds and packs nearest centroids, checked and run on the CPU as Metal, against its reference."""
+"""The Metal kernel that finds and packs nearest centroids, run on the CPU, against its reference implementation."""
 
 import math
 import shutil
@@ -21,11 +21,11 @@ needs_compilers = pytest.mark.skipif(
 )
 
 
-AS_ON_NVIDIA = replace(HOST, points_each=CUDA.points_each)  # the tile of points that the kernel has there
+AS_ON_NVIDIA = replace(HOST, points_each=CUDA.points_each)  # the kernel's tile of points on that device
 
 
 def found_by_kernel(points, centroids, bits, backend=HOST):
-    """Packed indices of ``points`` ``[..., J·d]``."""
+    """Return packed indices of ``points`` ``[..., J·d]``."""
     dim, length = centroids.shape[1], points.shape[-1]
     shape = (1, 1, 1, *points.shape)
     kernel = search_kernel(dim, length // dim, bits, backend)
@@ -34,12 +34,12 @@ def found_by_kernel(points, centroids, bits, backend=HOST):
 
 
 def whole_numbers(rng, shape, dtype=mx.float32):
-    """Small ones, so that distances are exact in any order of summation, and often the same."""
+    """Return small whole numbers, so that distances are exact in any order of summation, and often equal."""
     return mx.array(rng.integers(-3, 4, shape).astype(np.float32)).astype(dtype)
 
 
 def reference(points, centroids, bits):
-    """The definition: packed indices of the nearest centroids."""
+    """Return the definition: packed indices of the nearest centroids."""
     centroids = centroids.astype(mx.float32)
     points = points.astype(mx.float32).reshape(*points.shape[:-1], -1, centroids.shape[1])
     return pack_indices(nearest(points, centroids), bits)
@@ -48,15 +48,15 @@ def reference(points, centroids, bits):
 # bits, coordinates, sub-vectors of a row, lead dimensions
 CASES = [
     (1, 1, 67, (3,)),
-    (2, 2, 64, (2, 3, 5)),  # rows that fill a threadgroup's points, or more than fill them
+    (2, 2, 64, (2, 3, 5)),  # rows that fill a threadgroup's points, or exceed them
     (3, 3, 32, (33,)),
     (4, 8, 16, (1, 2, 5)),
-    (5, 16, 1, (65,)),  # one point more than whole threadgroups have
+    (5, 16, 1, (65,)),  # one point more than full threadgroups
     (6, 80, 2, (2, 17)),
     (7, 4, 40, (3, 2, 1, 2)),
     (8, 256, 1, (2, 1, 35)),
     (8, 4, 32, (2, 2, 7)),
-    (10, 5, 7, (11,)),  # words that hold parts of four indices
+    (10, 5, 7, (11,)),  # words with parts of four indices
     (12, 8, 16, (3,)),
 ]
 
@@ -78,12 +78,12 @@ def assert_indices_are_the_references(bits, dim, parts, lead, backend=HOST):
 
 @needs_compilers
 @pytest.mark.parametrize(("bits", "dim", "parts", "lead"), [CASES[1], CASES[4], CASES[7], CASES[9]])
-def test_the_larger_tile_of_points_gives_the_same(bits, dim, parts, lead):
+def test_the_larger_tile_of_points_gives_the_same_indices(bits, dim, parts, lead):
     assert_indices_are_the_references(bits, dim, parts, lead, AS_ON_NVIDIA)
 
 
 @needs_compilers
-def test_strided_views_are_read_where_they_are():
+def test_strided_views_are_read_without_a_copy():
     rng = np.random.default_rng(0)
     buffer, book = whole_numbers(rng, (2, 9, 4, 70)), whole_numbers(rng, (16, 7))
     views = [
@@ -97,20 +97,20 @@ def test_strided_views_are_read_where_they_are():
 
 @needs_compilers
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
-def test_half_precision_is_read_as_it_is(dtype):
+def test_half_precision_is_read_without_conversion(dtype):
     rng = np.random.default_rng(1)
     points, centroids = whole_numbers(rng, (5, 24), dtype), whole_numbers(rng, (64, 8), dtype)
     assert mx.array_equal(found_by_kernel(points, centroids, 6), reference(points, centroids, 6))
 
 
 @needs_compilers
-def test_no_centroid_is_nearer_but_for_rounding():
+def test_no_centroid_is_nearer_except_for_rounding():
     rng = np.random.default_rng(2)
     dim, bits, count = 128, 8, 50
     points, centroids = (rng.standard_normal(shape, np.float32) for shape in ((count, dim), (2**bits, dim)))
     words = found_by_kernel(mx.array(points), mx.array(centroids), bits)
     chosen = np.array(unpack_indices(words, bits, 1))[:, 0]
     distances = np.square(points[:, None].astype(np.float64) - centroids).sum(axis=-1)
-    # each of the 128 products and sums is off by 2⁻²⁴ of what has been summed up at most, which stays below |x|·|c|
+    # each of the 128 products and sums has an error of at most 2⁻²⁴ of the sum so far, which stays below |x|·|c|
     bound = 4 * dim * 2.0**-24 * np.linalg.norm(points, axis=1) * np.linalg.norm(centroids, axis=1).max()
     assert np.all(distances[np.arange(count), chosen] - distances.min(axis=1) <= bound)

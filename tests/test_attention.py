@@ -65,7 +65,7 @@ def test_the_output_has_the_dtype_of_the_queries(dtype):
 
 
 def test_decoding_holds_no_decoded_history():
-    """The peak while one query reads 32k tokens stays below the decoded keys alone, by far."""
+    """The peak while one query reads 32k tokens stays far below the size of the decoded keys alone."""
     cache = filled(32_768)
     mx.eval(cache.state)
     q = normal(1, HEADS * GROUP, 1, DIM, seed=3)
@@ -87,7 +87,7 @@ def test_causal_masks_with_a_window_see_the_newest_only():
 @pytest.mark.parametrize("queries", [1, FEW_QUERIES, FEW_QUERIES + 1])
 @pytest.mark.parametrize("mask", ["none", "padded"])
 def test_attention_sinks_take_their_share_of_each_heads_weights(queries, mask):
-    """As gpt_oss has them: a logit for each head that belongs to no token, so that weights sum to less than one."""
+    """As in gpt_oss: a logit for each head that belongs to no token, so that weights sum to less than one."""
     batch, count = 2, 100
     cache = filled(count, batch=batch)
     keys, values = (np.array(x) for x in cache.decoded())
@@ -97,7 +97,7 @@ def test_attention_sinks_take_their_share_of_each_heads_weights(queries, mask):
     allowed = np.ones((queries, count), bool) if mask == "none" else allowed
     out = cache._history().attend(q, DIM**-0.5, None if mask == "none" else mx.array(allowed), sinks)
     with_zero = (np.concatenate([x, np.zeros_like(x[:, :, :1])], axis=2) for x in (keys, values))
-    # the sink's logit as that of a token with a key of zeros, to whose score it is added
+    # the sink's logit is added to the score of a token with a key of zeros
     scores_beside = np.broadcast_to(np.array(sinks)[None, :, None, None], (batch, HEADS * GROUP, queries, 1))
     expected = reference_beside(np.array(q), *with_zero, DIM**-0.5, allowed, scores_beside)  # type: ignore[call-arg]
     assert np.allclose(out, expected, atol=2e-5)
@@ -115,7 +115,7 @@ def reference_beside(q, keys, values, scale, allowed, beside) -> np.ndarray:
 @pytest.mark.parametrize("method", [("turboquant", {}), ("polarquant", {}), ("ratequant", {"head_bits": (2, 4)})])
 @pytest.mark.parametrize("mask", ["causal", "array"])
 def test_kv_heads_may_be_expanded_one_after_another(monkeypatch, method, mask):
-    """Where the codec codes them alike; else all at once, to the same result."""
+    """One after another if the codec codes them alike; otherwise all at once, with the same result."""
     name, options = method
     codecs = (find_method(name).codec(DIM, 4, role, **options) for role in ("keys", "values"))
     cache = CompressedKVCache(*codecs, sinks=2, window=8)
@@ -129,6 +129,6 @@ def test_kv_heads_may_be_expanded_one_after_another(monkeypatch, method, mask):
 
 
 @pytest.mark.parametrize(("said", "size"), [("3", 3_000_000), ("0", None), ("much", None), ("", None)])
-def test_the_room_for_what_is_decoded_can_be_chosen(said, size, monkeypatch):
+def test_the_memory_for_decoded_tokens_can_be_set(said, size, monkeypatch):
     monkeypatch.setenv("VELOXLAB_EXPANDED_MB", said)
     assert expanded_bytes() == (size or device_backend().expanded_bytes)

@@ -1,4 +1,4 @@
-"""Attention over a history through GPU kernels, run on the CPU: from codecs to the answer that graph ops give."""
+"""Attention over a history through GPU kernels, run on the CPU, against the result of MLX operations."""
 
 import itertools
 import math
@@ -28,8 +28,8 @@ pytestmark = pytest.mark.skipif(
     not (shutil.which("g++") and shutil.which("clang-16")), reason="kernels run here through g++ and clang-16"
 )
 
-# The harness multiplies in float32 but keeps weights in half precision, as the kernel does: 2⁻¹¹ of each, which over
-# hundreds of tokens averages out to less
+# The harness multiplies in float32 but keeps weights in half precision, as the kernel does: an error of 2⁻¹¹ each,
+# which is less on average over hundreds of tokens
 TOLERANCE = 5e-4
 DIM = 64
 
@@ -37,7 +37,7 @@ DIM = 64
 @pytest.fixture(autouse=True)
 def kernels_on_the_host(monkeypatch):
     monkeypatch.setattr(attention, "current_backend", lambda: HOST)
-    monkeypatch.setattr(checked, "current_backend", lambda: None)  # no other kernel is counted
+    monkeypatch.setattr(checked, "current_backend", lambda: None)  # so that no other kernel is counted
     monkeypatch.setattr(checked, "has_loops", lambda: False)
     monkeypatch.setattr(checked, "_states", {})
     monkeypatch.setattr(attend, "_KERNELS", {})
@@ -67,7 +67,7 @@ def relative(x, wanted):
 
 
 def both(h: History, q, mask=None, sinks=None, cap=None):
-    """What the kernel gives, and what graph ops give."""
+    """Return the results of the kernel and of graph operations."""
     scale = 1 / math.sqrt(q.shape[-1])
     in_graph = h._attend_codes(q.astype(mx.float32), scale, mask, sinks, cap)
     return h._attend_in_kernel(q, scale, mask, sinks, cap), in_graph
@@ -75,7 +75,7 @@ def both(h: History, q, mask=None, sinks=None, cap=None):
 
 @pytest.mark.parametrize("cap", [0.5, 50.0])
 def test_a_kernel_caps_logits(cap):
-    """The first call, which prepares, and the next; a call without a cap after it is no such call."""
+    """The first call, which prepares, and the next; a later call without a cap is not prepared."""
     h = history(METHODS["turboquant"].codec(DIM, 4, "keys"), METHODS["turboquant"].codec(DIM, 4, "values"))
     q = normal(1, 4, 1, DIM) * 5
     free = both(h, q)[1]
@@ -101,7 +101,7 @@ def test_a_kernel_reads_what_a_codec_wrote(method, bits):
 
 
 @pytest.mark.parametrize("rotation", ["hadamard", "haar"])
-def test_heads_of_several_widths(rotation):
+def test_a_kernel_reads_heads_of_several_widths(rotation):
     keys = ratequant.build(DIM, 3, "keys", head_bits=(4, 2, 3, 2), rotation=rotation)
     values = ratequant.build(DIM, 3, "values", head_bits=(2, 3, 3, 6), rotation=rotation)
     in_kernel, in_graph = both(history(keys, values, heads=4), normal(1, 8, 1, DIM))
@@ -127,7 +127,7 @@ def test_layers_with_other_plans_take_the_same_kernel():
     assert checked.states() == {"agrees": 1}
 
 
-def test_keys_and_values_may_differ_in_codec_and_dimension():
+def test_keys_and_values_can_differ_in_codec_and_dimension():
     keys, values = METHODS["qjl"].codec(DIM, 2, "keys"), TurboQuant(128, 4, "mse")
     in_kernel, in_graph = both(history(keys, values), normal(1, 4, 1, DIM))
     assert relative(in_kernel, in_graph) < TOLERANCE
@@ -135,18 +135,18 @@ def test_keys_and_values_may_differ_in_codec_and_dimension():
 
 @cache
 def fitted(method):
-    """Codecs of keys and values at 2 bits."""
+    """Return codecs of keys and values at 2 bits."""
     sample = Sample(normal(1, 2, 2048, DIM, seed=7))
     return [METHODS[method].codec(DIM, 2, tensor).fit(sample) for tensor in ("keys", "values")]
 
 
-def test_codebooks_of_vectors():
+def test_a_kernel_reads_codebooks_of_vectors():
     keys, values = fitted("vecinfer")
     in_kernel, in_graph = both(history(keys, values), normal(1, 4, 1, DIM))
     assert relative(in_kernel, in_graph) < TOLERANCE
 
 
-def test_codes_of_what_differs_from_a_mean():
+def test_a_kernel_reads_codes_of_differences_from_a_mean():
     sample = Sample(normal(1, 2, 256, DIM, seed=7) + 2)
     keys, values = (METHODS["rabitq"].codec(DIM, 4, tensor, centroid=True).fit(sample) for tensor in ("keys", "values"))
     in_kernel, in_graph = both(history(keys, values), normal(1, 4, 1, DIM))
@@ -159,7 +159,7 @@ def test_codes_of_what_differs_from_a_mean():
     [Rope(DIM), Rope(DIM // 2, traditional=True), Rope(40, base=None, freqs=mx.arange(1, 21) * 3.0, scale=0.5)],
     ids=["halves", "neighbours", "some"],
 )
-def test_sums_that_are_turned_to_their_positions(rope):
+def test_a_kernel_reads_sums_of_entries_that_rope_rotates(rope):
     sample = Sample(normal(1, 2, 256, DIM, seed=7), rope=rope)
     keys, values = (METHODS["commvq"].codec(DIM, 1, tensor).fit(sample) for tensor in ("keys", "values"))
     h = history(keys, values)
@@ -179,7 +179,7 @@ ROPES = {
 
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
 @pytest.mark.parametrize("options", [{}, {"entries": 1024}, {"code": "scalar"}], ids=str)
-def test_strings_of_bits_about_means_before_rope(rope, options):
+def test_a_kernel_reads_trellis_codes_about_means_before_rope(rope, options):
     x = 3 + normal(1, 2, 256, DIM, seed=7) * mx.exp(normal(2, 1, DIM, seed=8))
     sample = Sample(x, rope=rope, gradients=normal(1, 2, 256, DIM, seed=9))
     keys, values = (METHODS["fisherquant"].codec(DIM, 2.25, tensor, **options).fit(sample) for tensor in TENSORS)
@@ -195,7 +195,7 @@ def test_strings_of_bits_about_means_before_rope(rope, options):
 
 
 @pytest.mark.parametrize("mask", ["causal", "window"])
-def test_several_queries_with_a_mask(mask):
+def test_a_kernel_reads_for_several_queries_with_a_mask(mask):
     h = history(TurboQuant(DIM, 4), TurboQuant(DIM, 4, "mse"))
     q = normal(1, 6, 3, DIM)
     of_window = create_causal_mask(3, h.tokens - 3, window_size=40)
@@ -203,7 +203,7 @@ def test_several_queries_with_a_mask(mask):
     assert relative(in_kernel, in_graph) < TOLERANCE
 
 
-@pytest.mark.parametrize("method", ["turboquant", "vecinfer"])  # inside the kernel's space, and outside
+@pytest.mark.parametrize("method", ["turboquant", "vecinfer"])  # values in the kernel's space, and outside of it
 def test_attention_sinks_take_their_share(method):
     h = history(*fitted(method))
     q, logits = normal(1, 4, 1, DIM), mx.array([-1.0, 2.0, 4.0, 6.0])
@@ -213,28 +213,28 @@ def test_attention_sinks_take_their_share(method):
 
 
 @pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (4, 0), (0, 20)])
-def test_exact_tokens_may_be_missing(sinks, recent):
+def test_exact_tokens_can_be_missing(sinks, recent):
     h = history(TurboQuant(DIM, 4), TurboQuant(DIM, 4, "mse"), sinks=sinks, recent=recent)
     in_kernel, in_graph = both(h, normal(1, 2, 1, DIM))
     assert relative(in_kernel, in_graph) < TOLERANCE
 
 
 @pytest.mark.parametrize("method", ["turboquant", "qjl", "polarquant"])  # with scales, steps and radii of each token
-def test_few_packed_tokens_are_read_from_the_first_on(method):
+def test_a_kernel_reads_even_a_few_packed_tokens(method):
     codecs = [METHODS[method].codec(DIM, 4, tensor) for tensor in ("keys", "values")]
     for packed in (1, 7):
         in_kernel, in_graph = both(history(*codecs, packed=packed, heads=1), normal(1, 2, 1, DIM))
         assert relative(in_kernel, in_graph) < TOLERANCE
 
 
-def test_half_precision_comes_out_as_it_went_in():
+def test_half_precision_is_kept():
     h = history(TurboQuant(DIM, 4), TurboQuant(DIM, 4, "mse"), dtype=mx.float16)
     in_kernel, in_graph = both(h, normal(1, 4, 1, DIM, dtype=mx.float16))
     assert in_kernel.dtype == mx.float16
-    assert relative(in_kernel, in_graph) < 2e-3  # the answer is rounded to half precision, 2⁻¹¹ of each number
+    assert relative(in_kernel, in_graph) < 2e-3  # the result is rounded to half precision, 2⁻¹¹ of each number
 
 
-def test_a_codec_that_no_kernel_reads_is_left_to_graph_ops():
+def test_a_codec_without_a_kernel_uses_graph_ops():
     h = history(*(METHODS["turboquant"].codec(DIM, 4, tensor, variant="prod") for tensor in ("keys", "values")))
     assert h._attend_in_kernel(normal(1, 4, 1, DIM), 1.0, None) is None
 
@@ -250,7 +250,7 @@ def test_a_kernel_that_disagrees_with_its_reference_is_switched_off_with_one_war
     q = normal(1, 4, 1, DIM)
     with pytest.warns(UserWarning, match="is switched off on this metal device: it differs from its reference by 0.01"):
         wrong = h.attend(q, 0.125, None)
-    assert mx.array_equal(wrong, h.attend(q, 0.125, None))  # no second warning, which would be an error
+    assert mx.array_equal(wrong, h.attend(q, 0.125, None))  # a second warning would be an error
     assert mx.array_equal(wrong, h._attend_codes(q, 0.125, None))
     assert checked.states() == {"it differs from its reference by 0.01": 1}
 
@@ -273,7 +273,7 @@ def test_the_switch_forbids_kernels(monkeypatch):
     assert devices.current_backend() is None
 
 
-def test_a_codebook_is_searched_by_a_kernel_that_finds_what_its_reference_does(monkeypatch):
+def test_the_kernel_of_codebook_search_agrees_with_its_reference(monkeypatch):
     codec, _ = fitted("vecinfer")
     x = normal(1, 2, 33, DIM, seed=8)
     assert on_the_host(monkeypatch) == []
@@ -292,7 +292,7 @@ def test_a_codebook_search_that_errs_is_switched_off(monkeypatch):
 
 
 def on_the_host(monkeypatch):
-    """Let codecs encode and decode by kernels, whose names are given as they are launched."""
+    """Let codecs encode and decode by kernels; yield the names of launched kernels."""
     names = []
 
     def counted(source):
@@ -309,7 +309,7 @@ def on_a_cpu(monkeypatch):
 
 
 def wrong_by(monkeypatch, change):
-    """Let ``change`` alter all that kernels of vectors give, each named array."""
+    """Let ``change`` alter all outputs of kernels of vectors, each a named array."""
     right = backend.run_vectors
 
     def wrong(*given):
@@ -333,14 +333,14 @@ ONE_LAUNCH = [
 def test_vectors_are_encoded_by_one_launch_as_by_the_reference(monkeypatch, codec):
     names = on_the_host(monkeypatch)
     x = normal(1, 2, 33, 80, seed=8, dtype=mx.float16)
-    codec.encode(x)  # tries the kernel
+    codec.encode(x)  # checks the kernel
     names.clear()
     in_kernel = codec.encode(x)
     assert len(names) == 1
     decoded = codec.decode(in_kernel)
     assert set(checked.states()) == {"agrees"}
     on_a_cpu(monkeypatch)
-    # a coordinate that lies on a boundary to float rounding may be coded either way
+    # a coordinate at a boundary, within float rounding, may have either code
     assert relative(decoded, codec.decode(codec.encode(x))) < 1e-2
 
 
@@ -348,7 +348,7 @@ def test_heads_of_each_width_are_encoded_by_one_launch(monkeypatch):
     names = on_the_host(monkeypatch)
     codec = METHODS["ratequant"].codec(DIM, 3, "keys", head_bits=(2, 5, 2, 3, 2, 5))
     x = normal(2, 6, 9, DIM, seed=8, dtype=mx.float16)
-    codec.encode(x)  # tries the kernels
+    codec.encode(x)  # checks the kernels
     names.clear()
     found = codec.encode(x).arrays
     assert names == ["encode"] * 3
@@ -356,7 +356,7 @@ def test_heads_of_each_width_are_encoded_by_one_launch(monkeypatch):
     assert set(checked.states()) == {"agrees"}
     for name, array in codec.encode(x).arrays.items():
         assert found[name].shape == array.shape
-        assert mx.mean(found[name] == array).item() > 0.99  # a boundary, to float rounding
+        assert mx.mean(found[name] == array).item() > 0.99  # boundaries, within float rounding
 
 
 @pytest.mark.parametrize("basis", ["pca", "query"])
@@ -365,7 +365,7 @@ def test_a_calibrated_basis_is_a_product_and_one_launch(monkeypatch, basis):
     sample = Sample(normal(1, 2, 400, DIM), normal(1, 4, 400, DIM, seed=1))
     codec = METHODS["spectralquant"].codec(DIM, 3, "keys", basis=basis).fit(sample)
     x = normal(2, 2, 9, DIM, seed=8, dtype=mx.float16)
-    codec.encode(x)  # tries the kernel
+    codec.encode(x)  # checks the kernel
     names.clear()
     in_kernel = codec.encode(x)
     assert names == ["encode_by_plan"]
@@ -387,7 +387,7 @@ def test_signs_and_groups_are_one_launch_each(monkeypatch, tensor, options, kern
     names = on_the_host(monkeypatch)
     codec = METHODS["qjl"].codec(DIM, 2, tensor, **options).fit(Sample(normal(1, 2, 100, DIM)))
     x = normal(2, 2, 9, DIM, seed=8, dtype=mx.float16)
-    codec.encode(x)  # tries the kernels
+    codec.encode(x)  # checks the kernels
     names.clear()
     in_kernel = codec.encode(x)
     assert names == kernels
@@ -426,8 +426,8 @@ def test_a_rotation_of_blocks_is_one_launch(monkeypatch):
     assert relative(rotation.inverse(in_graph), x) < 1e-6
     assert set(launched) == {"rotate"}
     launched.clear()
-    transforms.SignedHadamard(64, 3).forward(normal(1, 2, 9, 64))  # MLX's own transform does
-    rotation.forward(normal(9, 80))  # no tokens of heads
+    transforms.SignedHadamard(64, 3).forward(normal(1, 2, 9, 64))  # MLX's own transform is used
+    rotation.forward(normal(9, 80))  # no heads
     assert not launched
 
 
@@ -441,12 +441,12 @@ def test_a_rotation_that_errs_is_switched_off(monkeypatch):
     assert mx.array_equal(wrong, rotation.forward(x))
 
 
-def test_what_is_prepared_serves_until_a_buffer_of_codes_is_full(monkeypatch):
+def test_a_prepared_call_is_used_until_a_buffer_of_codes_is_full(monkeypatch):
     gpu = replace(HOST, lazy=True)
     monkeypatch.setattr("veloxlab.cache.past.device_backend", lambda: gpu)
     monkeypatch.setattr(attention, "current_backend", lambda: gpu)
     cache = CompressedKVCache(TurboQuant(DIM, 4), TurboQuant(DIM, 3, "mse"), window=BLOCK)
-    first = normal(1, 2, 3000, DIM)  # buffers of 3,000 tokens take room for more than a block
+    first = normal(1, 2, 3000, DIM)  # buffers of 3,000 tokens have room for more than a block
     cache.update_and_fetch(first, first)
     filled, calls = set(), []
     for i in range(2 * BLOCK + 1):
@@ -459,10 +459,10 @@ def test_what_is_prepared_serves_until_a_buffer_of_codes_is_full(monkeypatch):
             filled.add(found.past.filled)
             calls.append(found.past.calls)
     same = [mine is before for mine, before in itertools.pairwise(calls)]
-    assert same == [False, True]  # there was no room for the first block
+    assert same == [False, True]  # no room for the first block
 
 
-def test_the_next_token_asks_for_nothing_but_the_kernel(monkeypatch):
+def test_the_next_token_calls_only_the_kernel(monkeypatch):
     gpu = replace(HOST, lazy=True)
     monkeypatch.setattr("veloxlab.cache.past.device_backend", lambda: gpu)
     monkeypatch.setattr(attention, "current_backend", lambda: gpu)
@@ -482,7 +482,7 @@ def test_the_next_token_asks_for_nothing_but_the_kernel(monkeypatch):
     assert len(asked) == 3
 
 
-def test_a_cache_in_use_sees_that_kernels_were_switched_off_with_the_next_block(monkeypatch):
+def test_a_cache_in_use_stops_using_kernels_with_the_next_block(monkeypatch):
     gpu, runs = replace(HOST, lazy=True), [True]
     monkeypatch.setattr("veloxlab.cache.past.device_backend", lambda: gpu)
     monkeypatch.setattr(attention, "current_backend", lambda: gpu if runs[0] else None)
@@ -497,5 +497,5 @@ def test_a_cache_in_use_sees_that_kernels_were_switched_off_with_the_next_block(
         runs[0] = i < BLOCK + BLOCK // 2
     filled = [before for before, _ in seen]
     off = [answered for _, answered in seen].index(False)
-    assert filled[off] != filled[off - 1]  # the first token behind a new block
+    assert filled[off] != filled[off - 1]  # the first token after a new block
     assert not any(answered for _, answered in seen[off:])

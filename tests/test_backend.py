@@ -1,4 +1,4 @@
-"""A new back end is one `Backend` and one entry in `BACKENDS`: here one that runs NumPy on the CPU, at once."""
+"""A new back end is one `Backend` and one entry in `BACKENDS`: here one that runs NumPy on the CPU, eagerly."""
 
 import math
 from dataclasses import replace
@@ -20,7 +20,7 @@ from veloxlab.kernels.text import Source
 
 
 def test_a_launch_on_cuda_copies_no_text(monkeypatch, tmp_path):
-    """MLX copies the text of a kernel at each launch, and looks in its body for the facts of arrays that it wants."""
+    """MLX copies the text of a kernel at each launch, and searches its body for the array facts that it needs."""
     made = []
     monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **given: made.append(given))
     monkeypatch.setattr(text, "kept_in", lambda kind: tmp_path / kind)
@@ -37,14 +37,14 @@ def test_a_launch_on_cuda_copies_no_text(monkeypatch, tmp_path):
     assert not any(fact in made[0]["source"] for fact in ("x_shape", "z_strides"))
     CUDA.build(source)
     assert all("crash" not in path.read_text() for path in (tmp_path / "kernels").iterdir())
-    monkeypatch.setattr(text, "kept_in", lambda kind: Path("/dev/null") / kind)  # where nothing can be written
+    monkeypatch.setattr(text, "kept_in", lambda kind: Path("/dev/null") / kind)  # a place without write access
     CUDA.build(source)
     assert "SIZE" in made[2]["header"]
     assert "x_strides" in made[2]["source"]
 
 
 def build(source):
-    """The function of the kernel's name, which takes NumPy arrays in the order of its inputs."""
+    """Return the kernel's function by name; it takes NumPy arrays in the order of its inputs."""
     functions = {"encode_signs": encode_signs}
 
     def kernel(*, inputs, output_shapes, output_dtypes, **_):
@@ -66,7 +66,7 @@ def test_a_back_end_is_one_object_and_one_entry(monkeypatch):
     codec = METHODS["qjl"].codec(64, 2, "keys")
     x = mx.random.normal((1, 2, 9, 64), key=mx.random.key(0)).astype(mx.float16)
     with monkeypatch.context() as ops:
-        ops.setenv(devices.SWITCH, "0")  # MLX operations give what is wanted
+        ops.setenv(devices.SWITCH, "0")  # MLX operations give the expected result
         wanted = codec.encode(x).arrays
     assert checked.states() == {}
 
@@ -78,8 +78,8 @@ def test_a_back_end_is_one_object_and_one_entry(monkeypatch):
     assert all(mx.array_equal(found[name], array) for name, array in wanted.items())
 
 
-def test_what_a_launch_of_an_eager_back_end_is_given_is_computed(monkeypatch):
-    """A function that reads memory cannot wait: a lazy back end leaves that to MLX."""
+def test_inputs_of_an_eager_back_end_are_computed_before_a_launch(monkeypatch):
+    """A function that reads memory needs computed arrays; a lazy back end leaves the order to MLX."""
     evaluated = []
     monkeypatch.setattr(mx, "eval", lambda arrays: evaluated.extend(arrays))
     for lazy, count in ((True, 0), (False, 2)):
@@ -88,7 +88,7 @@ def test_what_a_launch_of_an_eager_back_end_is_given_is_computed(monkeypatch):
         assert len(evaluated) == count
 
 
-def test_a_session_of_a_model_builds_as_many_kernels_as_doctor_says(monkeypatch):
+def test_a_session_of_a_model_builds_the_number_of_kernels_that_doctor_states(monkeypatch):
     """A prompt is read in two chunks, and a block of the answer leaves the window, with the defaults."""
     names = []
 

@@ -1,4 +1,4 @@
-"""Sequences of different lengths in one batch get what they get alone."""
+"""Sequences of different lengths in one batch get the same results as alone."""
 
 import copy
 import random
@@ -42,7 +42,7 @@ def alone(model, prompt, count, cache) -> list[int]:
 
 
 def together(model, prompts, counts, caches) -> list[list[int]]:
-    """Two decode at once, and two are read at once: so some wait, and others join and leave."""
+    """Two sequences decode at a time, and two are read at a time: some wait, and others join and leave."""
     generator = BatchGenerator(model, completion_batch_size=3, prefill_batch_size=2)
     uids = generator.insert(prompts, counts, caches=caches)
     made = {uid: [] for uid in uids}
@@ -67,7 +67,7 @@ def test_each_sequence_of_a_batch_gets_the_tokens_it_gets_alone(family, method):
 def test_gemma2_fails_in_a_batch_with_its_own_cache():
     generator = BatchGenerator(tiny("gemma2"))
     generator.insert([[1, 2, 3, 4], [5, 6], [7, 8, 9]], [3] * 3)
-    with pytest.raises(ValueError, match="cannot be broadcast"):  # what ours does not
+    with pytest.raises(ValueError, match="cannot be broadcast"):  # our cache does not raise
         generator.next_generated()
     generator.close()
 
@@ -82,14 +82,14 @@ def test_a_prompt_that_was_read_before_continues_in_a_batch():
     assert read[0].offset == len(start)
 
 
-# what a batch holds and hands out -------------------------------------------------------------------------------------
+# contents of a batch, and its input of attention ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["codes", "arrays"])
 @pytest.mark.parametrize("max_size", [None, 20])
 @pytest.mark.parametrize("query_heads", [HEADS, 3 * HEADS])
 def test_attention_of_padded_rows_is_that_of_each_row_alone(path, max_size, query_heads):
-    """With the mask that the batch itself gives, under grouped queries: mlx-lm's [B, 1, L, S]."""
+    """With the mask of the batch itself and grouped queries: mlx-lm's [B, 1, L, S]."""
     settings = {"sinks": 0 if max_size else 2, "window": 4, "path": path, "max_size": max_size, "chunk": "codes"}
     rows = [make(**settings) for _ in range(3)]
     for i, row in enumerate(rows[:2]):
@@ -148,8 +148,8 @@ def test_a_batch_holds_the_bytes_of_its_rows_and_no_padding():
     assert (one.offset, batch.rows[1].offset) == (15, 10)
 
 
-def test_layers_of_a_step_share_a_mask_that_is_let_go_when_the_step_is_over():
-    """It has a byte for each column of each sequence, which no cache counts."""
+def test_layers_of_a_step_share_a_mask_that_is_freed_after_the_step():
+    """The mask has a byte for each column of each sequence, which no cache counts."""
     mask, other = (CompressedKVCache.merge([make(), make()]).make_mask(1) for _ in range(2))
     assert mask is other
     held = weakref.ref(mask)
@@ -157,8 +157,8 @@ def test_layers_of_a_step_share_a_mask_that_is_let_go_when_the_step_is_over():
     assert held() is None
 
 
-def test_what_rows_lend_is_let_go_when_the_step_is_over():
-    """A chunk's exact keys would else stay beside their codes until the next one."""
+def test_lent_keys_and_values_are_freed_after_the_step():
+    """Otherwise a chunk's exact keys would stay in memory beside their codes until the next chunk."""
     rows = [make("none", 32, lends=True, window=4) for _ in range(2)]
     batch = CompressedKVCache.merge(rows)
     x = tokens(50, 0, batch=2)
@@ -171,8 +171,8 @@ def test_what_rows_lend_is_let_go_when_the_step_is_over():
 
 @pytest.mark.parametrize("path", ["codes", "arrays"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_bad_row_stores_nothing_in_any_row_and_the_others_go_on(path, bad):
-    """Alone and in the batch the other rows then hold and read the same."""
+def test_a_bad_row_stores_nothing_in_any_row_and_the_others_continue(path, bad):
+    """The other rows then hold and read the same, alone and in the batch."""
     settings = {**SOME_EXACT, "path": path, "lends": True, "chunk": "codes"}
     rows = [make(**settings) for _ in range(3)]
     for i, row in enumerate(rows):
@@ -211,8 +211,8 @@ def test_rows_are_trimmed_all_or_none():
     assert batch.offset.tolist() == [10, 30]
 
 
-def test_rows_that_join_amid_padding_keep_what_they_expect():
-    """Each side says how many tokens are still to come before its padding; a side that says nothing has none."""
+def test_rows_that_join_during_padding_keep_their_padding():
+    """Each side states how many tokens come before its padding ends; a side without a statement has no padding."""
     sides = [BatchCompressedKVCache([make("none", 32) for _ in range(2)]) for _ in range(3)]
     sides[0].prepare(lengths=[6, 2], right_padding=[0, 4])
     sides[2].prepare(lengths=[3, 5], right_padding=[2, 0])
@@ -230,8 +230,8 @@ def test_rows_that_join_amid_padding_keep_what_they_expect():
 
 @pytest.mark.parametrize("path", ["codes", "arrays"])
 @pytest.mark.parametrize("max_size", [None, 20])
-def test_a_layer_that_borrows_reads_what_its_owner_fetched(path, max_size):
-    """Widths and columns too, where all rows begin with padding: the mask is made once, for both layers."""
+def test_a_layer_that_shares_keys_reads_those_of_its_owner(path, max_size):
+    """Also the widths and columns, if all rows begin with padding: the mask is made once, for both layers."""
     batch = BatchCompressedKVCache(
         [make("none", 32, path=path, lends=True, max_size=max_size, sinks=0) for _ in range(2)]
     )
@@ -246,7 +246,7 @@ def test_a_layer_that_borrows_reads_what_its_owner_fetched(path, max_size):
             assert all(mx.array_equal(a, b) for a, b in zip(lent, fetched, strict=True))
 
 
-def test_all_that_a_batch_holds_stands_where_its_mask_says():
+def test_all_tokens_of_a_batch_are_at_the_places_of_its_mask():
     batch = BatchCompressedKVCache([make("none", 32, path="arrays") for _ in range(2)])
     batch.prepare(left_padding=[2, 3])
     x = tokens(5, 0, batch=2)
@@ -266,7 +266,7 @@ def test_a_cache_of_several_sequences_cannot_join():
 
 
 class Reference:
-    """One sequence as it would be alone: a cache that gets its tokens by itself, and a plain list of them."""
+    """One sequence alone: a cache with only its tokens, and a plain list of them."""
 
     def __init__(self, cache: CompressedKVCache) -> None:
         self.cache, self.held = cache, np.zeros((1, HEADS, 0, DIM), np.float32)
@@ -282,7 +282,7 @@ class Reference:
 
 
 def step(rng: random.Random, batch, references: list[Reference], new, seeds, path) -> BatchCompressedKVCache:
-    """One random thing that a generator or a server does to a batch, done to the references too."""
+    """Do one random action of a generator or a server to a batch, and to the references."""
     kind = rng.choice(["prefill", "prefill", "decode", "decode", "trim", "filter", "extend", "extract", "save", "copy"])
     count = len(references)
     if kind in ("prefill", "decode"):
@@ -327,8 +327,8 @@ def step(rng: random.Random, batch, references: list[Reference], new, seeds, pat
 @pytest.mark.parametrize("max_size", [None, 50])
 @pytest.mark.parametrize("first", range(0, 50, 10))
 def test_random_schedules_end_in_the_state_of_a_plain_reference(tmp_path, method, max_size, first):
-    """Two hundred of them, in all."""
-    vl.make_cache(tiny("llama"))  # tells mlx-lm our classes
+    """Two hundred schedules in all."""
+    vl.make_cache(tiny("llama"))  # registers our classes with mlx-lm
     for seed in range(first, first + 10):
         rng = random.Random(seed)
         settings = {"sinks": rng.choice([0, 3]), "window": rng.choice([0, 1, 16, 64]), "max_size": max_size}
@@ -357,5 +357,5 @@ def test_random_schedules_end_in_the_state_of_a_plain_reference(tmp_path, method
                 assert np.array_equal(keys[:, :, : settings["sinks"]], reference.held[:, :, : settings["sinks"]])
 
 
-def test_mlx_lms_own_batches_are_made_beside_ours():
+def test_mlx_lms_own_batches_still_work():
     assert type(KVCache.merge([KVCache()])).__name__ == "BatchKVCache"

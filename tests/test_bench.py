@@ -1,4 +1,4 @@
-"""The benchmark's rows, at sizes that take no time."""
+"""The benchmark's rows, at small sizes."""
 
 import json
 import os
@@ -78,12 +78,12 @@ def test_a_disturbed_row_gives_no_negative_time(quick, monkeypatch):
     seconds = iter(2 * [4e-3] * (timing.FIRST_TRIES + 1) + [8e-3] * (timing.FIRST_TRIES + 1))
     monkeypatch.setattr(timing, "_timed", lambda _: (1e-3, next(seconds)))
     times = timing.microseconds([lambda: None])
-    assert times.evaluating == pytest.approx(4e3 / (timing.LONGER * timing.IN_A_ROW))  # of the longer row, as its mean
+    assert times.evaluating == pytest.approx(4e3 / (timing.LONGER * timing.IN_A_ROW))  # the mean of the longer row
     assert times.making == pytest.approx(1e3 / (timing.LONGER * timing.IN_A_ROW))
     assert times.alone == pytest.approx(9e3)
 
 
-def test_making_a_graph_is_no_part_of_evaluating_it(quick, monkeypatch):
+def test_the_time_of_building_a_graph_is_not_in_the_time_of_its_evaluation(quick, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
 
@@ -148,7 +148,7 @@ def test_encoding_is_timed_beside_attention(quick):
         assert row["ratio"] == pytest.approx(row["microseconds"] / row["attention_microseconds"] / BLOCK)
 
 
-def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkeypatch, tmp_path):
+def test_the_command_writes_its_measurements_and_can_measure_a_part_again(monkeypatch, tmp_path):
     names = (
         "decode_attention",
         "attention_of_methods",
@@ -184,7 +184,7 @@ def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkey
 
 @pytest.fixture
 def small_cpu(monkeypatch):
-    """A CPU's parts, for two methods, a layer of two heads, and few tokens."""
+    """Small parts of a CPU run: two methods, a layer of two heads, and few tokens."""
     for name, value in {
         "SHAPE": shapes.Shape(2, 1, 64),
         "SAMPLE": 192,
@@ -201,7 +201,7 @@ def small_cpu(monkeypatch):
     monkeypatch.setitem(shapes.MODELS, "smollm2-135m", SMALL_MODEL)
 
 
-def test_a_cpu_is_measured_by_one_command_and_without_parts_only_written_again(small_cpu, tmp_path, capsys):
+def test_a_cpu_is_measured_by_one_command_and_no_parts_only_write_the_file_again(small_cpu, tmp_path, capsys):
     path = tmp_path / "bench_cpu.json"
     words = ["bench", "--json", str(path), "--tokens", "96", "320"]
     assert cli.main([*words, "--caches", "turboquant:4", "qjl:2", "--busy"]) == 0
@@ -250,7 +250,7 @@ def test_a_cpu_is_measured_by_one_command_and_without_parts_only_written_again(s
     assert "'turboquant' is no compressed cache: give METHOD:BITS" in capsys.readouterr().err
 
 
-def test_a_measurement_that_is_killed_leaves_no_core_busy():
+def test_a_killed_measurement_leaves_no_core_busy():
     code = """
 import time
 from veloxlab.measure.bench import cpu_decode
@@ -269,7 +269,7 @@ with cpu_decode._other_process() as other, cpu_decode._running(other):
             os.kill(other, 0)
         except ProcessLookupError:
             return
-        if state and state.read_text().rsplit(")", 1)[1].split()[0] == "Z":  # ended, where nobody collects orphans
+        if state and state.read_text().rsplit(")", 1)[1].split()[0] == "Z":  # a zombie: ended
             return
         time.sleep(0.1)
     pytest.fail(f"process {other} still runs")
@@ -289,8 +289,8 @@ def test_mlx_operations_are_timed_without_kernels_and_only_they(small_cpu, monke
     assert seen == [None, None, "0", None]
 
 
-def test_attention_by_mlx_operations_is_not_what_a_kernel_prepared(small_cpu, monkeypatch):
-    """A history that a kernel has read goes on with it: the benchmark takes another one."""
+def test_attention_by_mlx_operations_uses_a_new_history(small_cpu, monkeypatch):
+    """A kernel that has read a history reads it again, so the benchmark needs another history."""
     asked, kernel = [], History._attend_in_kernel
 
     def counted(own, *given):
@@ -321,7 +321,7 @@ def test_the_other_process_keeps_a_core_busy_only_while_it_runs():
 
 
 def _state(pid: int) -> str:
-    """The state of a process, by the letter of Linux."""
+    """Return the state of a process as Linux's letter."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
@@ -330,7 +330,7 @@ def test_a_module_is_the_command():
     assert "--busy" in subprocess.run(asked, capture_output=True, text=True, check=True).stdout
 
 
-def test_the_committed_times_are_drawn():
+def test_the_committed_times_can_be_drawn():
     results = json.loads((shipped_folder("data") / "results" / "bench_h200.json").read_text())
     assert times.bench_picture(results).startswith(b"\x89PNG")
 
@@ -369,7 +369,7 @@ def test_a_cache_that_cannot_decode_has_no_time():
 
 
 @pytest.mark.parametrize("way", [timing.exact, timing.mlx_lm, timing.over_codes])
-def test_a_call_leaves_the_query_to_the_next(way):
+def test_a_call_leaves_the_query_unchanged_for_the_next(way):
     bits = () if way is timing.exact else (4,)
     call = timing.calls(SMALL, partial(way, SMALL, 64, *bits))[0][0]
     first, second = call(), call()
@@ -414,7 +414,7 @@ def test_caches_are_timed_in_turn_and_the_time_to_make_one_does_not_count(monkey
 
 @pytest.mark.parametrize("family", ["falcon_h1", "qwen3_next", "mistral", "gemma3n"])
 def test_lengths_of_layers_of_every_kind_are_measured(family):
-    """States and sliding windows cannot be trimmed: what decoding reads there stays read."""
+    """States and sliding windows cannot be trimmed: tokens that decoding reads there stay."""
     model, told = tiny(family), {}
     caches = models.makers(model, theirs=(4,))
     frame = models.costs_by_length(model, caches, [8, 40], on_rows=lambda rows, left_out: told.update(left_out))
@@ -424,7 +424,7 @@ def test_lengths_of_layers_of_every_kind_are_measured(family):
     assert frame["decode_seconds"].null_count() == 0
 
 
-def test_lengths_that_a_cache_cannot_go_back_to_are_left_out():
+def test_lengths_that_need_an_impossible_trim_are_left_out():
     model, told = tiny("falcon_h1"), {}
     caches = {"own": models.makers(model)["exact 32 bit"]}
     frame = models.costs_by_length(model, caches, [8, 10], on_rows=lambda rows, left_out: told.update(left_out))
@@ -432,7 +432,7 @@ def test_lengths_that_a_cache_cannot_go_back_to_are_left_out():
     assert "from 10 tokens on: it cannot be trimmed, and has read 17 tokens" in told["own"]
 
 
-def test_lengths_are_on_disk_as_they_come(monkeypatch, tmp_path, capsys):
+def test_lengths_are_written_one_by_one(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(shapes.MODELS, "smollm2-135m", SMALL_MODEL | {"head_dim": 80})
     words = ["memory", "--random", "--tokens", "16", "--json", str(tmp_path / "memory.json")]
     assert cli.main(words) == 0

@@ -1,4 +1,4 @@
-"""Two runs of the benchmark: ratios that moved beyond the noise that was measured, and no times."""
+"""Comparison of two benchmark runs: ratios that moved beyond the measured noise, and no times."""
 
 import json
 
@@ -11,7 +11,7 @@ from veloxlab.measure.bench.timing import spread
 
 
 def run(ratio=0.5, times=1.0, noise: float | None = 0.03, **more):
-    """Results of a run on a machine that takes ``times`` as long."""
+    """Return results of a run on a machine that is ``times`` times as slow."""
     of_noise = {} if noise is None else {"spread": noise}
     rows = [
         {"cache": "exact 32 bit", "tokens": 512, "milliseconds": 10 * times, "ratio": 1.0, **of_noise},
@@ -33,13 +33,13 @@ def test_a_slower_machine_moves_nothing_and_a_slower_kernel_does():
     assert row["case"] == "ours 4 bit, 512 tokens"
 
 
-def test_what_is_within_the_noise_did_not_move():
+def test_changes_within_the_noise_are_not_reported():
     assert moved(run(), run(ratio=0.55)) == []
     assert moved(run(noise=0.001), run(noise=0.001, ratio=0.55)) == ["ratio"]
-    assert moved(run(noise=0.001), run(noise=0.001, ratio=0.5 * (1 + WIDER * LEAST))) == []  # what clocks resolve
+    assert moved(run(noise=0.001), run(noise=0.001, ratio=0.5 * (1 + WIDER * LEAST))) == []  # resolution of clocks
 
 
-def test_a_run_without_noise_takes_that_of_the_other_and_two_without_say_so():
+def test_a_run_without_noise_uses_the_others_noise_and_two_without_are_marked():
     assert moved(run(noise=None), run(ratio=0.7)) == ["ratio"]
     frame = against(run(noise=None), run(noise=None, ratio=5))
     assert frame.schema == AGAINST

@@ -1,4 +1,4 @@
-"""Budgets become the bytes that caches really hold."""
+"""Budgets in bytes are the bytes that caches really hold."""
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +12,7 @@ from veloxlab.errors import InputError
 
 
 def filled(model, tokens, *, one_by_one, **settings):
-    """Bytes that each layer holds after random keys and values."""
+    """Return bytes that each layer holds after random keys and values."""
     cache = vl.make_cache(model, bits=3, **settings)
     sizes = {size.layer: size for size in layer_sizes(model)}
     for layer, size in sizes.items():
@@ -34,7 +34,7 @@ def predicted(size, held, cache):
 
 @pytest.mark.parametrize("tokens", [9, 70, 99, 100, 101, 333])
 @pytest.mark.parametrize(("sinks", "window"), [(4, 64), (0, 0), (2, 5)])
-def test_a_prompt_holds_exactly_what_was_counted(tokens, sinks, window):
+def test_a_prompt_holds_exactly_the_counted_bytes(tokens, sinks, window):
     model = tiny("llama")
     cache = filled(model, tokens, one_by_one=False, sinks=sinks, window=window)
     for size in layer_sizes(model):
@@ -44,8 +44,8 @@ def test_a_prompt_holds_exactly_what_was_counted(tokens, sinks, window):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("one_by_one", [False, True])
-def test_no_cache_holds_more_than_was_counted(family, one_by_one):
-    """However the tokens come, and where layers slide: never more, and not much less."""
+def test_no_cache_holds_more_than_the_counted_bytes(family, one_by_one):
+    """For any order of tokens, and for sliding layers: never more, and not much less."""
     model = tiny(family)
     for tokens in (130, 161, 200):
         cache = filled(model, tokens, one_by_one=one_by_one, sinks=4, window=16)
@@ -55,7 +55,7 @@ def test_no_cache_holds_more_than_was_counted(family, one_by_one):
             bound = predicted(size, Windows.of_layer(size, 4, 16).most_held(tokens), own)
             assert own.nbytes <= bound
             total, counted = total + own.nbytes, counted + bound
-        assert total > 0.6 * counted  # slack of 8 tokens in three buffers of a short text
+        assert total > 0.6 * counted  # free space of 8 tokens in three buffers of a short text
 
 
 def test_bits_and_bytes_are_of_one_token_of_all_layers():
@@ -67,7 +67,7 @@ def test_bits_and_bytes_are_of_one_token_of_all_layers():
     assert Limit.of(vl.allocate.BytesPerToken(100), sizes, 4, 64).nbytes == 100
 
 
-def test_a_text_in_memory_leaves_what_its_exact_tokens_do_not_take():
+def test_exact_tokens_are_subtracted_from_the_memory_of_a_text():
     sizes = layer_sizes(tiny("llama"))
     limit = Limit.of(vl.allocate.TokensInMemory(1000, 0.5), sizes, 4, 64)
     held = [Windows.of_layer(size, 4, 64).most_held(1000) for size in sizes]
@@ -77,7 +77,7 @@ def test_a_text_in_memory_leaves_what_its_exact_tokens_do_not_take():
     assert min(one.packed for one in held) >= 1000 - 4 - 64 - 31
 
 
-def test_a_sliding_layer_counts_what_it_sees():
+def test_a_sliding_layer_counts_the_tokens_that_it_sees():
     sizes = layer_sizes(tiny("gemma3_text"))
     limit = Limit.of(vl.allocate.TokensInMemory(5000, 5), sizes, 0, 0)
     slides = [size.max_size is not None for size in sizes]

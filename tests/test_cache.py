@@ -1,4 +1,4 @@
-"""The cache holds what it says, in the bytes it says, through any order of appending and trimming."""
+"""The cache holds the right tokens in the right number of bytes, after any order of appending and trimming."""
 
 import copy
 from dataclasses import fields
@@ -48,7 +48,7 @@ def feed(cache: CompressedKVCache, keys: mx.array, values: mx.array, chunks: lis
 
 
 def expected(cache: CompressedKVCache, x: mx.array, side: str) -> np.ndarray:
-    """What the cache should hold of the tokens ``x`` that it was given: exact, decoded, exact."""
+    """Return the expected content of the cache for the tokens ``x``: exact, decoded, exact."""
     codec = cache.key_codec if side == "keys" else cache.value_codec
     sinks, packed = cache.sinks.tokens, cache.packed.tokens
     middle = codec.decode(codec.encode(x[:, :, sinks : sinks + packed]))
@@ -84,8 +84,8 @@ def test_any_chunking_holds_the_same_tokens_in_order(chunks, sinks, window, meth
     sinks=st.integers(0, 5),
     window=st.sampled_from([0, 1, 16, 64]),
 )
-def test_trimming_forgets_exactly_the_newest(steps, sinks, window):
-    """With the exact codec, whatever was appended and trimmed, the cache holds what a plain list would."""
+def test_trimming_drops_exactly_the_newest_tokens(steps, sinks, window):
+    """With the exact codec, the cache equals a plain list after any appends and trims."""
     cache = make("none", 32, sinks=sinks, window=window)
     held = np.zeros((1, HEADS, 0, DIM), np.float32)
     for seed, (step, count) in enumerate(steps):
@@ -129,20 +129,20 @@ def test_sinks_and_window_are_counted_at_their_own_width():
 
 @pytest.mark.parametrize("heads", [1, HEADS])
 @pytest.mark.parametrize(("sinks", "window"), [(4, 64), (4, 0), (0, 64)])
-def test_no_token_of_a_prompt_lives_beside_what_is_held(heads, sinks, window):
-    """A view of the prompt's keys, as the sinks are, would keep them all alive."""
+def test_the_arrays_of_a_prompt_are_freed(heads, sinks, window):
+    """A view of the prompt's keys, for instance as sinks, would keep all of them in memory."""
     cache, one = make(sinks=sinks, window=window), mx.ones((1, heads, 1, DIM))
-    cache.update_and_fetch(one, one)  # makes what all caches share
+    cache.update_and_fetch(one, one)  # builds what all caches share
     mx.eval(cache.state)
     mx.clear_cache()
     before, cache = mx.get_active_memory(), make(sinks=sinks, window=window)
     cache.update_and_fetch(*(mx.random.normal((1, heads, 5000, DIM), key=mx.random.key(i)) for i in (0, 1)))
     mx.eval(cache.state)
     live = mx.get_active_memory() - before
-    assert live < cache.nbytes + 0.05 * cache.fp16_bytes  # 16 kB an array may be shared, and tables are not counted
+    assert live < cache.nbytes + 0.05 * cache.fp16_bytes  # 16 kB an array can be shared; tables do not count
 
 
-def test_trimmed_memory_is_really_released():
+def test_trimmed_memory_is_released():
     mx.clear_cache()
     before = mx.get_active_memory()
     cache = make(bits=8, sinks=0, window=0)
@@ -156,7 +156,7 @@ def test_trimmed_memory_is_really_released():
 
 
 def test_a_trim_that_frees_little_copies_no_packed_token():
-    """And what comes then is held as it is without the trim."""
+    """Later tokens are held as without the trim."""
     cache, other = make("turboquant", 4, sinks=0, window=0), make("turboquant", 4, sinks=0, window=0)
     x = tokens(3000)
     cache.update_and_fetch(x, x)
@@ -172,7 +172,7 @@ def test_a_trim_that_frees_little_copies_no_packed_token():
 
 
 def test_decoding_appends_in_place():
-    """Growth is amortised: of 300 tokens fed one at a time, few may make new buffers."""
+    """Growth is amortised: for 300 tokens fed one at a time, few make new buffers."""
     cache = make(sinks=0, window=0)
     feed(cache, tokens(2000), tokens(2000), [2000])
     capacities = set()
@@ -183,7 +183,7 @@ def test_decoding_appends_in_place():
 
 
 @pytest.mark.parametrize("chunk", ["exact", "codes"])
-def test_the_chunk_option_says_what_a_prefill_attends_to(chunk):
+def test_the_chunk_option_selects_what_a_prefill_attends_to(chunk):
     cache = make(sinks=0, window=0, chunk=chunk)
     keys, values = tokens(40, 1), tokens(40, 2)
     history, _ = cache.update_and_fetch(keys, values)
@@ -210,7 +210,7 @@ def test_a_decoded_token_inside_the_window_is_seen_exactly():
     dtype=st.sampled_from([mx.float32, mx.float16]),
     method=st.sampled_from(["turboquant", "spectralquant"]),
 )
-def test_what_is_kept_from_token_to_token_changes_no_answer(steps, dtype, method):
+def test_state_kept_between_tokens_changes_no_result(steps, dtype, method):
     cache, x = make(method, window=20), tokens(500).astype(dtype)
     if method == "spectralquant":
         cache.key_codec, cache.value_codec = (c.fit(Sample(tokens(200))) for c in (cache.key_codec, cache.value_codec))
@@ -225,12 +225,12 @@ def test_what_is_kept_from_token_to_token_changes_no_answer(steps, dtype, method
             length = count if what == "chunk" else 1
             history, _ = cache.update_and_fetch(x[:, :, at : at + length], x[:, :, 499 - at - length : 499 - at])
             q = tokens(1, seed=at).astype(dtype)
-            if length == 1:  # what comes in chunks is read as it came
+            if length == 1:  # chunks are read as they came
                 assert mx.array_equal(history.attend(q, 0.125, None), cache._history().attend(q, 0.125, None))
 
 
 def prompt(count: int, seed: int = 0) -> mx.array:
-    """Tokens near one vector of each head, whose angles are not those of random directions."""
+    """Return tokens near one vector of each head, whose angles differ from those of random directions."""
     return 0.3 * tokens(count, seed) + tokens(1, 99)
 
 
@@ -274,7 +274,7 @@ def test_an_online_codec_loses_less_of_its_prompt_and_stays_through_trimming_and
     assert np.allclose(online.decoded()[0], expected(online, y, "keys"), atol=1e-4)
 
 
-def test_a_first_block_with_too_little_to_learn_leaves_the_offline_tables():
+def test_a_first_block_with_too_few_different_vectors_keeps_the_offline_tables():
     cache = make("polarquant", 5, options={"codebook": "online"}, sinks=0, window=0)
     same = mx.broadcast_to(tokens(1), (1, HEADS, 40, DIM))  # 48 different angles of level 2, where 64 are needed
     feed(cache, same, same, [40])
@@ -290,7 +290,7 @@ def test_a_first_block_with_too_little_to_learn_leaves_the_offline_tables():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e20, 1.001 * LARGEST])
 @pytest.mark.parametrize("side", ["keys", "values"])
 @pytest.mark.parametrize("window", [0, 64])
-def test_nan_and_infinity_are_refused_by_layer_and_nothing_is_stored(bad, side, window):
+def test_nan_and_infinity_are_refused_with_the_layer_and_nothing_is_stored(bad, side, window):
     cache = make(sinks=2, window=window, **{})
     cache.layer = 7
     feed(cache, tokens(200), tokens(200), [200])
@@ -305,7 +305,7 @@ def test_nan_and_infinity_are_refused_by_layer_and_nothing_is_stored(bad, side, 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("sinks", [0, 100])
-def test_what_is_not_finite_is_refused_in_every_dtype(dtype, bad, sinks):
+def test_values_that_are_not_finite_are_refused_in_every_dtype(dtype, bad, sinks):
     cache = make(sinks=sinks, window=0)
     keys = np.array(tokens(40))
     keys[0, 1, 5, 3] = bad
@@ -317,8 +317,8 @@ def test_what_is_not_finite_is_refused_in_every_dtype(dtype, bad, sinks):
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 @pytest.mark.parametrize("path", ["codes", "arrays"])
 @pytest.mark.parametrize("queries", [1, 30])
-def test_the_largest_numbers_of_float16_are_read_as_finite_ones(dtype, path, queries):
-    """Codes may decode to a little more than 65,504, which float16 does not hold."""
+def test_the_largest_numbers_of_float16_stay_finite(dtype, path, queries):
+    """Codes can decode to slightly more than 65,504, the largest float16."""
     cache = make(bits=2, sinks=0, window=0, path=path, chunk="codes")
     largest = np.sign(tokens(1)) * 65504
     x = mx.array(largest).astype(dtype)
@@ -334,8 +334,8 @@ def test_the_largest_numbers_of_float16_are_read_as_finite_ones(dtype, path, que
 
 
 @pytest.mark.parametrize(("method", "bits"), [("rabitq", 1), ("polarquant", 2), ("turboquant", 1)])
-def test_the_largest_numbers_that_are_taken_can_be_stored(method, bits):
-    """With the unbiased scales that are largest beside the root-mean-square: one bit of a random direction."""
+def test_the_largest_accepted_numbers_can_be_stored(method, bits):
+    """With unbiased scales that are largest in relation to the RMS: one bit of a random direction."""
     cache = make(method, bits, sinks=0, window=0)
     signs = np.random.default_rng(5).choice([-LARGEST, LARGEST], (1, HEADS, 500, DIM))
     x = mx.array(signs.astype(np.float32))
@@ -356,7 +356,7 @@ def test_a_bad_token_in_the_window_is_refused_before_it_is_packed():
 
 
 @pytest.mark.parametrize("side", ["keys", "values"])
-def test_a_gpu_is_not_waited_for_and_what_is_bad_is_told_one_call_later(side, monkeypatch):
+def test_on_a_gpu_bad_values_are_reported_one_call_later(side, monkeypatch):
     monkeypatch.setattr(coming, "device_backend", lambda: CUDA)
     cache = make(sinks=0, window=0)
     cache.layer = 3
@@ -365,9 +365,9 @@ def test_a_gpu_is_not_waited_for_and_what_is_bad_is_told_one_call_later(side, mo
     arrays[side][0, 1, 0, 3] = np.nan
     cache.update_and_fetch(mx.array(arrays["keys"]), mx.array(arrays["values"]))
     said = f"Layer 3: the {side} of a token are NaN, infinite or beyond"
-    with pytest.raises(InputError, match=said):  # nothing bad is saved
+    with pytest.raises(InputError, match=said):  # bad values are not saved
         "".join(cache.state[-1])
-    cache.update_and_fetch(tokens(1), tokens(1))  # the token behind it is not handed out before the next call
+    cache.update_and_fetch(tokens(1), tokens(1))  # the token after it is not read before the next call
     for _ in range(2):
         with pytest.raises(InputError, match=said):
             cache.update_and_fetch(tokens(1), tokens(1))
@@ -396,7 +396,7 @@ def test_a_codec_that_cannot_encode_changes_nothing(side, chunks):
 
 
 def positions(cache: CompressedKVCache, chunks: list[int]) -> list[tuple[int, int]]:
-    """First position and number of the tokens that the cache encodes, call by call."""
+    """Return first position and number of the tokens that the cache encodes, by call."""
     seen = []
 
     class Recording(type(cache.key_codec)):
@@ -419,7 +419,7 @@ def test_each_block_is_encoded_at_its_own_positions(chunks, max_size):
     blocks = positions(cache, chunks)
     end = 4
     for start, count in blocks:
-        assert start == end or (max_size is not None and start > end)  # what a sliding layer skips is never encoded
+        assert start == end or (max_size is not None and start > end)  # a sliding layer never encodes skipped tokens
         end = start + count
     assert end == cache.offset - cache.recent.tokens
     assert len(blocks) > 0
@@ -454,7 +454,7 @@ def test_a_sliding_cache_is_never_larger_than_mlx_lms_own(keep, size, dtype, bit
     chunk=st.sampled_from(["exact", "codes"]),
 )
 def test_a_sliding_cache_shows_what_mlx_lms_own_shows(chunks, size, keep, window, chunk):
-    """With the exact codec: the same tokens, and the same mask but for the order of a ring at one query."""
+    """With the exact codec: the same tokens, and the same mask, except for the order in mlx-lm's ring buffer."""
     ours = make("none", 32, sinks=keep, window=window, max_size=size, chunk=chunk, path="arrays")
     own = RotatingKVCache(size, keep)
     for seed, count in enumerate(chunks):
@@ -463,13 +463,13 @@ def test_a_sliding_cache_shows_what_mlx_lms_own_shows(chunks, size, keep, window
         assert np.array_equal(*masks)
         x = tokens(count, seed)
         shown, expected = (np.array(cache.update_and_fetch(x, 2 * x)[0]) for cache in (ours, own))
-        if count == 1:  # a set, as nothing is masked
+        if count == 1:  # as a set, because no token is masked
             shown, expected = (np.sort(a[0, 0, :, 0]) for a in (shown, expected))
         assert np.array_equal(shown, expected)
         assert ours.is_trimmable() == own.is_trimmable()
 
 
-def test_a_sliding_cache_that_has_forgotten_is_not_trimmed():
+def test_a_sliding_cache_that_has_dropped_tokens_is_not_trimmable():
     cache = make(sinks=0, max_size=20)
     feed(cache, tokens(19), tokens(19), [19])
     assert cache.trim(3) == 3
@@ -482,8 +482,8 @@ def test_a_sliding_cache_that_has_forgotten_is_not_trimmed():
 
 @pytest.mark.parametrize("count", [-5, 1.0, 2.5, np.nan, True, None, "3"])
 @pytest.mark.parametrize("max_size", [None, 200])
-def test_a_trim_of_no_number_of_tokens_is_refused(count, max_size):
-    """A negative one lengthened the cache by tokens that nobody wrote."""
+def test_a_trim_by_something_other_than_a_number_of_tokens_is_refused(count, max_size):
+    """A negative number extended the cache by tokens that nothing had written."""
     cache = make(sinks=2, window=8, max_size=max_size)
     feed(cache, tokens(100), tokens(100), [100])
     batch = CompressedKVCache.merge([cache, cache])
@@ -504,8 +504,8 @@ def test_a_smaller_window_than_the_caches_own_is_masked():
     assert cache.make_mask(1, window_size=20) is None
 
 
-def test_what_a_layer_lends_is_what_it_read_itself_until_the_step_is_over():
-    """Layers that share keys and values read them after their owner: a whole chunk, though a window keeps less."""
+def test_lent_keys_are_those_that_the_layer_read_until_the_end_of_the_step():
+    """Layers that share keys and values read them after their owner: a whole chunk, even if a window keeps less."""
     cache = make("none", 32, sinks=0, window=4, max_size=20, lends=True)
     history, _ = cache.update_and_fetch(tokens(50), tokens(50))
     assert cache.keys_and_values()[0] is history
@@ -544,7 +544,7 @@ def test_a_copy_is_independent():
 
 
 def test_mlx_lm_cannot_replace_it():
-    """``--kv-bits`` converts any cache that has ``to_quantized``, and would silently empty ours."""
+    """``--kv-bits`` converts any cache with ``to_quantized``, and would silently empty ours."""
     assert not hasattr(make(), "to_quantized")
     assert make(path="codes").bits == 0
     assert not hasattr(make(path="arrays"), "bits")

@@ -1,4 +1,4 @@
-"""A saved cache comes back as it was, in another process too, or is refused with a sentence."""
+"""A saved cache is restored unchanged, in another process too, or is refused with a sentence."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ def next_logits(model, cache) -> np.ndarray:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_comes_back_and_continues_alike(model, file, method, calibrations):
+def test_a_cache_of_every_method_is_restored_and_continues_the_same(model, file, method, calibrations):
     bits = 16 if method == "none" else 4
     fitted = None
     if METHODS[method].calibrated:
@@ -63,7 +63,7 @@ def test_every_method_comes_back_and_continues_alike(model, file, method, calibr
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "falcon_h1", "gemma4_text", "lfm2"])
-def test_layers_of_other_kinds_come_back_with_ours(family, file):
+def test_layers_of_other_kinds_are_restored_with_ours(family, file):
     model = tiny(family)
     cache = filled(model)
     save_prompt_cache(str(file), cache)
@@ -73,14 +73,14 @@ def test_layers_of_other_kinds_come_back_with_ours(family, file):
     assert np.array_equal(next_logits(model, loaded), next_logits(model, cache))
 
 
-def test_an_empty_cache_comes_back_empty(model, file):
+def test_an_empty_cache_is_restored_empty(model, file):
     save_prompt_cache(str(file), vl.make_cache(model))
     loaded = vl.load_cache(file, model)
     assert all(c.empty() for c in loaded)
     assert np.array_equal(next_logits(model, loaded), next_logits(model, vl.make_cache(model)))
 
 
-def test_bfloat16_comes_back(file):
+def test_bfloat16_is_restored(file):
     model = tiny("llama")
     model.set_dtype(mx.bfloat16)
     cache = filled(model)
@@ -90,7 +90,7 @@ def test_bfloat16_comes_back(file):
     assert [c.nbytes for c in loaded] == [c.nbytes for c in cache]
 
 
-def test_online_codecs_come_back_as_they_were_fitted(model, file):
+def test_online_codecs_are_restored_as_fitted(model, file):
     cache = filled(model, "polarquant", codebook="online")
     save_prompt_cache(str(file), cache)
     loaded = vl.load_cache(file, model, "polarquant", codebook="online")
@@ -98,7 +98,7 @@ def test_online_codecs_come_back_as_they_were_fitted(model, file):
     assert np.array_equal(next_logits(model, loaded), next_logits(model, cache))
 
 
-def test_another_process_continues_alike(model, file):
+def test_another_process_continues_the_same(model, file):
     cache = filled(model)
     save_prompt_cache(str(file), cache)
     program = (
@@ -110,7 +110,7 @@ def test_another_process_continues_alike(model, file):
     assert np.allclose(json.loads(done.stdout), next_logits(model, cache)[0, -1], atol=1e-5)
 
 
-# what is refused ------------------------------------------------------------------------------------------------------
+# refused files ------------------------------------------------------------------------------------------------------
 
 
 def test_another_model_is_named(model, file):
@@ -122,15 +122,15 @@ def test_another_model_is_named(model, file):
         vl.load_cache(file, other)
 
 
-def test_mlx_lms_own_reader_refuses_the_cache_of_a_model_that_is_not_here(model, file, monkeypatch):
+def test_mlx_lms_own_reader_refuses_the_cache_of_a_model_that_is_not_loaded(model, file, monkeypatch):
     save_prompt_cache(str(file), filled(model))
     other = tiny("qwen3")
     monkeypatch.setattr(identity, "models_here", {id(other): other})
     with pytest.raises(InputError, match=r"saved with the model llama of 2 layers, \w+, and the model here is qwen3"):
         load_prompt_cache(str(file))
-    again = tiny("llama")  # the same weights, in a model that no cache was made for yet
+    again = tiny("llama")  # the same weights, in a model without a cache so far
     assert vl.load_cache(file, again)[0].offset == len(IDS)
-    monkeypatch.setattr(identity, "models_here", {})  # nothing is known of any model: then it is not for us to say
+    monkeypatch.setattr(identity, "models_here", {})  # without any known model, the check is skipped
     assert load_prompt_cache(str(file))[0].offset == len(IDS)
 
 
@@ -162,7 +162,7 @@ def test_another_format_is_named(model, file, monkeypatch):
         load_prompt_cache(str(file))
 
 
-def test_another_version_of_the_method_is_named_and_of_others_is_none_of_its_business(model, file, monkeypatch):
+def test_another_version_of_the_method_is_named_and_versions_of_others_are_ignored(model, file, monkeypatch):
     save_prompt_cache(str(file), filled(model))
     monkeypatch.setitem(METHODS, "rabitq", replace(METHODS["rabitq"], version=2))
     assert len(load_prompt_cache(str(file))) == 2
@@ -182,7 +182,7 @@ def test_a_file_that_is_cut_is_refused(model, file, share):
         vl.load_cache(file, model)
 
 
-def test_no_byte_of_the_arrays_can_change_unseen(model, file):
+def test_every_changed_byte_of_the_arrays_is_detected(model, file):
     save_prompt_cache(str(file), filled(model))
     content = bytearray(file.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
@@ -196,7 +196,7 @@ def test_no_byte_of_the_arrays_can_change_unseen(model, file):
     vl.load_cache(file, model)
 
 
-def test_files_that_are_missing_or_something_else_are_named(model, file, tmp_path):
+def test_missing_files_and_other_files_are_named(model, file, tmp_path):
     with pytest.raises(InputError, match=r"prompt.safetensors cannot be read \(there is no such file\)"):
         vl.load_cache(file, model)
     file.write_text("no cache at all")
@@ -207,12 +207,12 @@ def test_files_that_are_missing_or_something_else_are_named(model, file, tmp_pat
         vl.load_cache(file, model)
 
 
-def test_reading_state_to_evaluate_it_hashes_nothing(model, monkeypatch):
+def test_reading_state_for_evaluation_computes_no_checksum(model, monkeypatch):
     cache = filled(model)
     checksums = []
     monkeypatch.setattr(store, "digest", lambda *given: checksums.append(given) or "")
     states = [c.state for c in cache]
     mx.eval(states)
     assert not checksums
-    assert all(json.loads("".join(iter(state[-1])))["sha256"] == "" for state in states)  # as it does to save
+    assert all(json.loads("".join(iter(state[-1])))["sha256"] == "" for state in states)  # as when it is saved
     assert len(checksums) == len(cache)

@@ -1,4 +1,4 @@
-"""Calibration: fitted from a model's activations, kept on disk, refused where it does not belong."""
+"""Calibration: fitted to a model's activations, kept on disk, refused for another model."""
 
 import json
 import tracemalloc
@@ -23,7 +23,7 @@ TEXT = "the quick brown fox jumps over the lazy dog while 1234567890 birds watch
 
 
 class Letters:
-    """A tokenizer of one token per character."""
+    """A tokenizer with one token for each character."""
 
     def encode(self, text):
         return [ord(letter) % 96 for letter in text]
@@ -38,7 +38,7 @@ def calibrated(model, folder, method="spectralquant", text=TEXT, **settings):
     return vl.calibrate(model, Letters(), method, text, folder=folder, **({"bits": 2, "tokens": 300} | settings))
 
 
-def test_what_was_fitted_is_found_again_and_is_the_same(model, tmp_path):
+def test_a_fitted_calibration_is_found_again_unchanged(model, tmp_path):
     told = []
     first = calibrated(model, tmp_path, progress=lambda done, total, label: told.append((done, total)))
     assert told == [(0, 2), (1, 2), (2, 2)]
@@ -67,7 +67,7 @@ VARIANTS = [(method, {}) for method in METHODS] + [
 
 
 @pytest.mark.parametrize(("method", "options"), VARIANTS, ids=lambda part: str(part))
-def test_what_was_saved_is_what_is_loaded(model, tmp_path, method, options):
+def test_a_saved_calibration_is_loaded_unchanged(model, tmp_path, method, options):
     bits = next(width for width in (16, 2) if width in METHODS[method].bits)
     saved = calibrated(model, tmp_path, method, bits=bits, **options)
     (file,) = tmp_path.glob("*.safetensors")
@@ -97,7 +97,7 @@ def test_the_same_seed_gives_the_same_codecs(model, tmp_path):
 
 
 @pytest.mark.parametrize("changed", [{"text": TEXT[7:]}, {"seed": 1}, {"tokens": 200}, {"bits": 3}])
-def test_anything_it_depends_on_makes_another(model, tmp_path, changed):
+def test_every_input_of_a_calibration_makes_another_one(model, tmp_path, changed):
     calibrated(model, tmp_path)
     calibrated(model, tmp_path, **changed)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
@@ -111,7 +111,7 @@ def test_models_of_one_shape_have_different_fingerprints(model):
 
 
 def test_rotary_embeddings_are_part_of_the_fingerprint():
-    """They are no parameters, and decide what keys look like."""
+    """They are not parameters, but decide the keys."""
     scaled = {"factor": 8.0, "original_max_position_embeddings": 8192}
     llama3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0} | scaled
     configs = [
@@ -128,7 +128,7 @@ def test_rotary_embeddings_are_part_of_the_fingerprint():
     assert fingerprint(tiny("llama", **configs[-1])) == found[-1]
 
 
-def test_training_and_use_leave_the_fingerprint_alone(model):
+def test_train_mode_and_use_do_not_change_the_fingerprint(model):
     before = fingerprint(model)
     model.train()
     model(mx.array([[1, 2, 3]]), cache=vl.make_cache(model, "turboquant"))
@@ -154,8 +154,8 @@ def test_a_damaged_file_is_named_and_made_again(model, tmp_path):
         ("turboquant", {"outliers": 8}, "channels"),
     ],
 )
-def test_one_changed_digit_is_found_wherever_it_is(model, tmp_path, method, options, field):
-    """Some of what was fitted is in the JSON, not among the tensors."""
+def test_one_changed_digit_is_found_anywhere_in_the_file(model, tmp_path, method, options, field):
+    """Some fitted numbers are in the JSON, not in the tensors."""
     calibrated(model, tmp_path, method, **options)
     (file,) = tmp_path.glob("*.safetensors")
     whole = file.read_bytes()
@@ -172,7 +172,7 @@ def test_one_changed_digit_is_found_wherever_it_is(model, tmp_path, method, opti
 
 
 @pytest.mark.parametrize("content", ["3", "[]", "{}", '{"format": "veloxlab calibration 1"}', "no JSON"])
-def test_a_file_that_is_no_calibration_is_refused(tmp_path, content):
+def test_a_file_without_a_calibration_is_refused(tmp_path, content):
     file = tmp_path / "some.safetensors"
     mx.save_safetensors(str(file), {"x": mx.zeros(1)}, {"veloxlab": content})
     with pytest.raises(InputError, match=rf"{file.name} cannot be read .*: make it again with vl\.calibrate"):
@@ -205,7 +205,7 @@ def test_a_calibration_of_another_model_is_refused(model, calibrations):
         assert sentence.count(". ") == 0
 
 
-def test_work_that_cannot_be_saved_leaves_nothing(model, tmp_path):
+def test_a_failed_save_leaves_no_file(model, tmp_path):
     fitted = calibrated(model, tmp_path / "kept")
     at = (0, "keys", 2)
     broken = replace(fitted, codecs={at: replace(fitted.codecs[at], seed=object())})
@@ -215,7 +215,7 @@ def test_work_that_cannot_be_saved_leaves_nothing(model, tmp_path):
     assert not list((tmp_path / "empty").iterdir())
 
 
-def test_options_that_no_file_holds_are_refused(model, tmp_path):
+def test_options_that_cannot_be_saved_are_refused(model, tmp_path):
     with pytest.raises(InputError, match=r"options .*head_bits.* cannot be written .* plain numbers"):
         calibrated(model, tmp_path, "ratequant", head_bits={2, 4})
 
@@ -232,8 +232,8 @@ def test_activations_that_are_not_finite_are_named(tmp_path, tensor, projection,
     assert not list(tmp_path.iterdir())
 
 
-def test_cancelled_work_leaves_nothing(model, tmp_path):
-    class Stopped(Exception):  # noqa: N818 - it is no error
+def test_cancelled_work_leaves_no_file(model, tmp_path):
+    class Stopped(Exception):  # noqa: N818 - it is not an error
         pass
 
     def stop(done, total, label):
@@ -245,7 +245,7 @@ def test_cancelled_work_leaves_nothing(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_cache_is_made_of_it_and_generates(model, calibrations):
+def test_a_cache_with_a_calibration_generates(model, calibrations):
     calibration = calibrated(model, calibrations, bits=(2, 4))
     assert calibration.widths == [2, 4]
     ids = mx.array([Letters().encode(TEXT[:90])])
@@ -258,7 +258,7 @@ def test_a_cache_is_made_of_it_and_generates(model, calibrations):
         assert cache[0].key_codec is calibration.codecs[0, "keys", bits]
 
 
-def test_measurements_take_it(smollm2, calibrations):
+def test_measurements_accept_a_calibration(smollm2, calibrations):
     calibration = vl.calibrate(*smollm2, "spectralquant", bits=2, tokens=128, folder=calibrations)
     seen = vl.capture(*smollm2, tokens=64)
     given: dict[str, Any] = {"bits": 2, "calibration": calibration}
@@ -277,12 +277,12 @@ def test_measurements_take_it(smollm2, calibrations):
         ("x" * 500, "has 1 different tokens among 300, and at least 16"),
     ],
 )
-def test_bad_text_gets_a_sentence(model, tmp_path, text, sentence):
+def test_a_bad_text_is_refused_in_a_sentence(model, tmp_path, text, sentence):
     with pytest.raises(InputError, match=sentence):
         calibrated(model, tmp_path, text=text)
 
 
-def test_wrong_use_gets_a_sentence(model, tmp_path):
+def test_wrong_use_is_refused_in_a_sentence(model, tmp_path):
     calibration = calibrated(model, tmp_path)
     for call, sentence in (
         (
@@ -310,7 +310,7 @@ def test_wrong_use_gets_a_sentence(model, tmp_path):
 
 
 def traced_peak(act):
-    """Most bytes that NumPy held at once during ``act()``."""
+    """Return the most bytes that NumPy held at once during ``act()``."""
     tracemalloc.start()
     act()
     peak = tracemalloc.get_traced_memory()[1]
@@ -321,18 +321,18 @@ def traced_peak(act):
 @pytest.mark.parametrize(("count", "dim"), [(256, 8), (4096, 4)])
 def test_training_a_codebook_holds_no_distances_of_all_pairs(count, dim):
     points = np.random.default_rng(0).standard_normal((20_000, dim)).astype(np.float32)
-    vector.train_codebook(points, count, seed=0)  # what Numba takes to compile a loop is not meant
+    vector.train_codebook(points, count, seed=0)  # before the measurement, so that Numba's compilation does not count
     # some copies of the points, and one product's distances
     bound = 4 * points.nbytes + 4 * vector._PRODUCT
     assert traced_peak(lambda: vector.train_codebook(points, count, seed=0)) < bound
-    assert bound < 4 * len(points) * count / 5  # differences would be `dim` times as many
+    assert bound < 4 * len(points) * count / 5  # differences would need `dim` times as many
 
 
 def test_training_tables_holds_no_differences_to_all_entries():
     points = np.random.default_rng(0).standard_normal((1024, 64)).astype(np.float32)
-    train_tables(points, 2, np.arange(64), seed=0)  # what Numba takes to compile a loop is not meant
-    trained = 3 * points.nbytes  # with the invented vectors
-    # of each vector some distances to 64 entries, as large as itself, and some copies
+    train_tables(points, 2, np.arange(64), seed=0)  # before the measurement, so that Numba's compilation does not count
+    trained = 3 * points.nbytes  # with the synthetic vectors
+    # for each vector some distances to 64 entries, as large as itself, and some copies
     assert traced_peak(lambda: train_tables(points, 2, np.arange(64), seed=0)) < 12 * trained < ENTRIES * trained / 5
 
 

@@ -1,4 +1,4 @@
-"""The Python side of a chart: what is sent, what is refused, what it hands out, from any thread."""
+"""The Python side of a chart: sent data, refused data, and outputs, from any thread."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def rows(view: ChartView, name: str = "data-0") -> list[dict]:
     return view.to_dict()["datasets"][name]
 
 
-def test_other_numbers_leave_the_spec_alone_and_another_mark_does_not():
+def test_new_numbers_keep_the_spec_and_a_new_mark_changes_it():
     view = ChartView(bars(1, 2))
     first = view.spec["id"]
     sent: list[dict] = []
@@ -73,7 +73,7 @@ def test_put_takes_frames_by_name():
         (lambda view: view.put(picked_layer=1), "This chart has no param 'picked_layer': it has caption."),
     ],
 )
-def test_what_a_chart_does_not_have_is_refused_and_nothing_changes(put, sentence):
+def test_unknown_names_are_refused_and_nothing_changes(put, sentence):
     view = ChartView(bars(1, 2))
     before = view.content
     with pytest.raises(InputError, match=sentence):
@@ -133,7 +133,7 @@ def test_the_picture_shows_what_was_put_and_picked():
     assert "error: 9" in after
 
 
-def test_a_chart_hands_out_its_rows_and_its_picture(tmp_path):
+def test_a_chart_returns_its_rows_and_its_image(tmp_path):
     view = ChartView(bars(1, 2))
     assert view.frame.to_dicts() == frame(1, 2).to_dicts()
     view.put(frame(3, math.nan))
@@ -143,7 +143,7 @@ def test_a_chart_hands_out_its_rows_and_its_picture(tmp_path):
     assert picture.png_size(view.to_png(tmp_path / "chart.png", width=333).read_bytes())[0] == pytest.approx(333, abs=2)
 
 
-def test_a_chart_without_rows_says_so():
+def test_a_chart_without_rows_shows_a_message():
     view = ChartView(alt.Chart(alt.NamedData(name="mine"), width=100).mark_point().encode(x="x:Q"))
     with pytest.raises(InputError, match="This chart has no rows yet"):
         _ = view.frame

@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it starts, and its exit status."""
+"""The command line: output, started programs, and exit status."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from veloxlab.cli.measurements import results_name
 
 
 class Started(Exception):  # noqa: N818 - it is no error: it ends the process, as execv does
-    """Carries what would have taken this process's place."""
+    """Carries the arguments of the program that would have replaced this process."""
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """Run ``main``; give the folder that it opens in JupyterLab, and the arguments that follow."""
+    """Run ``main``; return the folder that it opens in JupyterLab, and the arguments after it."""
 
     def execv(path, arguments):
         raise Started(path, arguments)
@@ -41,7 +41,7 @@ def started(monkeypatch):
 
 @pytest.fixture
 def installed(monkeypatch, tmp_path):
-    """As if veloxlab were installed from a wheel, and a user worked in an empty folder; gives that folder."""
+    """Imitate an installation from a wheel, with a user in an empty folder; return that folder."""
     notebooks = tmp_path / "site-packages" / "veloxlab" / "notebooks"
     notebooks.mkdir(parents=True)
     for name in ("00_tour.ipynb", "01_turboquant.ipynb"):
@@ -108,7 +108,7 @@ def test_bad_input_is_a_sentence_and_status_2(monkeypatch, tmp_path, capsys):
 
 @pytest.fixture
 def checks(monkeypatch):
-    """Have the doctor find what a test says."""
+    """Let the doctor find the checks of a test."""
     return lambda *found: monkeypatch.setattr(checkup, "doctor", lambda: list(found))
 
 
@@ -134,7 +134,7 @@ def test_checks_are_printed_as_json(capsys):
     assert {"name": "python", "status": "ok", "detail": sys.version.split()[0], "hint": ""} in printed
 
 
-def test_doctor_passes_nothing_on(capsys):
+def test_doctor_passes_no_arguments_on(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["doctor", "--", "--port=9999"])
     assert "doctor accepts no arguments after --: leave out -- --port=9999" in capsys.readouterr().err

@@ -38,7 +38,7 @@ SPHERE = {
 def test_gaussian_table(bits):
     distortion, entropy, decibels, cosine, levels = GAUSSIAN[bits]
     table = gaussian_codebook(bits)
-    # the figures' last digits: five or six of the first, then four, three and five behind the point
+    # last digits of the figures: five or six of the first, then four, three and five after the point
     assert table.distortion == pytest.approx(distortion, rel=2e-5)
     assert -10 * math.log10(table.distortion) == pytest.approx(decibels, abs=6e-4)
     x = np.linspace(-10, 10, 200_001)  # a step of 1e-4: at a boundary the sums change by less than that of a level
@@ -54,7 +54,7 @@ def test_gaussian_table(bits):
 @pytest.mark.parametrize("bits", RELEASED)
 def test_the_released_centroids(bits):
     released = RELEASED[bits]
-    off = {1: 1e-6, 2: 4.5e-4, 3: 1.1e-3}[bits]  # how far from the optimum theirs are; one bit has a closed form
+    off = {1: 1e-6, 2: 4.5e-4, 3: 1.1e-3}[bits]  # distance of theirs from the optimum; one bit has a closed form
     assert gaussian_codebook(bits).levels[len(released) :] == pytest.approx(released, abs=off)
 
 

@@ -1,4 +1,4 @@
-"""The matrix that every algorithm passes through, whatever it is."""
+"""The matrix of tests for every algorithm."""
 
 import copy
 import math
@@ -25,14 +25,14 @@ from veloxlab.codecs.rabitq import CentredRaBitQ
 from veloxlab.errors import InputError
 
 DIMS = [64, 80, 96, 112, 128, 192, 256]
-FULL = [64, 80]  # every variant is tried here: a Hadamard transform alone, and one with a Hartley part
+FULL = [64, 80]  # every variant is tested here: a Hadamard transform alone, and one with a Hartley part
 FLOAT32 = 2.0**-23
-NEXT_TO_NOTHING = 2e-3  # of the energy at 8 bits: RaBitQ with one stretch for all vectors loses half of it
+NEXT_TO_NOTHING = 2e-3  # share of the energy at 8 bits: RaBitQ with one scale for all vectors loses half of it
 
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """A method with some of its options; ``learns`` if they make a codec that is fitted of one that needs no fit."""
+    """A method with some of its options; ``learns`` if they turn a codec without a fit into one that is fitted."""
 
     method: Method
     options: dict = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Variant:
 
     @property
     def has_widths(self) -> bool:
-        """Whether its widths are those of ``bits``, not of an option."""
+        """Whether ``bits`` sets its widths, and not an option."""
         return not {"head_bits", "levels", "point", "stages"} & self.options.keys()
 
     def __repr__(self) -> str:
@@ -92,25 +92,25 @@ at_each_dim = pytest.mark.parametrize("dim", DIMS)
 
 
 def variants(name: str, dim: int = 64) -> list[Variant]:
-    """The variants of a method that are tried at this head dimension."""
+    """Return the variants of a method to test at this head dimension."""
     return [each for each in VARIANTS if each.method.id == name and (dim in FULL or not each.options)]
 
 
 CALIBRATED = [method for method in METHODS.values() if method.calibrated]
-KV_HEADS = 2  # of every array that the matrix encodes: a fitted codec may hold one entry per KV head
+KV_HEADS = 2  # of every array that the matrix encodes: a fitted codec can hold one entry per KV head
 SAMPLE = 256  # tokens that codecs are fitted to: what SpectralQuant needs at D = 256; enough to work with, too few to
 #               be good
 
 
 def codecs(name: str, dim: int, size: float = 3.0) -> Iterator[Codec]:
-    """A method's variants, at few widths, for keys and values; what is fitted is fitted to vectors of that ``size``."""
+    """Yield a method's variants, at few widths, for keys and values; they are fitted to vectors of that ``size``."""
     return (ready(*each, size) for each in settings_of(name, dim, size))
 
 
 def settings_of(name: str, dim: int, size: float = 3.0) -> Iterator[tuple[Variant, int, int, str]]:
     for each in variants(name, dim):
         bits = each.method.bits
-        if each.method.calibrated:  # fitting takes time: two widths, and one where many dimensions are tried
+        if each.method.calibrated:  # a fit takes time: two widths, and one for tests with many dimensions
             widths = {bits[0], bits[-1]} if (dim, size) == (64, 3.0) and not each.options else {bits[0]}
         else:
             widths = {bits[len(bits) // 2]} if each.options else {bits[0], bits[len(bits) // 2], bits[-1]}
@@ -119,7 +119,7 @@ def settings_of(name: str, dim: int, size: float = 3.0) -> Iterator[tuple[Varian
 
 @cache
 def ready(each: Variant, dim: int, bits: int, role: str, size: float = 3.0) -> Codec:
-    """A codec that can encode: fitted once for all tests, if it has to be."""
+    """Return a codec that can encode: fitted once for all tests, if necessary."""
     codec = each.method.codec(dim, bits, role, **each.options)
     return codec.fit(sample(dim, size)) if each.fitted else codec
 
@@ -135,7 +135,7 @@ def vectors(*shape: int, seed: int = 0, dtype: mx.Dtype = mx.float32) -> mx.arra
 
 @of_each_method
 @at_each_dim
-def test_a_code_is_what_the_layout_says(dim, name):
+def test_a_code_has_the_arrays_of_the_layout(dim, name):
     for codec in codecs(name, dim):
         dtype = mx.float16 if codec.bits_per_value == 16 else mx.float32
         code = codec.encode(vectors(2, KV_HEADS, 10, dim, dtype=dtype))
@@ -190,7 +190,7 @@ def test_scores_and_mix_are_decode_then_matmul(dim, tokens, name):
         if not tokens:
             assert not mixed.any()
             continue
-        # the same float32 sums in another order, of rotated numbers or not: 2.2 and 1.8 steps measured
+        # the same float32 sums in another order, of rotated or original numbers: 2.2 and 1.8 steps measured
         step = 8 * FLOAT32 * mx.linalg.norm(exact, axis=-1).max().item()
         assert np.allclose(scores, expected, rtol=0, atol=step * mx.linalg.norm(q, axis=-1).max().item()), codec
         assert np.allclose(mixed, expected_mix.reshape(q.shape), rtol=0, atol=step), codec
@@ -204,7 +204,7 @@ DTYPES = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-24}  # h
     ("dim", "dtype"), [(d, t) for d in FULL for t in DTYPES] + list(zip(DIMS[2:], cycle(DTYPES))), ids=str
 )
 def test_attention_over_any_head_dimension_and_dtype(dim, dtype, name):
-    """Values of another dimension than keys: the answer is softmax over what the cache holds, in the input's dtype."""
+    """Values of another dimension than keys: the result is softmax over the held tokens, in the input's dtype."""
     value_dim = DIMS[DIMS.index(dim) - 1]
     for each in variants(name, dim):
         codecs = (ready(each, d, each.method.bits[0], r) for d, r in ((dim, "keys"), (value_dim, "values")))
@@ -223,7 +223,7 @@ def test_attention_over_any_head_dimension_and_dtype(dim, dtype, name):
             keys, values = cache.decoded()
             assert (keys.shape[-1], values.shape[-1]) == (dim, value_dim)
             exact = mx.fast.scaled_dot_product_attention(q.astype(mx.float32), keys, values, scale=dim**-0.5, mask=None)
-            # a score is right to 8 steps as above, so a weight to twice that, relative
+            # a score is accurate to 8 steps as above, so a weight to twice that, relative
             largest = (mx.linalg.norm(x, axis=-1).max().item() for x in (q.astype(mx.float32), keys))
             off = 16 * FLOAT32 * math.prod(largest) * dim**-0.5 + DTYPES[dtype]
             assert mx.allclose(answer.astype(mx.float32), exact, rtol=0, atol=off * mx.abs(values).max().item()), each
@@ -237,8 +237,8 @@ def test_attention_over_any_head_dimension_and_dtype(dim, dtype, name):
     each=st.sampled_from(VARIANTS),
     width=st.integers(0, 7),
 )
-def test_a_cut_code_is_the_code_of_the_cut(tokens, cut, seed, each, width):
-    """Every vector is coded by itself: that is what lets a cache append, trim and tile."""
+def test_a_slice_of_a_code_is_the_code_of_the_slice(tokens, cut, seed, each, width):
+    """Each vector is coded separately: so a cache can append, trim and tile."""
     bits = each.method.bits[:1] if each.method.calibrated else each.method.bits
     codec = ready(each, 64, bits[width % len(bits)], "keys")
     x = vectors(1, KV_HEADS, tokens, 64, seed=seed)
@@ -246,7 +246,7 @@ def test_a_cut_code_is_the_code_of_the_cut(tokens, cut, seed, each, width):
     assert whole.arrays.keys() == part.arrays.keys()
     assert whole.start == part.start
     for array in whole.arrays:
-        # bits may differ where a sum of the transform rounds differently for another number of rows
+        # bits may differ if a sum of the transform rounds differently for another number of rows
         same = np.array(whole.arrays[array]) == np.array(part.arrays[array])
         assert same.mean() > 0.99 if same.size else True
 
@@ -261,12 +261,12 @@ def test_encoding_twice_gives_the_same_code(name):
 
 @of_each_method
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
-def test_any_float_dtype_is_taken(dtype, name):
+def test_any_float_dtype_is_accepted(dtype, name):
     x = vectors(1, KV_HEADS, 20, 64, dtype=dtype)
     for codec in codecs(name, 64):
         same = codec.decode(codec.encode(x)), codec.decode(codec.encode(x.astype(mx.float32)))
         assert mx.array_equal(*(decoded.astype(dtype) for decoded in same))
-        # eight signs a coordinate estimate inner products well, and restore the vector itself to 7 %
+        # eight signs for each coordinate estimate inner products well, and restore the vector itself to 7 %
         if codec.bits_per_value > 8 and not isinstance(codec, QJL):
             error = codec.decode(codec.encode(x)).astype(mx.float32) - x.astype(mx.float32)
             assert mx.square(error).mean().item() < NEXT_TO_NOTHING * mx.square(x.astype(mx.float32)).mean().item()
@@ -275,7 +275,7 @@ def test_any_float_dtype_is_taken(dtype, name):
 @of_each_method
 @pytest.mark.parametrize("size", [1e-8, 1e-3, 1e5, LARGEST])
 def test_scales_neither_overflow_nor_vanish(size, name):
-    """Vectors of any size lose what they lose at size 3: Gaussian ones, and some of the largest that a cache takes."""
+    """Vectors of any size have the loss of size 3: Gaussian ones, and some of the largest that a cache accepts."""
     signs = np.random.default_rng(1).choice([-1.0, 1.0], (1, KV_HEADS, 8, 64))
     x = mx.concatenate([vectors(1, KV_HEADS, 8, 64) / 3, mx.array(signs.astype(np.float32))], axis=2)
 
@@ -283,7 +283,7 @@ def test_scales_neither_overflow_nor_vanish(size, name):
         return (mx.square(codec.decode(codec.encode(x * size)) / size - x).sum() / mx.square(x).sum()).item()
 
     # float16 rounds the root of a scale to 2^-12, and so the scale to 2^-11: 2e-7 of the energy, and up to twenty times
-    # that where a group's ends are all there is. Rounding a codebook's sample otherwise moves it by 3 %. Of 1e-8 a step
+    # that if a group stores only its ends. Different rounding of a codebook's sample changes it by 3 %. At 1e-8 a step
     # of a 256th has a root of 6e-6, of which float16 holds only every hundredth: 8 bits lose up to 29 % more
     share, rounding = (0.3 if size == 1e-8 else 0.04), 5e-6
     for each in settings_of(name, 64, size):
@@ -294,26 +294,26 @@ def test_scales_neither_overflow_nor_vanish(size, name):
 @of_each_method
 def test_a_zero_vector_decodes_to_zero(name):
     for codec in codecs(name, 64):
-        if not isinstance(codec, CentredRaBitQ | FisherQuant):  # codes what it differs from a mean by
+        if not isinstance(codec, CentredRaBitQ | FisherQuant):  # codes the difference from a mean
             assert not codec.decode(codec.encode(mx.zeros((1, KV_HEADS, 3, 64)))).any()
 
 
 @of_each_method
-def test_codecs_that_need_no_calibration_are_values(name):
-    """Equal settings are equal codecs, copies cost nothing, and they fit to themselves."""
+def test_codecs_without_a_calibration_are_values(name):
+    """Equal settings give equal codecs, copies cost nothing, and ``fit`` returns the codec itself."""
     for each in variants(name):
         if not each.fitted:
             first, second = (each.method.codec(64, each.method.bits[0], "keys", **each.options) for _ in range(2))
             assert first == second
             assert hash(first) == hash(second)
             assert copy.deepcopy(first) == first
-            # but for one that a cache is to fit
+            # except for one that a cache fits
             assert (first.fit(Sample(vectors(1, 1, 40, 64))) is first) != first.online
 
 
 @pytest.mark.parametrize("role", ["keys", "values"])
 @pytest.mark.parametrize("method", CALIBRATED, ids=lambda method: method.id)
-def test_a_calibrated_method_says_so_and_needs_a_sample_worth_the_name(method, role):
+def test_a_calibrated_method_refuses_to_encode_unfitted_and_needs_a_varied_sample(method, role):
     codec = method.codec(64, method.bits[0], role)
     with pytest.raises(InputError, match="calibrate"):
         codec.encode(vectors(1, KV_HEADS, 4, 64))
@@ -321,7 +321,7 @@ def test_a_calibrated_method_says_so_and_needs_a_sample_worth_the_name(method, r
         with pytest.raises(InputError, match="tokens"):
             codec.fit(sample(64, tokens=tokens))
     same = mx.broadcast_to(vectors(1, KV_HEADS, 1, 64), (1, KV_HEADS, SAMPLE, 64))
-    same = same if role == "values" else mx.zeros_like(same)  # keys that are the same with RoPE and without
+    same = same if role == "values" else mx.zeros_like(same)  # keys that are the same with and without RoPE
     with pytest.raises(InputError, match="tokens"):
         codec.fit(Sample(same, vectors(1, KV_HEADS, SAMPLE, 64), Rope(64)))
 
@@ -331,7 +331,7 @@ def test_a_blank_codec_is_as_large_as_a_fitted_one(name):
     for each, dim, bits, role in settings_of(name, 64):
         blank = each.method.codec(dim, bits, role, **each.options).blank(KV_HEADS)
         assert blank.layout == ready(each, dim, bits, role).layout
-        if name not in ("spectralquant", "polarquant"):  # whose learned tables are larger than the usual ones
+        if name not in ("spectralquant", "polarquant"):  # their learned tables are larger than the default ones
             assert blank.shared_bytes == ready(each, dim, bits, role).shared_bytes, each
 
 

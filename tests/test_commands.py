@@ -1,4 +1,4 @@
-"""mlx-lm's commands on compressed caches: the server with several requests at once, and prompt caches in files."""
+"""mlx-lm's commands on compressed caches: the server with several requests at a time, and prompt caches in files."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
-    """The path of a tiny model that can be talked to, for what is not about its answers."""
+    """Return the path of a tiny chat model, for tests that do not depend on its answers."""
     return str(write_chat_model(tmp_path_factory.mktemp("model") / "tiny.gguf"))
 
 
 def ask(port: int, messages: list[dict[str, str]], count: int) -> tuple[str, int]:
-    """The answer, and how many tokens of the question were held already."""
+    """Return the answer, and how many tokens of the question were already in the cache."""
     body = {"model": "default_model", "messages": messages, "max_tokens": count, "temperature": 0}
     status, answer = post(port, "/v1/chat/completions", body)
     assert status == 200, answer
@@ -52,7 +52,7 @@ SETTINGS = ("--method", "turboquant", "--bits", "4", "--window", "16")
 
 
 def test_requests_at_once_get_the_answers_they_get_alone(chat_model):
-    """With nothing reused: what is trimmed to a common beginning stays encoded, where a fresh window is exact."""
+    """Without reuse of a cache: tokens trimmed to a common beginning stay encoded, but a fresh window is exact."""
     with (
         serving(*SETTINGS, "--prompt-cache-size", "0", model=chat_model) as port,
         ThreadPoolExecutor(len(QUESTIONS)) as pool,
@@ -87,7 +87,7 @@ def test_the_server_takes_a_plan_and_is_not_reachable_from_other_machines(tmp_pa
 
 @pytest.fixture
 def learner(tmp_path, monkeypatch):
-    """A model, a plan of a method that learns, and what was fitted for it."""
+    """Return a model, a plan of a method that learns, and its calibration."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = tiny("llama")
     settings: dict[str, Any] = {"key_bits": 3, "value_bits": 2}
@@ -99,14 +99,14 @@ def silent(done, total, label):
     raise AssertionError(f"this was to be fitted already: {label}")
 
 
-def test_a_plan_of_a_method_that_learns_takes_what_was_fitted(learner):
+def test_a_plan_of_a_method_that_learns_uses_its_calibration(learner):
     model, plan, fitted = learner
     cache = Wanted(plan, {}, [fitted]).maker(model, Letters(), silent)()
     assert cache[1].key_codec is fitted.codecs[1, "keys", 3]
     assert cache[1].value_codec is fitted.codecs[1, "values", 2]
 
 
-def test_widths_of_one_method_may_be_in_files_of_their_own(learner, tmp_path):
+def test_widths_of_one_method_can_be_in_separate_files(learner, tmp_path):
     model, plan, fitted = learner
     files = [
         str(vl.calibrate(model, Letters(), "spectralquant", bits=bits).save(tmp_path / str(bits))) for bits in (2, 3)
@@ -125,7 +125,7 @@ def test_a_plan_of_a_method_that_learns_is_fitted_with_progress(learner):
         assert same_codec(cache.key_codec, fitted.codecs[layer, "keys", 3])
 
 
-def test_a_calibration_of_nothing_that_is_used_is_refused(learner):
+def test_an_unused_calibration_is_refused(learner):
     with pytest.raises(InputError, match="A calibration of spectralquant was given, and turboquant is used"):
         Wanted(None, {}, [learner[2]])
 
@@ -176,6 +176,6 @@ def test_a_prompt_cache_is_continued_in_another_process_and_one_of_another_width
         (["serve", "smollm2-135m", "--calibration", "c.json"], "The calibration c.json cannot be read"),
     ],
 )
-def test_what_contradicts_a_compressed_cache_is_refused_in_a_sentence(capsys, chat_model, arguments, sentence):
+def test_options_that_contradict_a_compressed_cache_are_refused_in_a_sentence(capsys, chat_model, arguments, sentence):
     assert cli.main([chat_model if word is TINY else word for word in arguments]) == 2
     assert sentence in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""CommVQ's own claims: tables commute with RoPE, its bits, RoPE undone exactly, and training that learns.
+"""CommVQ's own claims: tables commute with RoPE, its bits, exact inverse RoPE, and training that learns.
 
 The paper's squared errors need Llama's keys, and are not reproduced here; the notebook shows SmolLM2's.
 """
@@ -29,7 +29,7 @@ FLOAT32 = 2.0**-23
 
 
 def keys_before_rope(tokens: int, seed: int, heads: int = HEADS) -> np.ndarray:
-    """Vectors ``[1, heads, tokens, D]`` with a mean and a few large directions per head, as keys have."""
+    """Return vectors ``[1, heads, tokens, D]`` with a mean and a few large directions per head, as keys have."""
     fixed, rng = np.random.default_rng(99), np.random.default_rng(seed)
     mean = 2 * fixed.standard_normal((1, heads, 1, DIM))
     directions = fixed.standard_normal((1, heads, 6, DIM))
@@ -49,7 +49,7 @@ def relative_error(codec: CommVQ, x: mx.array, start: int = 0) -> float:
 
 
 def exact_rotations(rope: Rope, position: int) -> np.ndarray:
-    """RoPE's own 2 × 2 blocks at a position, as one matrix ``[D, D]`` in float64: written without `Rope`."""
+    """Return RoPE's own 2 × 2 blocks at a position, as one matrix ``[D, D]`` in float64, without our `Rope`."""
     count = rope.dims // 2
     period = rope.base ** (np.arange(count) / count) if rope.freqs is None else np.array(rope.freqs, np.float64)
     first = np.arange(0, 2 * count, 2) if rope.traditional else np.arange(count)
@@ -61,7 +61,7 @@ def exact_rotations(rope: Rope, position: int) -> np.ndarray:
 
 
 def read_indices(codec: CommVQ, codes: mx.array) -> np.ndarray:
-    """Indices ``[..., 2·R]`` of 6 bits, least significant bit first: read without our unpack."""
+    """Return indices ``[..., 2·R]`` of 6 bits, least significant bit first, without our unpack."""
     bits = np.unpackbits(np.array(codes), axis=-1, bitorder="little")[..., : 12 * codec.stages]
     return bits.reshape(*bits.shape[:-1], 2 * codec.stages, 6) @ (1 << np.arange(6))
 
@@ -83,14 +83,14 @@ def test_every_m_commutes_with_rope_to_machine_precision(name):
         # each entry is a difference of two sums of two products, every one rounded: at most six half steps of 2·max|M|
         bound = 6 * np.abs(m).max() * np.finfo(float).eps
         assert np.abs(m @ turn - turn @ m).max() <= bound
-        # and the layer's own rotation, which is float32, is that one: its angle is off by a step of the position
+        # the layer's own rotation, in float32, is the same: the error of its angle is a step of the position
         rotated = np.array(codec.rope.forward(mx.eye(DIM)[None, None].swapaxes(1, 2), position))[0, :, 0].T
         assert np.abs(rotated - whole).max() <= 4 * FLOAT32 * max(1, position)
 
 
 @pytest.mark.parametrize("name", ROPES)
 def test_table_reuse_is_exact_in_double_precision(name):
-    """The paper's attention: turn the tables to a position once and look all codes up there."""
+    """The paper's attention: rotate the tables to a position once, and look all codes up there."""
     codec, position, tokens = fitted(name), 77_777, 20
     code = codec.encode(codec.rope.forward(mx.array(keys_before_rope(tokens, seed=2)), 0), 0)
     indices = read_indices(codec, code.arrays["codes"])[0]  # [H, S, 2R]
@@ -107,7 +107,7 @@ def test_table_reuse_is_exact_in_double_precision(name):
 
 @pytest.mark.parametrize("name", ROPES)
 def test_scores_from_rotated_tables_are_scores_of_rotated_sums(name):
-    """The same in our float32, each token at its own position."""
+    """The same in our float32, with each token at its own position."""
     codec = fitted(name)
     start, tokens = 3000, 5
     rope = codec.rope
@@ -143,39 +143,39 @@ def test_rope_is_undone_exactly(name):
     x = mx.array(keys_before_rope(8, seed=3))
     for start in (0, 100, 4096 - 8):
         back = rope.inverse(rope.forward(x, start), start)
-        # both ways round the same angle; two rotations of numbers up to max|x| are four products and two sums each
+        # forward and back by the same angle; two rotations of numbers up to max|x| are four products and two sums each
         assert mx.abs(back - x).max().item() <= 8 * FLOAT32 * mx.abs(x).max().item()
 
 
 @pytest.mark.parametrize("name", ROPES)
 def test_keys_are_coded_as_they_are_before_rope(name):
-    """A vector's code is the same at any position, and its error too."""
+    """A vector's code is the same at any position, and so is its error."""
     codec, x = fitted(name), mx.array(keys_before_rope(200, seed=4))
     first, later = (codec.encode(codec.rope.forward(x, start), start) for start in (0, 3896))
     same = np.array(first.arrays["codes"]) == np.array(later.arrays["codes"])
     assert same.all(axis=-1).mean() > 0.98  # rounding decides ties, and a tie changes all later stages
     there = codec.rope.forward(x, 3896)
     at_zero = relative_error(codec, codec.rope.forward(x, 0))
-    # the same keys with other rounding, 6e-6 apart, but for a tie
+    # the same keys with other rounding, 6e-6 apart, except for a tie
     assert relative_error(codec, there, 3896) == pytest.approx(at_zero, rel=0.01)
-    # a wrong position gives keys that have little to do with those that were stored: 0.8 to 1.7 against 0.035
+    # a wrong position gives keys unrelated to the stored ones: an error of 0.8 to 1.7, not 0.035
     assert (mx.square(codec.decode(first) - there).mean() / mx.square(there).mean()).item() > 0.5
 
 
 @pytest.mark.parametrize("role", ["keys", "values"])
-def test_a_cut_is_coded_as_in_the_whole(role):
+def test_a_slice_is_coded_as_in_the_whole(role):
     codec = fitted(role=role)
     x = codec.decode(codec.encode(mx.array(keys_before_rope(50, seed=5))))
     whole, part = codec.encode(x), codec.encode(x[:, :, 13:], 13)
     same = (np.array(whole.arrays["codes"])[:, :, 13:] == np.array(part.arrays["codes"])).all(axis=-1)
-    assert same.mean() > 0.98  # one of the 74 vectors may round to another code
+    assert same.mean() > 0.98  # one of the 74 vectors can round to another code
     ours, again = np.array(codec.decode(whole[13:])), np.array(codec.decode(part))
     # the same sums of the same entries; a scale may round to the float16 beside it, 2^-10 of it
     assert np.allclose(ours[same], again[same], rtol=2**-9, atol=8 * FLOAT32 * np.abs(ours).max())
     assert part.start == whole[13:].start == 13
 
 
-def test_more_vectors_than_a_chunk_are_coded_as_few_are():
+def test_more_vectors_than_a_chunk_are_coded_like_few():
     codec = fitted(role="values", stages=1)
     x = mx.array(keys_before_rope(5000, seed=6))  # 10,000 vectors: two chunks
     whole, part = codec.encode(x), codec.encode(x[:, :, 4500:])
@@ -184,17 +184,17 @@ def test_more_vectors_than_a_chunk_are_coded_as_few_are():
 
 
 @pytest.mark.parametrize("role", ["keys", "values"])
-def test_more_stages_lose_less_on_vectors_never_seen(role):
+def test_more_stages_lose_less_on_new_vectors(role):
     x = ROPES["half-split"].forward(mx.array(keys_before_rope(400, seed=7)), 0)
     errors = [relative_error(fitted(role=role, stages=stages), x) for stages in (1, 3, 11)]
-    # 24 bits more on 64 coordinates divide the error by 4^(24/64) = 1.7 where all directions count alike, and by more
-    # where six do, as before RoPE; 96 bits by 8 at best. Measured: 3.3 and 4.2 for keys, 1.7 and 5.2 for values
+    # 24 bits more on 64 coordinates divide the error by 4^(24/64) = 1.7 if all directions are equal, and by more
+    # if six dominate, as before RoPE; 96 bits by 8 at best. Measured: 3.3 and 4.2 for keys, 1.7 and 5.2 for values
     assert errors[0] > 1.5 * errors[1]
     assert errors[1] > 3.5 * errors[2]
 
 
 def test_trained_tables_beat_vectors_taken_from_the_sample():
-    """Also on vectors never seen, and by far: a random table of a stage wastes what is shared by all."""
+    """Also on new vectors, and by far: random tables spend each stage on the part that all vectors have in common."""
     rope, x = ROPES["half-split"], mx.array(keys_before_rope(400, seed=8))
     codec = fitted()
     rng = np.random.default_rng(0)
@@ -206,7 +206,7 @@ def test_trained_tables_beat_vectors_taken_from_the_sample():
 
 
 def test_training_lowers_the_error_as_em_must():
-    """One table of a known kind is found again: vectors that are C[a] + i·C[b] exactly, with 8 entries."""
+    """A known table is found again: vectors that are C[a] + i·C[b] exactly, with 8 entries."""
     rng = np.random.default_rng(0)
     table = rng.standard_normal((8, 8)) + 1j * rng.standard_normal((8, 8))
     z = table[rng.integers(8, size=1000)] + 1j * table[rng.integers(8, size=1000)]
@@ -229,17 +229,17 @@ def test_the_unbiased_scale_keeps_the_inner_product_of_a_key_with_itself():
 
 @pytest.mark.parametrize("scale", ["unbiased", "mse", "norm"])
 def test_a_vector_that_the_tables_cannot_reach_stays_finite_and_no_larger_than_four_times(scale):
-    """Entries that training never used are zero, and others may point away from what comes later."""
+    """Entries that training never used are zero, and others can point away from later vectors."""
     tables = mx.concatenate([mx.zeros((1, 1, 63, DIM)), mx.ones((1, 1, 1, DIM))], axis=2).astype(mx.float16)
     codec = CommVQ(DIM, 1, "values", stages=1, scale=scale, tables=tables)
     x = mx.random.normal((1, 1, 200, DIM), key=mx.random.key(0))
     lengths = mx.linalg.norm(codec.decode(codec.encode(x)), axis=-1) / mx.linalg.norm(x, axis=-1)
-    # what there is to choose from has root-mean-square 0, 1 or √2
+    # the available entries have RMS 0, 1 or √2
     assert lengths.max().item() < 4.01 * 2**0.5
     assert mx.isfinite(lengths).all()
 
 
-def test_what_it_cannot_do_is_said():
+def test_impossible_settings_are_refused():
     x = mx.array(keys_before_rope(100, seed=10))
     with pytest.raises(InputError, match="rotary"):
         METHOD.codec(DIM, 1, "keys").fit(Sample(x))

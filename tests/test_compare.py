@@ -43,8 +43,8 @@ def test_with_sinks_first_tokens_are_exact_and_no_times_are_taken(monkeypatch):
     assert four["held_bytes"][1] == none["held_bytes"][1]  # mlx-lm's cache has no sinks
 
 
-def test_whole_caches_are_as_small_as_promised():
-    """Read off live buffers, codebooks included; the shapes of one layer of a model with a head dimension of 128."""
+def test_whole_caches_have_the_documented_size():
+    """Measured on live buffers, with codebooks; the shapes of one layer of a model with a head dimension of 128."""
     frame = byte_ratios()
     assert frame.select("head_dim", "tokens").unique().rows() == [(128, 8192)]
     ratios = {row["name"]: row for row in frame.iter_rows(named=True)}
@@ -65,7 +65,7 @@ def test_whole_caches_are_as_small_as_promised():
         ("gemma3_text", {}, "layer 0 slides"),
     ],
 )
-def test_a_cache_that_a_model_cannot_have_is_left_out_and_the_others_are_kept(monkeypatch, family, config, reason):
+def test_an_unsupported_cache_is_left_out_and_the_others_are_kept(monkeypatch, family, config, reason):
     monkeypatch.setattr(measured, "METHODS", {"turboquant": METHODS["turboquant"]})
     told, rows = {}, []
     frame = compare(
@@ -83,7 +83,7 @@ def test_a_cache_that_a_model_cannot_have_is_left_out_and_the_others_are_kept(mo
     assert (reason in told["mlx-lm 3 bit"]) if reason else not told
 
 
-def test_an_unknown_failure_is_told_with_its_kind(monkeypatch):
+def test_an_unexpected_error_is_reported_with_its_class(monkeypatch):
     monkeypatch.setattr(measured, "METHODS", {"turboquant": METHODS["turboquant"]})
     monkeypatch.setattr(measured, "_ours", lambda *_: lambda model: [])
     told, labels = {}, []
@@ -96,7 +96,7 @@ def test_an_unknown_failure_is_told_with_its_kind(monkeypatch):
     assert "turboquant 4 bit is left out: IndexError: list index out of range" in labels
 
 
-def test_rows_are_on_disk_as_they_come_and_the_table_says_what_is_left_out(monkeypatch, tmp_path, capsys):
+def test_rows_are_written_one_by_one_and_the_table_lists_what_is_left_out(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(vl, "load", lambda name: (tiny("llama", head_dim=80), Letters()))
     monkeypatch.setattr(measured, "METHODS", {"turboquant": METHODS["turboquant"]})
     monkeypatch.setattr(measured, "byte_ratios", partial(byte_ratios, kv_heads=1, tokens=1024))
@@ -143,7 +143,7 @@ def test_times_of_an_earlier_comparison_are_measured_again(monkeypatch, tmp_path
     assert "| 1.0 | 6 (3.0×) |" in page.read_text()
 
 
-def test_a_model_without_any_of_these_caches_is_a_sentence(monkeypatch):
+def test_a_model_without_any_of_these_caches_is_refused_in_a_sentence(monkeypatch):
     monkeypatch.setattr(measured, "METHODS", {})
     with pytest.raises(
         InputError, match=r"No cache can be compared with this model's own; mlx-lm 3 bit: mlx-lm has no"

@@ -1,4 +1,4 @@
-"""What `tests.container` measured in half a core and 2 GB; that it refuses to measure without limits."""
+"""The committed results of `tests.container` in half a core and 2 GB; it refuses to measure without limits."""
 
 import json
 
@@ -8,7 +8,7 @@ from tests import container
 from veloxlab import runtime
 
 
-def test_the_committed_run_ended_well_within_its_limits():
+def test_the_committed_run_stayed_within_its_limits():
     found = json.loads(container.FILE.read_text())
     assert (found["cpu_quota"], found["planner_gb"]) == (0.5, round(found["memory_limit_bytes"] / 1e9, 1))
     assert {run["status"] for run in found["runs"].values()} == {0}

@@ -1,4 +1,4 @@
-"""Bits of single coordinates: what a fitted codec's plan says, and its map."""
+"""Bits of single coordinates: the plan of a fitted codec, and its map."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def test_the_bits_are_those_of_the_plans(calibration):
         coordinate_bits(calibration, 3)
 
 
-def test_bits_that_are_planned_are_means_over_heads(calibrations):
+def test_planned_bits_are_means_over_heads(calibrations):
     fitted = vl.calibrate(tiny("llama"), Letters(), "fisherquant", TEXT, tokens=256, folder=calibrations)
     frame = coordinate_bits(fitted, 2.25)
     assert frame.schema == COORDINATE_BITS
@@ -42,7 +42,7 @@ def test_bits_that_are_planned_are_means_over_heads(calibrations):
         coordinate_bits(fitted, 9)
 
 
-def test_the_map_says_means_and_what_gets_none(calibration):
+def test_the_caption_states_means_and_coordinates_without_bits(calibration):
     frame = coordinate_bits(calibration, 2)
     none = 100 * (frame.filter(tensor="keys")["bits"] == 0).mean()
     assert f"keys 2.00 on average, {frame.filter(tensor='keys')['bits'].max():g} at most, none for {none:.0f} %" in (  # type: ignore[str-bytes-safe]

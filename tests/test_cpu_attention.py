@@ -1,4 +1,4 @@
-"""Attention over codes by the loops of a CPU is as by its definition, for every layout, type, mask and thread."""
+"""Attention over codes by CPU loops agrees with its definition, for every layout, dtype, mask and number of threads."""
 
 import dataclasses
 import itertools
@@ -27,7 +27,7 @@ from veloxlab.kernels import checked
 from veloxlab.kernels.cpu import attend as loops
 from veloxlab.kernels.cpu import call as cpu
 
-ROUNDING = 5e-6  # of sums of some hundred float32 products, in another order: 3e-6 seen
+ROUNDING = 5e-6  # for sums of some hundred float32 products in another order: 3e-6 measured
 
 
 @pytest.fixture(params=[1, 2], ids=["alone", "shared"])
@@ -54,7 +54,7 @@ def assert_as_by_definition(case, runs=RUNS):
 
 @pytest.mark.usefixtures("count_of_threads")
 @pytest.mark.parametrize("case", [*TABLES, *LAYOUTS], ids=str)
-def test_every_layout_is_as_by_its_definition(case):
+def test_every_layout_agrees_with_its_definition(case):
     assert_as_by_definition(case)
 
 
@@ -69,7 +69,7 @@ def test_every_layout_is_as_by_its_definition(case):
     dtype=st.sampled_from([mx.float32, mx.float16, mx.bfloat16]),
     run=st.tuples(st.integers(1, 70), st.integers(0, 5), st.integers(0, 70)),
 )
-def test_every_shape_is_as_by_its_definition(codes, dim, shared, length, heads, flags, dtype, run):
+def test_every_shape_agrees_with_its_definition(codes, dim, shared, length, heads, flags, dtype, run):
     # codes are read two at a time up to 4 bits
     codes = [c if c.bits <= 4 else dataclasses.replace(c, joined=False) for c in codes]
     masked, logits, rotated, scaled = flags
@@ -87,7 +87,7 @@ def tokens_of(tokens=150):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
-def test_what_is_no_number_spreads_as_in_the_reference(where, bad):
+def test_nan_spreads_as_in_the_reference(where, bad):
     found = tokens_of()
     q = normal(1, 4, 1, 64)
     if where == "query":
@@ -105,14 +105,14 @@ def test_what_is_no_number_spreads_as_in_the_reference(where, bad):
     assert mx.allclose(mx.nan_to_num(by_loop), mx.nan_to_num(wanted), atol=1e-4)
 
 
-def test_all_tokens_may_be_hidden():
+def test_all_tokens_can_be_masked():
     found, q = tokens_of(), normal(1, 4, 1, 64)
     mask = mx.zeros((1, 1, 1, found.tokens), mx.bool_)
     wanted = found._attend_codes(q, 0.125, mask)
     assert relative(found.attend(q, 0.125, mask), wanted) < 1e-4
 
 
-def test_graphs_that_are_not_evaluated_take_mlx_operations():
+def test_unevaluated_graphs_use_mlx_operations():
     found, q = tokens_of(), normal(1, 4, 1, 64)
     wanted = found.attend(q, 0.125, None)
     compiled = mx.compile(lambda q: found.attend(q, 0.125, None))(q)
@@ -146,7 +146,7 @@ def test_derivatives_reach_exact_tokens():
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("length", [1, 3])
-def test_a_batch_is_read_as_each_of_its_sequences_is(method, dtype, masked, length):
+def test_a_batch_is_read_like_each_of_its_sequences(method, dtype, masked, length):
     codec = METHODS[method].codec(64, 3, "keys")
     if METHODS[method].calibrated:
         codec = codec.fit(Sample(normal(1, 2, 300, 64)))
@@ -168,7 +168,7 @@ def test_a_batch_is_read_as_each_of_its_sequences_is(method, dtype, masked, leng
         assert relative(gradient, mx.grad(lambda q: mx.square(reference(q)).sum())(q)) < 1e-4
 
 
-def test_a_batch_of_codecs_that_bring_queries_elsewhere_is_read_one_by_one():
+def test_a_batch_of_codecs_with_different_query_transforms_is_read_one_by_one():
     codecs = [METHODS["spectralquant"].codec(64, 3, "keys").fit(Sample(normal(1, 2, 300, 64, seed=i))) for i in (1, 2)]
     codecs.append(METHODS["qjl"].codec(64, 3, "keys"))
     q = normal(2, 4, 1, 64)
@@ -176,7 +176,7 @@ def test_a_batch_of_codecs_that_bring_queries_elsewhere_is_read_one_by_one():
         assert attend_together([history(c, c) for c in pair], [0, 0], q, 0.125, None, None) is None
 
 
-def test_a_batch_may_have_rotated_codes_of_several_kinds():
+def test_a_batch_can_have_rotated_codes_of_several_kinds():
     codecs = TurboQuant(64, 4), METHODS["rabitq"].codec(64, 2, "keys"), METHODS["rvq"].codec(64, 4, "keys")
     own, q = [history(codec, codec, recent=5 + i) for i, codec in enumerate(codecs)], normal(3, 4, 1, 64)
     found = attend_together(own, [2, 1, 0], q, 0.125, None, None)
@@ -184,7 +184,7 @@ def test_a_batch_may_have_rotated_codes_of_several_kinds():
     assert relative(found, mx.concatenate(wanted)) < 1e-6
 
 
-def test_no_loop_runs_where_kernels_are_switched_off(monkeypatch):
+def test_no_loop_runs_if_kernels_are_switched_off(monkeypatch):
     monkeypatch.setenv("VELOXLAB_KERNELS", "0")
     monkeypatch.setattr(loops, "attend", None)
     assert tokens_of().attend(normal(1, 4, 1, 64), 0.125, None).shape == (1, 4, 1, 64)
@@ -201,7 +201,7 @@ def test_a_loop_that_disagrees_is_switched_off_with_one_warning(monkeypatch):
 
 
 @pytest.mark.usefixtures("count_of_threads")
-def test_threads_that_attend_at_once_get_their_own_answers():
+def test_threads_that_attend_at_once_get_their_own_results():
     case = Case(PAIRS, PAIRS, 64, 3, rotated=True)
     (call,) = calls(case, [(900, 4, 70)])
     queries = [dataclasses.replace(call.queries, coded=None, q=normal(*call.queries.q.shape, seed=i)) for i in range(6)]
@@ -237,13 +237,13 @@ mx.eval(found.attend(q, 0.125, None))
 
 
 def run_in_a_process(code):
-    """How a process ended, and what it had to complain of."""
+    """Return how a process ended, and its error output."""
     done = subprocess.run([sys.executable, "-c", IN_A_PROCESS + code], capture_output=True, text=True, timeout=120)
     return done.returncode, done.stderr
 
 
 def test_the_interpreter_ends_while_loops_run():
-    # threads that it waits for: MLX itself ends a process where a daemon thread computes with it at the end
+    # not daemon threads: MLX aborts a process if a daemon thread computes with it at the end
     attending = "lambda: [found.attend(q, 0.125, None) for _ in range(20)]"
     ended = run_in_a_process(f"for _ in range(3): threading.Thread(target={attending}).start()")
     assert ended == (0, "")
