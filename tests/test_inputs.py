@@ -600,7 +600,7 @@ def test_the_pair_that_load_gives_is_no_model(here, call):
 def test_a_name_in_the_place_of_a_model_is_told_what_to_give(here):
     with pytest.raises(InputError, match=r"^model='smollm2-135m' cannot be used: give a language model, the first of"):
         vl.Lab("smollm2-135m")
-    with pytest.raises(InputError, match=r"^The tokenizer is missing: give both that vl\.load gave"):
+    with pytest.raises(InputError, match=r"^The tokenizer is missing: give both results of vl\.load"):
         vl.Lab(here.model)
 
 

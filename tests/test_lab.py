@@ -1,4 +1,4 @@
-"""The laboratory answers from measurements, on whatever thread its knobs are turned."""
+"""The laboratory answers from measurements, on whichever thread its controls change."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ from veloxlab.views.picture import png_size
 
 @pytest.fixture(scope="module")
 def small():
-    """A model with random weights, and a tokenizer: what is measured is not about what a model knows."""
+    """A model with random weights, and a tokenizer: these tests do not depend on what a model has learned."""
     return tiny("llama", num_hidden_layers=9, num_attention_heads=6, num_key_value_heads=3), Letters()
 
 
@@ -131,7 +131,7 @@ def test_work_can_be_cancelled_and_the_laboratory_lives_on(lab):
 
 def test_what_is_saved_without_a_kernel_is_a_picture_and_a_line_of_numbers(lab):
     bundle, metadata = lab._repr_mimebundle_()
-    assert metadata["image/png"]["alt"] == bundle["text/plain"]  # which nbconvert gives the picture
+    assert metadata["image/png"]["alt"] == bundle["text/plain"]  # nbconvert uses this text for the picture
     assert bundle["text/plain"].startswith("Lab(turboquant K4 V4, sinks=2, window=16: relative MSE of keys 0.00")
     picture = base64.b64decode(bundle["image/png"])
     width, height = png_size(picture)
@@ -162,7 +162,7 @@ def test_its_state_can_be_taken_away_and_brought_back(lab):
     assert lab.state == state
     assert lab.plan == plan
 
-    with pytest.raises(InputError, match="says nothing of sinks, window"):
+    with pytest.raises(InputError, match="has no sinks, window"):
         lab.restore({name: state[name] for name in state if name not in ("sinks", "window")})
     for impossible, sentence in (
         ({"bits": [2, 2], "window": -3}, "window=-3"),
@@ -177,7 +177,7 @@ def test_its_state_can_be_taken_away_and_brought_back(lab):
             lab.restore(state | impossible)
         assert lab.state == state
     assert lab.wait(120)
-    assert lab.state == state  # nothing of the refused state is left
+    assert lab.state == state  # no part of the refused state remains
 
 
 def test_it_can_be_taken_away_as_one_page(lab, tmp_path):
@@ -212,7 +212,7 @@ def test_impossible_knobs_are_refused_and_nothing_changes(lab, knob, value, sent
 def test_another_method_takes_the_nearest_widths_and_goes_on_the_charts(lab):
     turn(lab, layer=7)
     turn(lab, key_bits=3)
-    turn(lab, method="rvq")  # which has even widths alone
+    turn(lab, method="rvq")  # it has only even widths
     assert lab.layer_bits[7][0] in (2, 4)
     assert lab.layer_bits[6] == (4, 4)
     assert lab.name.startswith("rvq K4 V4")

@@ -1,4 +1,4 @@
-"""The laboratory's pages: each is made when it is opened, and all share one choice. A small model, random weights."""
+"""The laboratory's pages: each is made when it is opened, and all share one choice. Small model, random weights."""
 
 import json
 import threading
@@ -60,7 +60,7 @@ def test_a_page_is_made_when_it_is_opened_and_once(lab, page):
 
 
 def test_a_page_that_is_opened_while_other_work_runs_is_there_at_once(lab):
-    """With its controls, what it waits for and how far that is; to cancel that brings its charts."""
+    """It shows its controls, and the job that it waits for. After a cancel of that job its charts appear."""
     charts = {name: [*lab.turn_to(name).named] for name in NAMES}
     for page in lab.pages.values():
         page.close()
@@ -142,14 +142,14 @@ def test_what_is_chosen_on_one_page_is_chosen_on_all(lab):
     turn(lab, page="keys")
     turn(keys, layer=1, head=1, method="rabitq")
     assert (lab.layer, lab.head, lab.method) == (1, 1, "rabitq")
-    assert lab.errors.picked is None  # what nobody sees follows once it is seen
+    assert lab.errors.picked is None  # a hidden page follows when it is shown
     turn(lab, page="cache")
     assert lab.errors.picked == 1
     turn(lab, page="errors")
     assert (errors.layer, errors.head, errors.method) == (1, 1, "rabitq")
     assert "Layer 1" in keys.charts["spectrum"].content["params"]["caption"]
 
-    turn(errors, bits=3)  # of all layers, for none has bits of its own
+    turn(errors, bits=3)  # of all layers: no layer has bits of its own
     assert lab.layer_bits == {0: (3, 4), 1: (3, 4)}
     assert errors._message.value == ""
     turn(lab, page="memory")
@@ -186,7 +186,7 @@ def test_the_memory_page_plans_layers_that_have_bits_of_their_own(lab):
     assert lab.wait(120)
     name = "turboquant K4 V4, layer 0 K2 V2"
     codes = plans.plan.filter(cache=name, part="codes")["bytes"].sum()
-    assert codes == pytest.approx(equal * 3 / 4, rel=1e-3)  # one of two layers has half; a block may be in either
+    assert codes == pytest.approx(equal * 3 / 4, rel=1e-3)  # of two layers, one has half the bits
     assert name in plans._losses.value
     assert plans.loss(name).source == "not known before a run"
     space = {"vl": vl, "model": lab.experiment.model}
@@ -292,7 +292,7 @@ def test_what_was_measured_is_said_and_a_cancelled_fit_too(lab):
     assert "Cancelled. The charts show the last settings" in message.value
     assert set(lab.memory.frame["cache"]) == {"fp16", "turboquant"}
 
-    # no other page begins it again; Retry does
+    # no other page starts it again; Retry does
     fitted = lab.selection.fitting.is_ready
     errors = lab.turn_to("errors")
     assert "The fit of vecinfer at 4 bits was cancelled: press Retry" in errors.problem
@@ -314,7 +314,7 @@ def test_bits_that_a_method_does_not_have_are_kept_as_a_wish_and_said(lab):
     turn(lab, method="turboquant")
     assert (lab.key_bits, lab.value_bits) == (7, 3)
     assert "became" not in banner.value
-    turn(lab, method="rvq", key_bits=4)  # a number that a person chose is the new wish
+    turn(lab, method="rvq", key_bits=4)  # a number that the user chose is the new wish
     turn(lab, method="turboquant")
     assert (lab.key_bits, lab.value_bits) == (4, 3)
 
@@ -337,7 +337,7 @@ def test_layers_with_bits_of_their_own_are_listed_and_cleared_one_by_one(lab):
 def test_how_many_tokens_are_in_codes_is_said_and_all_can_be(lab):
     turn(lab, window=64)
     banner = lab.pages["cache"]._banner
-    assert "32 of 128 tokens (25%) are in codes" in banner.value  # 62 beside sinks and window, in blocks of 32
+    assert "32 of 128 tokens (25%) are in codes" in banner.value  # 62 may be coded, in blocks of 32
     controls(lab.pages["cache"])["Code all tokens"].click()
     assert lab.wait(120)
     assert (lab.sinks, lab.window) == (0, 0)
@@ -345,10 +345,10 @@ def test_how_many_tokens_are_in_codes_is_said_and_all_can_be(lab):
 
 
 def test_what_is_taken_away_waits_for_what_was_asked(lab, tmp_path):
-    lab.key_bits = 3  # and nobody waits
+    lab.key_bits = 3  # without wait()
     assert "turboquant K3 V4" in repr(lab)
     assert "still measuring" not in repr(lab)
-    lab.window = 40  # which no test has measured
+    lab.window = 40  # no test has measured this window
     written = pl.read_parquet(lab.memory.to_parquet(tmp_path / "memory.parquet"))
     assert lab.wait(120)
     assert written.equals(lab.memory.frame)
@@ -397,7 +397,7 @@ def test_state_names_head_and_page(lab):
 def test_what_is_put_into_a_chart_is_what_it_would_be_drawn_of(lab, name, step, monkeypatch):
     page = lab.turn_to(name)
     before = {chart: view.spec["id"] for chart, view in page.charts.items()}
-    monkeypatch.setattr(ChartView, "show", None)  # to draw one anew takes ten times as long
+    monkeypatch.setattr(ChartView, "show", None)  # drawing a new chart takes ten times as long
     lab.selection.choose(**step)
     assert page.wait(120)
     monkeypatch.undo()
@@ -474,7 +474,7 @@ def test_a_page_that_cannot_be_made_says_so_and_the_laboratory_lives_on(monkeypa
 
 @pytest.mark.parametrize("page", NAMES)
 def test_every_control_is_explained(lab, page):
-    """In a sentence, with its range where it is a number between two ends."""
+    """The tooltip is a sentence, with the range of a number between two ends."""
     for words, control in controls(lab.turn_to(page)).items():
         tip = control._trait_values.get("tooltip") or ""
         assert len(tip.split()) > 3, words

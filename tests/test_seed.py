@@ -107,7 +107,7 @@ def test_a_method_that_is_fitted_is_fitted_with_the_seed(lab):
 def test_a_calibration_that_was_given_keeps_its_seed(lab):
     given = lab.selection.fitting.calibration(FITTED, [4], seed=5)
     other = vl.Lab(lab.experiment.model, Letters(), method=FITTED, tokens=64, calibration=given)
-    with pytest.raises(InputError, match=r"spectralquant that was given has seed 5: for another one give .*seed=6"):
+    with pytest.raises(InputError, match=r"spectralquant that was given has seed 5: for another seed give .*seed=6"):
         other.selection.choose(seed=6)
     other.selection.choose(seed=5)
     other.close()

@@ -34,7 +34,7 @@ STARTUP = 120  # seconds: a shared machine may be slow
 
 @dataclass
 class Visit:
-    """A page, with what went wrong in it and what it asked of the outside world."""
+    """A page, with its errors and its requests to other machines."""
 
     page: Page
     errors: list[Error] = field(default_factory=list)
@@ -51,8 +51,8 @@ class Visit:
 
 @pytest.fixture(scope="package")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
-    """Start Chromium once for this folder, with a profile: it keeps what it has compiled of JupyterLab."""
-    # not for the session: Playwright's event loop would otherwise run on under the notebooks' tests
+    """Start Chromium once for this folder, with a profile that keeps the compiled code of JupyterLab."""
+    # not for the whole session: Playwright's event loop would go on during the tests of notebooks
     if CHROMIUM is None:
         pytest.skip("there is no Chromium here: install the system's chromium package")
     profile = tmp_path_factory.mktemp("profile")
@@ -63,7 +63,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext
 
 
 def opened(browser: BrowserContext, width: int, height: int) -> Page:
-    """Give a new page of this size."""
+    """A new page of this size."""
     page = browser.new_page()
     page.set_viewport_size({"width": width, "height": height})
     return page
@@ -71,7 +71,7 @@ def opened(browser: BrowserContext, width: int, height: int) -> Page:
 
 @pytest.fixture
 def bare(browser: BrowserContext) -> Iterator[Visit]:
-    """Give an empty page that holds the harness."""
+    """An empty page with the harness."""
     page = opened(browser, 820, 700)
     visit = Visit(page)
     page.goto("about:blank")
@@ -82,7 +82,7 @@ def bare(browser: BrowserContext) -> Iterator[Visit]:
 
 @contextlib.contextmanager
 def served(module: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """Start a server, ``"jupyterlab"`` or ``"notebook"``, and give its address and the folder that it serves."""
+    """Start a server, ``"jupyterlab"`` or ``"notebook"``; yields its address and the folder that it serves."""
     notebooks, state = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("state")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -94,7 +94,7 @@ def served(module: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     command += ["--LabApp.news_url=None", f"--ServerApp.root_dir={notebooks}"]
     notices = state / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     notices.parent.mkdir(parents=True)
-    notices.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # else it asks, over the charts
+    notices.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # otherwise a question covers the charts
     log = (state / "log").open("w")
     server = subprocess.Popen(
         command,
@@ -109,7 +109,7 @@ def served(module: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
         yield address, notebooks
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)  # its kernels too
+            os.killpg(server.pid, signal.SIGTERM)  # and its kernels
         server.wait(30)
         log.close()
 
@@ -140,7 +140,7 @@ READY = """async () => {
 
 @contextlib.contextmanager
 def opener(browser: BrowserContext, address: str, folder: Path, query: str = "") -> Iterator[Callable[..., Visit]]:
-    """Give a function that writes cells to a notebook, opens it below an address and runs it."""
+    """A function that writes cells to a notebook, opens it below an address and runs it."""
     pages: list[Page] = []
 
     def run(*cells: str, name: str = "test.ipynb") -> Visit:
@@ -155,8 +155,8 @@ def opener(browser: BrowserContext, address: str, folder: Path, query: str = "")
         page.wait_for_function("window.jupyterapp !== undefined")
         page.evaluate(READY)
         if not page.evaluate(IS_LIGHT % "true"):
-            turn(page, "Light")  # the server remembers what another test turned it to
-        # before the kernel is idle this would open a dialog and never come back
+            turn(page, "Light")  # the server remembers the theme of another test
+        # if the kernel were not idle yet, this would open a dialog and never return
         page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
         return visit
 
@@ -167,14 +167,14 @@ def opener(browser: BrowserContext, address: str, folder: Path, query: str = "")
 
 @pytest.fixture(scope="package")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """Start JupyterLab, and give its address and the folder that it serves."""
+    """Start JupyterLab; yields its address and the folder that it serves."""
     with served("jupyterlab", tmp_path_factory) as place:
         yield place
 
 
 @pytest.fixture
 def notebook(lab: tuple[str, Path], browser: BrowserContext) -> Iterator[Callable[..., Visit]]:
-    """Give a function that writes cells to a notebook, opens it in JupyterLab and runs it."""
+    """A function that writes cells to a notebook, opens it in JupyterLab and runs it."""
     address, folder = lab
     with opener(browser, f"{address}/lab/tree", folder, "?reset") as run:
         yield run

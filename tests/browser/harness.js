@@ -1,4 +1,4 @@
-// A page without Jupyter: a stand-in for a widget's model, and a count of what the page still listens to.
+// A page without Jupyter: a stand-in for a widget's model, and a count of the open listeners.
 window.lab = (() => {
   const held = new Set();
   const counted = (target) => target === window || target instanceof MediaQueryList;
@@ -47,7 +47,7 @@ window.lab = (() => {
     };
   };
 
-  // what makes the page lay itself out
+  // calls that make the page compute its layout
   let measures = 0;
   const counting = (owner, name) => {
     const { get, value, ...rest } = Object.getOwnPropertyDescriptor(owner, name);

@@ -1,4 +1,4 @@
-"""One widget of ours as a page shows it: what its charts say, its knobs, and how it waits."""
+"""One widget of veloxlab in a page: its charts, its controls, and its progress bar."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from playwright.sync_api import Locator, Page
 
 from veloxlab.views import theme
 
-# for what is not about a model's answers; with as many layers and KV heads as the tests walk through
+# for tests that do not depend on a model's answers; with enough layers and KV heads for the tests' steps
 SMALL_MODEL = """
 import veloxlab as vl
 from tests.letters import Letters
@@ -17,44 +17,44 @@ from tests.tiny_models import tiny
 model, tokenizer = tiny("llama", num_hidden_layers=9, num_attention_heads=6, num_key_value_heads=3), Letters()
 """
 
-# The kernel answers in the order in which it was asked: what it sent before this answer is in the page by then.
+# The kernel answers requests in order: when this answer arrives, the page has all earlier messages.
 ANSWERED = """async () => {
   const { kernel } = window.jupyterapp.shell.currentWidget.sessionContext.session;
   await kernel.requestExecute({ code: "", silent: true, store_history: false }).done;
   await new Promise((next) => requestAnimationFrame(() => requestAnimationFrame(next)));
 }"""
 
-# milliseconds: a look at every frame would make the page draw frames, and measure its charts, as fast as it can
+# milliseconds: a check at each frame would make the page draw frames, and measure its charts, at full speed
 INTERVAL = 50
 
 IS_LIGHT = "document.body.dataset.jpThemeLight === '%s'"
 
 
 def turn(page: Page, theme: str) -> None:
-    """Turn JupyterLab to the theme ``"Light"`` or ``"Dark"``, and wait until it has turned."""
+    """Set the theme of JupyterLab to ``"Light"`` or ``"Dark"``, and wait until it is applied."""
     page.evaluate(f"() => window.jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {theme}'}})")
     page.wait_for_function("() => " + IS_LIGHT % ("true" if theme == "Light" else "false"), polling=INTERVAL)
     page.locator("#jupyterlab-splash").wait_for(state="detached")
 
 
 class Shown:
-    """The widget that is at a CSS selector.
+    """The widget at a CSS selector.
 
     Attributes
     ----------
-    box, charts : selectors, of the widget and of the charts in it.
+    box, charts : selectors of the widget and of its charts.
     """
 
     def __init__(self, page: Page, box: str) -> None:
         self.page, self.box, self.charts = page, box, f"{box} svg.marks"
-        # a mark may move, and neither a word nor the length of the picture change with it
+        # the whole picture: a mark may move without a change of a word or of the picture's length
         self._pictures = f"[...document.querySelectorAll('{self.charts}')].map((chart) => chart.innerHTML)"
-        # the open page's: those of hidden pages stand still
+        # the bar of the open page: those of hidden pages do not change
         bars = f"[...document.querySelectorAll('{box} .widget-hprogress')]"
         self._bar = f"{bars}.find((bar) => bar.offsetParent !== null)?.style.visibility"
 
     def drawn(self, count: int) -> None:
-        """Wait for so many charts, and from then on note when a person acts and when a chart last changed."""
+        """Wait for so many charts; from then on record the times of the last user action and of the last change."""
         self.page.locator(self.charts).nth(count - 1).wait_for()
         self.page.evaluate(
             f"""() => {{
@@ -68,9 +68,9 @@ class Shown:
         )
 
     def changes(self, act: Callable[[], object], charts: Sequence[int]) -> float:
-        """Act, wait until these charts show something new, and give the milliseconds until they did.
+        """Act, wait until these charts have changed, and return the milliseconds that this took.
 
-        Charts that still show an earlier act are waited for first: they would be taken for the answer to this one.
+        First it waits for charts that still change after an earlier act, so that they do not count for this one.
         """
         self.page.evaluate(ANSWERED)
         self.page.wait_for_function(
@@ -86,24 +86,24 @@ class Shown:
         return float(self.page.evaluate("() => window.moved.drawn - window.moved.acted"))
 
     def pressed(self, name: str, keys: Sequence[str], charts: Sequence[int], place: int = 0) -> list[float]:
-        """Press keys on the slider of this name, and give how long these charts took after each."""
+        """Press keys on the slider of this name, and return the milliseconds that these charts took after each."""
         self.page.locator(f"{self.box} .widget-slider", has_text=name).locator(".noUi-handle").nth(place).focus()
         return [self.changes(lambda key=key: self.page.keyboard.press(key), charts) for key in keys]
 
     def dropdown(self, name: str) -> Locator:
-        """Give the list of this name."""
+        """The dropdown of this name."""
         return self.page.locator(f"{self.box} .widget-dropdown", has_text=name).locator("select")
 
     def idle(self) -> None:
-        """Wait until nothing is measured any more."""
+        """Wait until no measurement runs."""
         self.page.wait_for_function(f"() => {self._bar} === 'hidden'", polling=INTERVAL)
 
     def busy(self) -> None:
-        """Wait until something is measured."""
+        """Wait until a measurement runs."""
         self.page.wait_for_function(f"() => {self._bar} === 'visible'", polling=INTERVAL)
 
     def laid_out(self, width: int, height: int, columns: int) -> None:
-        """Give the window a size, and wait for so many columns, in which every chart lies, and no sideways scroll."""
+        """Resize the window, and wait until all charts are in so many columns, without sideways scroll."""
         self.page.set_viewport_size({"width": width, "height": height})
         self.page.wait_for_function(
             f"""(columns) => {{
@@ -119,7 +119,7 @@ class Shown:
         )
 
     def turns_dark(self) -> None:
-        """Turn JupyterLab dark, and wait until the words of every chart that is seen are of its ink."""
+        """Set the dark theme of JupyterLab, and wait until the text of each visible chart has its colours."""
         turn(self.page, "Dark")
         light, dark = (theme.INK[mode]["soft"] for mode in ("light", "dark"))
         self.page.wait_for_function(
@@ -133,5 +133,5 @@ class Shown:
 
 
 def milliseconds(times: Sequence[float]) -> str:
-    """Say a median and its spread."""
+    """A median and its range, as text."""
     return f"median {statistics.median(times):.0f} ms of {len(times)} moves ({min(times):.0f} to {max(times):.0f})"

@@ -1,4 +1,4 @@
-"""The chart's front end alone, in an empty page: what it draws, patches, picks, follows and leaves behind."""
+"""The chart's front end alone, in an empty page: drawing, patches, picks, theme, size and its end."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def open_chart(bare, view: ChartView, name: str = "one", *, shared: bool = True)
 
 
 def send(bare, view: ChartView, name: str = "one") -> None:
-    """Bring the page the newest state, as the comm would, and wait until it is drawn."""
+    """Send the page the newest state, as the comm would, and wait until it is drawn."""
     now = state(view)
     for key in ("spec", "content", "picked"):
         bare.page.evaluate("([name, key, value]) => lab.charts[name].model.set(key, value)", [name, key, now[key]])
@@ -110,14 +110,14 @@ def test_a_chart_says_that_it_is_busy_until_the_newest_numbers_are_drawn(bare):
       model.set("content", content);
       return el.ariaBusy;
     }"""
-    for height in (10, 2.5):  # the second comes while the first is drawn
+    for height in (10, 2.5):  # the second arrives while the first is drawn
         view.put(frame(height))
         assert bare.page.evaluate(busy, state(view)["content"]) == "true"
     wait_for(bare, "lab.charts.one.el.ariaBusy === 'false'")
     assert heights(bare) == [30]
 
 
-# what a chart draws, whatever its order in the page, and what numbers Vega rounds by chance
+# the elements of a chart, sorted, with rounded numbers: neither their order nor Vega's rounding matters
 DRAWN = """(name) => [...document.querySelectorAll(`#${name} svg.marks :is(path, line, text, rect)`)]
   .map((mark) => ["d", "transform", "fill", "opacity", "stroke", "x2", "y2"]
     .map((own) => mark.getAttribute(own) ?? "")
@@ -181,10 +181,10 @@ def test_a_patch_keeps_the_marks_of_its_rows_measures_nothing_and_sends_the_kern
     send(bare, view)
     assert heights(bare) == [48, 120]
     assert bare.page.locator("#one path[data-kept]").count() == 1
-    view.put(frame(200, 200))  # a scale of no rows
+    view.put(frame(200, 200))  # a scale without rows
     send(bare, view)
     assert bare.page.evaluate("[lab.measures(), lab.charts.one.model.saves()]") == [0, 0]
-    assert log == []  # Vega's warnings, which take a millisecond each
+    assert log == []  # no warnings of Vega, which take a millisecond each
 
 
 def test_what_nobody_sees_is_drawn_once_it_is_seen(bare):
@@ -242,7 +242,7 @@ def test_a_click_and_arrow_keys_pick_a_layer_and_a_head(bare):
     now = "[lab.charts.one.model.get('picked'), lab.charts.one.model.get('picked_head')]"
     bare.page.locator(cell).first.click()
     assert bare.page.evaluate(now) == [1, 0]
-    bare.page.locator(f"#one {SVG}").click(position={"x": 200, "y": 4})  # beside all cells
+    bare.page.locator(f"#one {SVG}").click(position={"x": 200, "y": 4})  # outside all cells
     assert bare.page.evaluate(now) == [1, 0]
     bare.page.locator("#one .veloxlab-chart").focus()
     for key, expected in (("ArrowDown", [1, 1]), ("ArrowLeft", [0, 1]), ("ArrowUp", [0, 0])):
@@ -302,7 +302,7 @@ def test_a_white_ground_is_known_in_every_way_to_write_a_colour(bare, white):
 
 
 def test_a_legend_keeps_its_colours_beside_a_chart_of_another_vega(bare):
-    # JupyterLab's own Vega numbers its gradients from 0 as ours does, and a page gives a name to the first that has it
+    # JupyterLab's own Vega also numbers its gradients from 0, and a page uses the first element of a name
     other = "<svg width=9 height=9><defs><linearGradient id='gradient_0'></linearGradient></defs></svg>"
     bare.page.evaluate("(svg) => { document.body.innerHTML = svg; }", other)
     view = ChartView(bars(5, 10).encode(color=alt.Color("error:Q")))
@@ -318,7 +318,7 @@ def test_a_legend_keeps_its_colours_beside_a_chart_of_another_vega(bare):
 
 
 def test_a_legend_keeps_its_colours_after_any_redraw(bare):
-    """Vega brings its own names back whenever it draws, and the page asks it to for reasons of its own."""
+    """Vega restores its own names whenever it draws, and the page may start a redraw at any time."""
     view = ChartView(bars(5, 10).encode(color=alt.Color("error:Q")))
     open_chart(bare, view)
     dangling = """() => [...document.querySelectorAll("#one [fill^='url']")]
@@ -354,7 +354,7 @@ def test_a_chart_of_a_page_is_as_wide_as_its_column_and_follows_it(bare, name):
         "[...document.querySelectorAll('#one .background')].map((e) => e.getBBox()).filter((b) => b.width > 50)"
         ".map((b) => b.width / b.height)"
     )
-    assert name == "memory" or plot[0] == pytest.approx(1, abs=0.02)  # a map that was square is square
+    assert name == "memory" or plot[0] == pytest.approx(1, abs=0.02)  # a square map stays square
     assert kept_svg(bare)
     label = bare.page.locator("#one .veloxlab-chart").get_attribute("aria-label")
     assert "words that are longer than a narrow column" in label
@@ -366,7 +366,7 @@ def test_a_chart_of_a_page_is_as_wide_as_its_column_and_follows_it(bare, name):
 def test_closing_leaves_no_listener_and_no_element(bare):
     before = bare.page.evaluate("lab.pageListeners()")
     open_chart(bare, ChartView(bars(5, 10)))
-    bare.page.evaluate("document.querySelector('#one .veloxlab-chart').focus()")  # which listens for keys
+    bare.page.evaluate("document.querySelector('#one .veloxlab-chart').focus()")  # it then listens for keys
     assert bare.page.evaluate("lab.charts.one.model.listeners()") == 7
     assert bare.page.evaluate("lab.pageListeners()") >= before + 3
     bare.page.evaluate("lab.charts.one.cleanup()")
@@ -385,7 +385,7 @@ def test_a_view_whose_output_was_cleared_is_drawn_again_with_the_newest_numbers(
     bare.page.evaluate("(content) => lab.charts.one.model.set('content', content)", state(view)["content"])
     bare.page.evaluate("lab.charts.one.draw()")
     assert heights(bare) == [120, 60]
-    bare.page.evaluate("lab.charts.one.draw()")  # a second view, as of an output in a window of its own
+    bare.page.evaluate("lab.charts.one.draw()")  # a second view, as for an output in its own window
     view.put(frame(2.5))
     send(bare, view)
     wait_for(bare, "[...document.querySelectorAll('#one .veloxlab-chart')].every((e) => e.dataset.revision === '3')")
@@ -429,7 +429,7 @@ def test_a_legend_keeps_its_bar_when_a_redraw_names_the_gradient_anew(bare):
 
 
 def test_a_legend_keeps_its_bar_when_vega_gives_it_a_gradient_and_forgets_the_old_one(bare):
-    """Vega keeps old gradients until it draws anew, then names the one element anew and leaves the bar alone."""
+    """Vega keeps old gradients until a redraw, then renames the element and does not change the bar."""
     open_chart(bare, ChartView(bars(5, 10).encode(color=alt.Color("error:Q"))))
     bar = "document.querySelector('#one [data-gradient]')"
     there = f"document.getElementById({bar}.getAttribute('fill').slice(5, -1)) !== null"

@@ -82,19 +82,19 @@ display(views.memory_growth(held(3), caption="plain bytes"), views.frontier(poin
 
 @pytest.fixture(scope="module")
 def pictures() -> Path | None:
-    """A folder for screenshots, where a person asked for them."""
+    """A folder for screenshots, if VELOXLAB_PICTURES names one."""
     asked = os.environ.get("VELOXLAB_PICTURES")
     return Path(asked) if asked else None
 
 
 def plain_charts_are_drawn(visit, pictures):
-    """By JupyterLab itself."""
+    """The charts that JupyterLab itself draws."""
     plain = ".jp-RenderedVegaCommon5"
     for i, caption in enumerate(("errors", "bits", "bytes", "frontier")):
         visit.page.locator(plain).nth(i).scroll_into_view_if_needed()
         visit.page.locator(plain).nth(i).locator("svg.marks", has_text=f"plain {caption}").wait_for()
         words = visit.page.locator(plain).nth(i).locator("text", has_text=f"plain {caption}")
-        assert words.get_attribute("fill") == theme.NEUTRAL  # without a colour of ours it would have none
+        assert words.get_attribute("fill") == theme.NEUTRAL  # without veloxlab's theme it would have no colour
         if pictures:
             visit.page.locator(plain).nth(i).screenshot(path=pictures / f"plain-{caption}.png")
 
@@ -111,14 +111,14 @@ def test_plain_charts_are_drawn_and_a_slider_and_a_pick_move_linked_ones(noteboo
     plain_charts_are_drawn(visit, pictures)
     before = page.locator(TOTAL).text_content()
 
-    # twice and more: only the first message of a comm is handled on the main thread
+    # at least twice: the kernel handles only the first message of a comm on the main thread
     page.locator(".probe .noUi-handle").scroll_into_view_if_needed()
     page.locator(".probe .noUi-handle").focus()
     for expected in (4, 5, 6):
         step(visit, expected, "ArrowRight")
     assert page.locator(TOTAL).text_content() != before
 
-    # a click in the map of errors, on layer 7
+    # a click on layer 7 in the map of errors
     page.locator(CHARTS).nth(0).scroll_into_view_if_needed()
     page.locator(f"{CHARTS} >> nth=0 >> [aria-label^='layer: 7;'] >> nth=-1").click()
     page.wait_for_function(OUTLINED, arg=[3, 2, 2])
@@ -142,7 +142,7 @@ def test_plain_charts_are_drawn_and_a_slider_and_a_pick_move_linked_ones(noteboo
     if pictures:
         page.locator(".probe").screenshot(path=pictures / "lab-dark.png")
 
-    # the same layer a second time clears it everywhere
+    # a second click on the layer clears it in all charts
     page.locator(f"{CHARTS} >> nth=1 >> [aria-label^='layer: 8;'] >> nth=0").click()
     page.wait_for_function(OUTLINED, arg=[0, 0, 0])
     assert visit.errors == []

@@ -19,7 +19,7 @@ ALL = [0, 1, 2, 3, 4]  # channels, density, levels, spectrum, pairs
 
 
 def settled(shown: Shown, act: Callable[[], object], changing: list[int]) -> float:
-    """Act, wait until these charts say something new and nothing is measured any more, and give the milliseconds."""
+    """Act, wait until these charts have changed and no measurement runs, and return the milliseconds."""
     took = shown.changes(act, changing)
     shown.idle()
     return took
@@ -51,7 +51,7 @@ def test_every_control_moves_its_charts_twice(notebook, capsys):
         for option in options:
             settled(explorer, lambda box=box, option=option: box.select_option(option), changing)
 
-    # what cannot be is said, and leaves the charts
+    # a choice that cannot be measured gives a message, and the charts stay
     explorer.dropdown("tensor").select_option("values")
     explorer.dropdown("space").select_option("before RoPE")
     page.locator(BOX, has_text="Values go through no RoPE").wait_for()
@@ -59,7 +59,7 @@ def test_every_control_moves_its_charts_twice(notebook, capsys):
     page.locator(f"{explorer.charts} >> nth=0", has_text="before RoPE").wait_for()
     explorer.idle()
 
-    # over layers that are measured the numbers alone travel
+    # between measured layers only numbers are sent
     page.locator(f"{BOX} .widget-slider", has_text="head").locator(".noUi-handle").focus()
     times = [
         settled(explorer, lambda key=key: page.keyboard.press(key), ALL)

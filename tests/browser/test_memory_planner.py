@@ -37,7 +37,7 @@ def test_the_knobs_of_the_planner_and_a_slider_over_frames_move_their_charts(not
     planner.drawn(1)
     page.locator(planner.charts, has_text="131,072 tokens as turboquant K4 V4: 4.44 GB of 8 GB").wait_for()
 
-    # twice: only the first message of a comm is handled on the main thread
+    # twice: the kernel handles only the first message of a comm on the main thread
     for name, keys in (
         ("K bits", "ArrowLeft ArrowLeft"),
         ("V bits", "ArrowRight ArrowRight"),
@@ -47,14 +47,14 @@ def test_the_knobs_of_the_planner_and_a_slider_over_frames_move_their_charts(not
     ):
         planner.pressed(name, keys.split(), [0])
     boxes = page.locator(f"{PLANNER} input[type=number]")
-    # sequences, memory, layers, KV heads, head dimension, tokens that a sliding layer sees, every which sees all;
-    # between them are the machine's memory and bits of weights, which wait for a button
+    # sequences, memory, layers, KV heads, head dimension, sliding window, period of layers that see all tokens;
+    # among them are the machine's memory and the bits of weights, which have an effect only after a button
     twice = [("2", "4"), ("12", "24"), ("24", "16"), ("4", "8"), ("64", "128"), ("1024", "4096"), ("2", "0")]
     for place, values in zip((0, 1, 4, 5, 6, 7, 8), twice, strict=True):
         for value in values:
             boxes.nth(place).fill(value)
             planner.changes(lambda place=place: boxes.nth(place).press("Enter"), [0])
-    boxes.nth(7).fill("0")  # none slides
+    boxes.nth(7).fill("0")  # no layer slides
     planner.changes(lambda: boxes.nth(7).press("Enter"), [0])
     page.get_by_role("button", name="Leave room for weights").click()
     page.locator(PLANNER, has_text="The weights of a model that is typed in are not known").wait_for()
@@ -64,7 +64,7 @@ def test_the_knobs_of_the_planner_and_a_slider_over_frames_move_their_charts(not
     page.locator(planner.charts, has_text="of 24 GB").wait_for()
 
     planner.turns_dark()
-    page.set_viewport_size({"width": 640, "height": 900})  # the table of losses is wider, and scrolls by itself
+    page.set_viewport_size({"width": 640, "height": 900})  # the table of losses is wider, and has its own scroll bar
     inside = "(box) => { const out = box.closest('.jp-OutputArea-output'); return out.scrollWidth <= out.clientWidth; }"
     page.wait_for_function(inside, arg=page.locator(PLANNER).element_handle())
     explore.turns_dark()

@@ -1,4 +1,4 @@
-"""The laboratory in Notebook 7, the other front end that people run notebooks in, with no network."""
+"""The laboratory in Notebook 7, the other usual front end of Jupyter, with no network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.browser.shown import SMALL_MODEL, Shown
 
 pytestmark = pytest.mark.browser
 
-# Notebook 7.6's own, in its keyboard shortcuts: a notebook without any widget has it too
+# an error of Notebook 7.6 itself, in its keyboard shortcuts: a notebook without widgets has it too
 KNOWN = "(reading 'schema')", "/static/notebook/notebook_core."
 
 
@@ -33,7 +33,7 @@ def test_the_laboratory_moves_its_charts_in_notebook_7(notebook7):
     lab = Shown(page, ".veloxlab-lab")
     lab.drawn(3)
 
-    # Notebook keeps arrow keys from sliders, unless they say that they want them
+    # Notebook keeps arrow keys from sliders, except with an attribute that asks for the keys
     lab.pressed("K bits", ["ArrowLeft", "ArrowLeft"], [0, 1, 2])
     assert [error for error in visit.errors if not all(part in error.stack for part in KNOWN)] == []
     assert visit.outside == []

@@ -8,7 +8,7 @@ from tests.browser.shown import SMALL_MODEL, Shown, milliseconds, turn
 
 pytestmark = pytest.mark.browser
 
-# a cache takes as long to measure as that of a larger model, so that a pointer reaches Cancel
+# this model's cache takes as long to measure as that of a larger one, so that the test can press Cancel in time
 CELL = """
 import time
 from veloxlab.widgets.pages import experiment
@@ -45,7 +45,7 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     for key in (
         "ArrowLeft",
         "ArrowRight",
-    ):  # what these moves need is measured now; and what may be next, before a hand
+    ):  # waits for the measurements of these moves; likely next ones are measured ahead
         errors.pressed("layer", [key], [0, 1, 2, 3])
         errors.idle()
     layers = errors.pressed("layer", ["ArrowLeft", "ArrowRight"] * 2, [0, 1, 2, 3])
@@ -53,7 +53,7 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     with capsys.disabled():
         print(f"\nlayer to four charts of errors: {milliseconds(layers)}; bits to three: {milliseconds(widths)}")
 
-    # what was chosen there is chosen here
+    # the choice of that page is the choice of this one
     tab(page, "Keys and values")
     keys = Shown(page, ".veloxlab-keys")
     keys.drawn(5)
@@ -64,7 +64,7 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     page.wait_for_function("(select) => select.value === '3'", arg=picked)
     page.locator(lab.charts, has_text="layer 3 in").first.wait_for()
 
-    # a token that is picked in one chart is seen in all, and on the pages that have it; a cell picks layer and head
+    # a token picked in one chart is marked in all, also on other pages; a click on a cell picks a layer and a head
     tab(page, "Tokens")
     tokens = Shown(page, ".veloxlab-tokens")
     tokens.drawn(5)
@@ -81,7 +81,7 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     tab(page, "Errors")
     page.locator(f"{errors.charts} >> nth=0 >> .mark-rule line").first.wait_for(state="attached")
 
-    # a page without layers has the bits of all
+    # a page without layers has the bits of all layers
     tab(page, "Memory")
     plans = Shown(page, ".veloxlab-planner")
     plans.drawn(1)
@@ -89,7 +89,7 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     plans.pressed("V bits", ["ArrowLeft"], [0])
     page.locator(plans.charts, has_text="turboquant K2 V3").first.wait_for()
 
-    # which cache, for a model that is not here; and the knobs follow
+    # advice for a model that is not loaded; the controls follow
     tab(page, "Advise")
     advisor = page.locator(".veloxlab-advisor")
     advisor.locator(".veloxlab-verdict", has_text="Take fp16").wait_for()
@@ -114,12 +114,12 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     page.locator(".veloxlab-side-by-side").get_by_role("button", name="Generate").wait_for()
     assert "3" in page.locator(".veloxlab-side-by-side .widget-slider", has_text="V bits").inner_text()
 
-    # methods beside each other, and a point that is taken up again; a run can be ended
+    # methods side by side, and the settings of a measured point; a run can be cancelled
     tab(page, "Compare")
     page.get_by_role("button", name="Measure all methods").click()
     page.locator(f"{LAB} svg.marks", has_text="KL divergence of predictions").wait_for()
     points = lab.dropdown("measured")
-    points.locator("option", has_text="polarquant K").wait_for(state="attached")  # the last of them
+    points.locator("option", has_text="polarquant K").wait_for(state="attached")  # the last method
     page.get_by_role("button", name="Measure all methods").click()
     page.locator(LAB).get_by_role("button", name="Cancel").locator("visible=true").first.click()
     points.select_option(label=points.locator("option", has_text="rvq K").first.text_content())
@@ -130,7 +130,7 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     page.locator(lab.charts, has_text="rvq").first.wait_for()
     for name, box in (("Errors", errors), ("Keys and values", keys), ("Tokens", tokens), ("Memory", plans)):
         tab(page, name)
-        if box is not plans:  # which has nothing to wait for
+        if box is not plans:  # the planner measures nothing
             box.idle()
         turn(page, "Light")
         box.turns_dark()

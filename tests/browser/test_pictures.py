@@ -1,4 +1,4 @@
-"""The pictures of the README, of the pages as they are now, where a person asks for them by VELOXLAB_PICTURES."""
+"""The pictures of the README, taken from the present pages, if VELOXLAB_PICTURES names a folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ lab
 """
 LAB = ".veloxlab-lab"
 WIDTH = 1440  # pixels
-PAGES = {  # by the name of a picture: a page, and what is pressed there
+PAGES = {  # by the name of a picture: a page, and the button to press there
     "lab": ("Cache", ""),
     "errors": ("Errors", ""),
     "keys": ("Keys and values", ""),
@@ -33,7 +33,7 @@ PAGES = {  # by the name of a picture: a page, and what is pressed there
 def test_pictures_are_taken(notebook):
     visit = notebook(CELL, name="pictures.ipynb")
     page, folder = visit.page, Path(os.environ["VELOXLAB_PICTURES"])
-    page.set_default_timeout(900_000)  # of a machine that has measured nothing yet
+    page.set_default_timeout(900_000)  # milliseconds: for a machine without saved results
     page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
     lab = Shown(page, LAB)
     lab.drawn(3)
@@ -50,6 +50,6 @@ def test_pictures_are_taken(notebook):
             for height in (900, "document.querySelector('.veloxlab-lab').getBoundingClientRect().height + 300"):
                 tall = page.evaluate(f"() => Math.ceil({height})")
                 page.set_viewport_size({"width": WIDTH, "height": tall})
-            page.wait_for_timeout(1000)  # charts take the width of their columns
+            page.wait_for_timeout(1000)  # until charts have the width of their columns
             page.locator(LAB).screenshot(path=folder / f"{name}{suffix}.png")
     assert visit.errors == []

@@ -1,4 +1,4 @@
-"""A report in a real browser, from its file alone: charts are drawn, light and dark, and no network is asked."""
+"""A report in a real browser, from its file alone: charts are drawn, light and dark, without a network request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every saved notebook in a real JupyterLab with no kernel and no network: its pictures are there to be seen."""
+"""Every saved notebook in a real JupyterLab with no kernel and no network: it shows its pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.execute_notebooks import NOTEBOOKS, WIDGET_VIEW, cleaned
 
 pytestmark = pytest.mark.browser
 
-PATHS = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if path.stem != "18_reference"]  # which is words alone
+PATHS = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if path.stem != "18_reference"]  # it has only text
 PICTURE = "image/png"
 PATIENCE = 20_000  # milliseconds
 DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
@@ -30,8 +30,8 @@ OPEN = """async (name) => {
   await window.panel.revealed;
 }"""
 TRUST = "(trusted) => { for (const cell of window.panel.model.cells) cell.trusted = trusted; }"
-SCROLL = "(place) => window.panel.content.scrollToItem(place, 'start')"  # what is far off the screen is not drawn
-# how many outputs of a cell show a picture of some size, or a chart with marks in it
+SCROLL = "(place) => window.panel.content.scrollToItem(place, 'start')"  # distant cells are not drawn
+# the number of outputs of a cell that show a picture of some size, or a chart with marks
 PICTURED = """(place) => (window.panel.content.widgets[place].outputArea?.widgets ?? []).filter(({ node }) =>
   node.querySelector("img")?.naturalWidth > 0 || node.querySelector("svg.marks .role-mark > *") !== null).length"""
 DEAD = """() => window.panel.content.widgets.some((cell) =>
@@ -44,14 +44,14 @@ CLOSE = """() => {
 
 
 class Reader:
-    """A person who opens notebooks in one JupyterLab, and starts no kernel."""
+    """A user who opens notebooks in one JupyterLab, without a kernel."""
 
     def __init__(self, visit: Visit, folder: Path) -> None:
         self.visit, self.page, self._folder = visit, visit.page, folder
         self.dead = False  # whether the last notebook showed a widget without its model
 
     def reads(self, notebook: NotebookNode, name: str, *trusted: bool) -> list[list[int]]:
-        """Open a notebook and scroll through it: give for each cell how many of its outputs show a picture.
+        """Open a notebook and scroll through it; return for each cell how many of its outputs show a picture.
 
         It is read once for each of ``trusted``. A notebook is trusted where it was run; JupyterLab then prefers other
         MIME types.
@@ -70,12 +70,12 @@ class Reader:
 
     def _pictured(self, place: int, expected: int) -> int:
         self.page.evaluate(SCROLL, place)
-        with contextlib.suppress(Error):  # too late: the caller's comparison says more
+        with contextlib.suppress(Error):  # at a timeout, the caller's comparison has the better message
             self.page.wait_for_function(f"([place, count]) => ({PICTURED})(place) === count", arg=[place, expected])
         return int(self.page.evaluate(PICTURED, place))
 
     def errors(self) -> list[str]:
-        """Errors in the page but the one that JupyterLab has with every notebook without a kernel."""
+        """Errors in the page, without the one that JupyterLab has for each notebook without a kernel."""
         # https://github.com/jupyter-widgets/ipywidgets/issues/3970
         known = "(reading 'kernel')", "@jupyter-widgets/jupyterlab-manager"
         stacks = [str(error.stack) for error in self.visit.errors]
@@ -83,7 +83,7 @@ class Reader:
 
 
 def pictures(notebook: NotebookNode) -> dict[int, int]:
-    """Give for the place of each cell that has outputs with how many of them a picture is saved."""
+    """By index of each cell with outputs: how many of these outputs have a saved picture."""
     return {
         place: sum(PICTURE in output.get("data", {}) for output in cell.outputs)
         for place, cell in enumerate(notebook.cells)
@@ -105,7 +105,7 @@ def jupyterlab(lab: tuple[str, Path], browser: BrowserContext) -> Iterator[Reade
 
 @pytest.fixture
 def reader(jupyterlab: Reader) -> Reader:
-    jupyterlab.visit.errors.clear()  # of the notebook before
+    jupyterlab.visit.errors.clear()  # of the previous notebook
     jupyterlab.visit.outside.clear()
     return jupyterlab
 

@@ -1,4 +1,4 @@
-"""Two texts that come side by side in a real JupyterLab: run, cancelled, run again, in either theme."""
+"""Two texts, generated side by side in a real JupyterLab: run, cancelled, run again, in both themes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.browser.shown import SMALL_MODEL, Shown
 
 pytestmark = pytest.mark.browser
 
-# larger weights, and so another token at almost every position: texts that part, but not at once
+# larger weights give another token at almost every position: the texts differ, but not from the first token
 CELL = """
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -18,7 +18,7 @@ vl.widgets.SideBySide(model, tokenizer, bits=2, tokens=24)
 """
 WIDGET = ".veloxlab-side-by-side"
 CHART = f"{WIDGET} svg.marks"
-# every text that the chart has shown, however short: the first tokens may stand for a moment only
+# all texts that the chart has shown: the first tokens may be visible for a moment only
 WATCH = f"""() => {{
   window.shown = new Set();
   new MutationObserver(() => {{
@@ -26,7 +26,7 @@ WATCH = f"""() => {{
   }}).observe(document.querySelector("{WIDGET}"), {{ subtree: true, childList: true, characterData: true }});
 }}"""
 
-# at once: the page sends the second method when the kernel has answered the first, and the press before that
+# both methods at once: the page sends the second only when the kernel has answered the first, but the press earlier
 CHOOSE_TWICE = """(list, generate) => {
   for (const method of ["rvq", "rabitq"]) {
     list.selectedIndex = [...list.options].findIndex((option) => option.text === method);
@@ -48,7 +48,7 @@ def test_texts_come_as_they_are_made_and_a_run_can_be_cancelled(notebook):
     page.locator(CHART, has_text="The texts part at token").wait_for()
     page.locator(CHART, has_text="Held now: compressed").wait_for()
     side.idle()
-    assert page.evaluate("() => window.shown.size") > 1  # the first tokens came while others were made
+    assert page.evaluate("() => window.shown.size") > 1  # the first tokens appeared while others were generated
     assert page.locator(f"{CHART} [stroke='#d8435c']").count() == 2
     whole = page.locator(CHART).first.text_content()
 
@@ -65,7 +65,7 @@ def test_texts_come_as_they_are_made_and_a_run_can_be_cancelled(notebook):
             page.keyboard.press(key)
         slider.locator(".widget-readout", has_text=value).wait_for()
 
-    # another run, on another thread, and not to its end
+    # another run, on another thread, which is cancelled
     page.locator(f"{WIDGET} textarea").fill("Why is the sky blue?")
     page.locator(f"{WIDGET} textarea").blur()
     generate.click()
@@ -79,7 +79,7 @@ def test_texts_come_as_they_are_made_and_a_run_can_be_cancelled(notebook):
         page.keyboard.press(key)
     tokens.locator(".widget-readout", has_text="4").wait_for()
     side.dropdown("method").evaluate(CHOOSE_TWICE, generate.element_handle())
-    page.locator(CHART, has_text="rabitq at K4 V2 bits").wait_for()  # of the method that was chosen last, to its end
+    page.locator(CHART, has_text="rabitq at K4 V2 bits").wait_for()  # the complete run of the last method
     page.locator(f"{CHART} >> nth=0", has_text="The same text for 4 tokens").wait_for()
     side.idle()
 

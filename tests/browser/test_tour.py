@@ -1,4 +1,4 @@
-"""The tour's laboratory in a real JupyterLab with no network: every knob twice, and how long a move takes."""
+"""The tour's laboratory in a real JupyterLab with no network: each control twice, and how long a move takes."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ def test_every_knob_of_the_tours_laboratory_moves_its_charts(notebook, capsys):
     for name, keys, changing in (
         ("K bits", ("ArrowRight", "ArrowRight"), [0, 1, 2]),
         ("V bits", ("ArrowLeft", "ArrowLeft"), [0, 1, 2]),
-        # a step of these changes little, and nothing that three digits show: blocks of tokens wait to be encoded
+        # one step changes no number in its three shown digits: blocks of tokens wait to be encoded
         ("sinks", ("End", "Home"), [0, 2]),
         ("window", ("Home", "PageUp"), [0, 2]),
     ):
         lab.pressed(name, keys, changing)
 
-    # a pick in one chart is a pick in all, and in the knobs
+    # a pick in one chart is a pick in all charts and controls
     page.locator(f"{lab.charts} >> nth=0 >> [aria-label^='layer: 7;'] >> nth=-1").click()
     page.wait_for_function(
         "() => document.querySelectorAll('.veloxlab-lab svg.marks')[2].textContent.includes('layer 7 in')"
     )
     picked = lab.dropdown("layer").element_handle()
-    page.wait_for_function("(select) => select.value === '7'", arg=picked)  # by the kernel
-    lab.pressed("K bits", ["ArrowRight"], [1, 2])  # of that layer alone: the mean error may stay at two digits
+    page.wait_for_function("(select) => select.value === '7'", arg=picked)  # set by the kernel
+    lab.pressed("K bits", ["ArrowRight"], [1, 2])  # of that layer: the mean error may keep its two digits
     lab.dropdown("layer").select_option("all layers")
     page.get_by_role("button", name="Same for all").click()
 
-    # what is measured stands on a page of its own, and a point of it turns the knobs
+    # measured caches are on a page of their own, and a point there sets the controls
     page.get_by_role("button", name="Measure fidelity").click()
     page.get_by_role("tab", name="Compare").click()
     page.locator(lab.charts, has_text="KL divergence of predictions").wait_for()
@@ -57,9 +57,9 @@ def test_every_knob_of_the_tours_laboratory_moves_its_charts(notebook, capsys):
     lab.pressed("K bits", ["ArrowLeft"], [0, 1, 2])
     page.get_by_role("tab", name="Compare").click()
     page.get_by_role("button", name="Use it").click()
-    lab.changes(page.get_by_role("tab", name="Cache").click, [0, 1, 2])  # what nobody sees is not drawn
+    lab.changes(page.get_by_role("tab", name="Cache").click, [0, 1, 2])  # a hidden page is not drawn
 
-    # methods: the widths that there are, and charts of their own
+    # methods have their own widths and charts
     for method in ("rvq", "turboquant"):
         lab.changes(lambda method=method: lab.dropdown("method").select_option(method), [0, 2])
     lab.idle()
@@ -68,12 +68,12 @@ def test_every_knob_of_the_tours_laboratory_moves_its_charts(notebook, capsys):
     with capsys.disabled():
         print(f"\nslider to three charts: {milliseconds(times)}")
 
-    # a line of why and a badge stand above each chart, and the help is a link or names its notebook
+    # above each chart are its purpose and a badge; the help is a link or names its notebook
     assert page.locator(f"{LAB} .veloxlab-badge", has_text="measured").first.get_attribute("title")
     assert page.locator(f"{LAB} .veloxlab-why", has_text="Which layers and heads lose most").is_visible()
     assert "00_tour.ipynb" in page.locator(f"{LAB} .veloxlab-help").locator("visible=true").first.get_attribute("title")
 
-    # every width has its columns, and the controls stay in sight
+    # each window width has its number of columns, and the controls stay in sight
     page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
     lab.laid_out(640, 900, columns=1)
     page.evaluate("() => window.jupyterapp.shell.expandLeft()")

@@ -1,4 +1,4 @@
-"""The tuner of budgets in a real JupyterLab with no network: every control twice, measuring, taking away, dark."""
+"""The tuner of budgets in a real JupyterLab with no network: each control twice, measurements, a saved plan, dark."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_every_control_of_the_tuner(notebook):
     tuner.drawn(4)
     all_three = [BITS, LOSSES, FRONTIER]
 
-    # budgets of every kind
+    # budgets of each kind
     tuner.pressed("true bits", ["ArrowRight", "ArrowRight", "ArrowLeft", "ArrowLeft"], all_three)
     tuner.dropdown("budget").select_option("bytes a token")
     tuner.pressed("bytes a token", ["ArrowLeft", "ArrowLeft"], all_three)
@@ -43,7 +43,7 @@ def test_every_control_of_the_tuner(notebook):
     tuner.pressed("nats a token", ["ArrowLeft", "ArrowLeft"], all_three)
     tuner.dropdown("budget").select_option("average bits")
 
-    # bounds; the first handle is of the least bits
+    # bounds; the first handle sets the least bits
     tuner.pressed("bits allowed", ["ArrowRight", "ArrowLeft"], [FRONTIER])
     tuner.pressed("bits allowed", ["ArrowLeft", "ArrowRight"], [FRONTIER], place=1)
     tuner.pressed("first layers", ["ArrowRight", "ArrowRight"], all_three)
@@ -57,7 +57,7 @@ def test_every_control_of_the_tuner(notebook):
         tuner.changes(keys_first.click, [FRONTIER])
     tuner.pressed("weight of keys", ["Home", "End"], [BITS, LOSSES, FRONTIER])
 
-    # a pick in one chart is a pick in all that have layers
+    # a pick in one chart is a pick in all charts with layers
     page.locator(f"{tuner.charts} >> nth=0 >> [aria-label^='layer: 7;'] >> nth=-1").click()
     page.wait_for_function(
         f"""() => [0, 1, 3].every((i) =>
@@ -94,7 +94,7 @@ def test_measuring_taking_away_and_the_time_of_a_move(notebook, lab, capsys):
         print(f"\nslider to three charts: {milliseconds(times)}")
 
     tuner.turns_dark()
-    # a plan that another process reads
+    # another process reads the plan
     box = page.locator(f"{TUNER} .widget-text input[type=text]")
     for name in ("nowhere/plan.json", "tuned.json"):
         box.fill(name)

@@ -191,7 +191,7 @@ class Lab(Experimenter, OfExperiment, OfLayers):
             run = self.points.every[-1]
             asked = f"What does {run.name} change, and what does it hold?"
             held, exact = (run.row[each].item() / 1e6 for each in ("held_bytes", "fp16_bytes"))
-            kept = f"It holds {held:,.3g} MB where exact keys and values take {exact:,.3g} MB in 16 bits."
+            kept = f"It holds {held:,.3g} MB; exact keys and values in 16 bits take {exact:,.3g} MB."
             said.insert(0, Section(asked, f"{self.points.newest} {kept}", table=self.points.frame))
         for name, panel in self.pages.items():
             said += [Section(PAGES[name][0], panel.summary), *panel.sections]

@@ -96,13 +96,13 @@ def button(words: str, tip: str, act: Callable[[], object], width: str = "") -> 
 
 
 WORDS = {
-    "keys, values": "the two vectors that a layer stores for each token; attention compares a query with keys, and "
-    "averages values",
+    "keys, values": "the two vectors that a layer stores for each token; attention compares a query with the keys, "
+    "and takes a weighted mean of the values",
     "KV head": "a part of a layer that stores its own keys and values; several query heads can share it",
     "sinks": "the first tokens of a text, kept exact, because much attention goes to them",
     "window": "the newest tokens, kept exact; up to 32 more wait to be coded together",
     "code bits": "bits of the code of one coordinate of a key (K) or value (V)",
-    "true bits": "all stored bits of one coordinate, including scales and norms",
+    "true bits": "all stored bits of one coordinate, including its share of scales and norms",
     "relative MSE": "squared error divided by squared size: at 0.01 the error has 1 % of the energy",
     "KL (nats)": "how far the next token's probabilities move from those of the exact cache; 0 is no change",
     "other first choice": "share of positions at which the most probable next token differs from the exact cache's",

@@ -47,7 +47,7 @@ class Fitting:
     model: Module | None = None
     tokenizer: Any = None
     given: Calibration | None = None
-    held: set[tuple[str, float]] = field(default_factory=set)  # methods and widths whose fit a person cancelled
+    held: set[tuple[str, float]] = field(default_factory=set)  # methods and widths whose fit the user cancelled
     seed: int = 0  # of a fit, if no other seed is given
     _made: dict[tuple[str, int], Calibration] = field(default_factory=dict)  # by method and seed
     _fits: tuple[str, float] | None = None
@@ -294,7 +294,7 @@ class Selection(t.HasTraits):
         given = self.fitting._given(choice.method)
         if "seed" in asked and given is not None and given.facts["seed"] != choice.seed:
             said = f"The calibration of {choice.method} that was given has seed {given.facts['seed']}"
-            raise InputError(f"{said}: for another one give vl.calibrate(..., seed={choice.seed}).")
+            raise InputError(f"{said}: for another seed give calibration=vl.calibrate(..., seed={choice.seed}).")
         tokens = len(choice.ids) or self.tokens
         if choice.token is not None and not 0 <= choice.token < tokens:
             raise InputError(f"There is no token {choice.token}: the text has {tokens}, from 0.")

@@ -116,7 +116,7 @@ class Line:
                 if not self.waiting:
                     self.changed.wait(IDLE)
                     continue
-                # False is the minimum, and of equals the oldest wins: first the jobs that a person started by a button
+                # False is the minimum, and of equals the oldest wins: first the jobs that the user started by a button
                 request = min(self.waiting.values(), key=lambda each: (each.ahead, not each.first))
                 quiet = self.asked + QUIET - time.monotonic()
                 if not request.ahead or quiet <= 0:

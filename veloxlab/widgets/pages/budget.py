@@ -111,13 +111,13 @@ class BudgetTuner(ChartPage):
             if rate_settings:
                 raise InputError("The tables are measured already, so rate_settings have no use: leave them out.")
             if model is not None and model_hash(model) != rates.model_hash:
-                raise InputError(f"These tables are of {rates.model}, not of this model: measure this one's.")
+                raise InputError(f"These tables are of {rates.model}: measure the tables of this model.")
             layers = [size.layer for size in rates.sizes]
         else:
             self._model, self._tokenizer = rates, tokenizer or model
             layers = [facts.layer for facts in probe(rates) if facts.compressible]
         if self._model is not None and self._tokenizer is None:
-            raise InputError("To measure, a model needs its tokenizer: give both, as vl.load gives them.")
+            raise InputError("To measure, a model needs its tokenizer: give both, as vl.load returns them.")
         self._sample: dict[str, Any] = {"text": text, "tokens": tokens, "windows": windows}
         self._first, self._rate_settings = (budget, bounds or Bounds(), key_weight), dict(rate_settings or {})
         self._found: Allocation | None = None
@@ -164,7 +164,7 @@ class BudgetTuner(ChartPage):
         """Add a method to the tables: its calibration, kept on disk, predicts how much each bit reduces the loss."""
         name = find_method(method).name
         if self._model is None:
-            raise InputError(f"{name} is calibrated on a model: give vl.widgets.BudgetTuner one and its tokenizer.")
+            raise InputError(f"{name} is calibrated on a model: give vl.widgets.BudgetTuner a model and its tokenizer.")
 
         def make(progress: Progress) -> RateBudget:
             fitted = self.selection.fitting.calibration(method, [1], progress)

@@ -126,7 +126,7 @@ class OfExperiment(Panel):
         before, state = self.state, {"seed": 0, **state}
         missing = sorted({*before} - {*state})
         if missing:
-            raise InputError(f"The state says nothing of {', '.join(missing)}: give what the attribute state gave.")
+            raise InputError(f"The state has no {', '.join(missing)}: use a value of the attribute state.")
         key_bits, value_bits = state["bits"]
         parts = {name: state[name] for name in ("method", "sinks", "window", "layer", "seed")}
         own = {int(layer): tuple(bits) for layer, bits in state["layers"].items()}
@@ -162,7 +162,7 @@ class Experimenter:
         calibration: Calibration | None = None,
     ) -> None:
         if tokenizer is None:
-            raise InputError("The tokenizer is missing: give both that vl.load gave, as in vl.Lab(*vl.load(...)).")
+            raise InputError("The tokenizer is missing: give both results of vl.load, as in vl.Lab(*vl.load(...)).")
         chosen: dict[str, Any] = {"method": method, "sinks": sinks, "window": window}
         chosen["key_bits"] = bits if key_bits is None else key_bits
         chosen["value_bits"] = bits if value_bits is None else value_bits
