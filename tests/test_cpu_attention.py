@@ -251,7 +251,7 @@ def test_the_interpreter_ends_while_loops_run():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_loops_run_in_a_forked_process():
-    # numbers that are there: MLX's own thread does not live on in the child
+    # computed numbers: MLX's own thread does not exist in the child process
     ended = run_in_a_process(
         "from veloxlab.kernels.cpu.threads import shared\n"
         "if os.fork() == 0:\n"

@@ -1,4 +1,4 @@
-"""Encoding, decoding and training by the loops of a CPU, against their references."""
+"""Encoding, decoding and training by CPU loops, against their reference implementations."""
 
 import subprocess
 import sys
@@ -22,9 +22,9 @@ from veloxlab.kernels.cpu import run, train
 
 pytestmark = pytest.mark.skipif(devices.current_backend() is not devices.CPU, reason="MLX computes on a GPU here")
 
-# a coordinate on a boundary, to the rounding of either's sums, may be coded either way: a vector in fifty, and one more
+# a coordinate at a boundary, within the rounding of both sums, may have either code: a vector in fifty, and one more
 SAME_VECTOR, SHARE_APART = 1e-3, 0.02
-SAME_ERROR = 2e-3  # relative, of the vectors themselves
+SAME_ERROR = 2e-3  # relative error of the vectors
 DIMS = (64, 80, 96, 128, 256)
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 READ = (
@@ -62,7 +62,7 @@ KINDS = (
 
 @pytest.fixture(autouse=True)
 def _loops_are_tried_and_agree(monkeypatch):
-    """One that is switched off, or that is never asked, leaves its reference's work to be compared with itself."""
+    """Check that each loop ran and agreed; otherwise the reference would be compared with itself."""
     monkeypatch.setattr(checked, "_states", {})
     yield
     assert set(checked.states()) <= {"agrees"}
@@ -92,7 +92,7 @@ def relative(x, wanted):
 
 
 def apart(x, wanted):
-    """How many vectors of (..., D) are not those that were wanted, to float error."""
+    """Return how many vectors of (..., D) differ from the expected ones by more than float error."""
     off = mx.linalg.norm(x - wanted, axis=-1) > SAME_VECTOR * mx.maximum(mx.linalg.norm(wanted, axis=-1), 1e-30)
     return off.sum().item()
 
@@ -102,7 +102,7 @@ def forms(arrays):
 
 
 def view(x, way):
-    """The same numbers in other places: as they come, by tokens and heads, of every other token, reversed."""
+    """Return the same numbers in another memory layout: unchanged, by tokens and heads, every other token, reversed."""
     if way == 0:
         return x
     if way == 1:
@@ -134,7 +134,7 @@ def test_codes_are_those_of_the_reference(kind, some):
     by_found, by_wanted = (by_reference(lambda c=c: own.decode(type(found)(c, 7))) for c in (found.arrays, wanted))
     x = x.astype(mx.float32)
     assert abs(relative(by_found, x) - relative(by_wanted, x)) < SAME_ERROR
-    if KINDS[kind][0] != "rabitq":  # of two stretches that are as good either may be found
+    if KINDS[kind][0] != "rabitq":  # of two equally good scales, either can be found
         assert apart(by_found, by_wanted) <= 1 + SHARE_APART * np.prod(shape)
 
 
@@ -149,7 +149,7 @@ def test_rotated_are_those_of_the_reference(dim, dtype):
 
 @pytest.mark.parametrize("kind", range(len(KINDS)), ids=lambda kind: "-".join(map(str, KINDS[kind][:3])))
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf"), 0.0])
-def test_numbers_that_are_not_finite_and_zeros_give_what_the_reference_gives(kind, number):
+def test_numbers_that_are_not_finite_and_zeros_give_the_reference_s_codes(kind, number):
     own = codec(kind, 64)
     numbers = np.array(normal(1, 2, 9, 64, seed=4))
     numbers[0, :, 2, 5] = number
@@ -161,13 +161,13 @@ def test_numbers_that_are_not_finite_and_zeros_give_what_the_reference_gives(kin
     wanted = by_reference(lambda: own.decode(own.encode(x)))
     assert np.array_equal(np.isnan(found), np.isnan(wanted))
     finite = np.isfinite(wanted)
-    step = 0.05 if KINDS[kind][3].get("encoder") == "exact" else 1e-3  # of grids that are as good either may be found
+    step = 0.05 if KINDS[kind][3].get("encoder") == "exact" else 1e-3  # of equally good grids, either can be found
     assert np.allclose(np.where(finite, found, 0), np.where(finite, wanted, 0), atol=step)
     assert np.array_equal(np.array(found)[~finite], np.array(wanted)[~finite], equal_nan=True)
 
 
 @pytest.mark.parametrize("kind", range(len(KINDS)), ids=lambda kind: "-".join(map(str, KINDS[kind][:3])))
-def test_no_tokens_and_one(kind):
+def test_no_token_and_one_token_are_encoded(kind):
     own = codec(kind, 64)
     for tokens in (0, 1):
         x = normal(2, 2, tokens, 64)
@@ -209,8 +209,8 @@ def test_gradients_are_those_of_the_reference():
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("changes", [[], [(0, 100.0)], [(slice(31), 0.0)], [(slice(None), 1.0)], [(3, 1e-25)]])
-def test_no_stretch_of_a_grid_is_better_than_the_one_found(bits, changes):
-    """All are tried with 64-bit numbers: those of 32 bits hardly tell the cosines of 8 bits from 1."""
+def test_no_scale_of_a_grid_is_better_than_the_one_found(bits, changes):
+    """All are tried with 64-bit numbers, because 32 bits hardly distinguish the cosines of 8 bits from 1."""
     y, top = np.abs(np.random.default_rng(bits).standard_normal(32)).astype(np.float32), 1 << (bits - 1)
     for place, number in changes:
         y[place] = number
@@ -225,7 +225,7 @@ def test_no_stretch_of_a_grid_is_better_than_the_one_found(bits, changes):
     assert (found @ y) ** 2 / np.square(found).sum() > best * (1 - 1e-6)
 
 
-def test_what_the_reference_has_no_gradient_of_has_none():
+def test_without_a_gradient_in_the_reference_there_is_none():
     def scales(x):
         return TURBOQUANT.encode(x).arrays["root_scale"].sum()
 
@@ -259,7 +259,7 @@ def test_nearest_centroids(count, dim):
 
 @pytest.mark.parametrize(("count", "dim", "drawn"), [(2000, 4, 500), (130, 2, 64), (64, 3, 10), (1, 2, 3)])
 def test_drawn_seeds(count, dim, drawn):
-    """Of whole numbers, whose sums have no rounding: each draw decides about all that follow."""
+    """Whole numbers, whose sums have no rounding: each draw decides all later ones."""
     rng = np.random.default_rng(5)
     given, uniform = rng.integers(-50, 51, (count, dim)).astype(np.float32), rng.random(drawn)
     (found,), (wanted,) = (draw(given, uniform, 16) for draw in (train.drawn_seeds, vector._drawn))
@@ -268,7 +268,7 @@ def test_drawn_seeds(count, dim, drawn):
 
 @pytest.mark.parametrize("power", [2, 1, 1 / 8])
 @pytest.mark.parametrize("count", [2, 5, 256])
-def test_levels_settle_where_those_of_the_reference_do(count, power):
+def test_levels_converge_to_those_of_the_reference(count, power):
     t = np.linspace(0, 1, 1025)
     f = np.where(t > 0.2, t**power, 0.0)
     levels = np.sort(np.random.default_rng(4).random(count))
@@ -276,11 +276,11 @@ def test_levels_settle_where_those_of_the_reference_do(count, power):
     for rounds, least in ((1, 0.0), (40, 1e-3), (2000, 1e-9)):
         given = levels, t, mass, first, np.array([least]), rounds
         (found,), (wanted,) = (settled(*given) for settled in (train.settled_levels, codebooks._settled))
-        assert np.allclose(found, wanted, rtol=0, atol=1e-9)  # sums are fused: 1e-16 an iteration
+        assert np.allclose(found, wanted, rtol=0, atol=1e-9)  # sums are fused: 1e-16 for each iteration
 
 
 @pytest.mark.parametrize(("method", "bits"), [("vecinfer", 3), ("vecinfer", 2), ("commvq", 2)])
-def test_what_is_trained_is_as_good_as_what_the_reference_trains(method, bits):
+def test_trained_codebooks_are_as_good_as_those_of_the_reference(method, bits):
     sample, x = Sample(normal(1, 2, 400, 64, seed=9)), normal(1, 2, 200, 64, seed=10)
     own = METHODS[method].codec(64, bits, "values")
     errors = [relative(c.decode(c.encode(x)), x) for c in (own.fit(sample), by_reference(lambda: own.fit(sample)))]

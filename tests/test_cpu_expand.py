@@ -1,4 +1,4 @@
-"""Tokens that loops of a CPU write into one buffer are as MLX operations decode them, of every layout and type."""
+"""Tokens that CPU loops write into one buffer equal those that MLX operations decode, for every layout and dtype."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def _loops_are_tried_and_agree(monkeypatch):
 
 
 def tolerance(dtype):
-    """Sums in another order; and of 64 numbers one may be rounded to the neighbour."""
+    """Tolerance for sums in another order; one of 64 numbers can round to the neighbour."""
     return ROUNDING if dtype == mx.float32 else mx.finfo(dtype).eps / 8
 
 
@@ -80,13 +80,13 @@ def test_every_rotation_and_width_is_as_decoded(method, options, tensor):
     assert_as_decoded([(own, code)], mx.float32)
 
 
-def test_what_its_codec_brings_out_is_so_in_tiles(monkeypatch):
+def test_tiles_include_the_transform_of_their_codec(monkeypatch):
     monkeypatch.setitem(BACKENDS, "cpu", replace(CPU, expanded_tokens=32))
-    kind = next(i for i, known in enumerate(KINDS) if known[0] == "commvq")  # turned by their positions
+    kind = next(i for i, known in enumerate(KINDS) if known[0] == "commvq")  # rotated by their positions
     assert_as_decoded([(codec(kind, 64), codec(kind, 64).encode(normal(1, 2, 77, 64, seed=0), 5))], mx.float32)
 
 
-def test_what_float16_cannot_hold_is_its_largest_number_and_exact_tokens_stay_as_they_are():
+def test_numbers_beyond_float16_become_its_largest_and_exact_tokens_do_not_change():
     own, exact = METHODS["turboquant"].codec(64, 4, "keys"), mx.array(np.full((1, 2, 3, 64), np.inf, np.float32))
     exact[0, 0, 1, 2], exact[0, 1, 2, 3] = float("nan"), 1e9
     parts = [(own, own.encode(normal(1, 2, 9, 64, seed=0) * 5e4)), (Exact(64), Code({"values": exact}))]
@@ -99,7 +99,7 @@ def queries(count=40):
     return normal(1, HEADS * GROUP, count, 64, seed=3)
 
 
-def test_graphs_that_are_not_evaluated_take_mlx_operations(monkeypatch):
+def test_unevaluated_graphs_use_mlx_operations(monkeypatch):
     history, q = filled(90)._history(), queries()
     wanted = by_reference(lambda: history.attend(q, 0.125, None))
     assert relative(history.attend(q, 0.125, None), wanted) < ROUNDING
@@ -133,11 +133,11 @@ def test_derivatives_reach_exact_tokens_and_scales(name):
 
     given = code.arrays[name].astype(mx.float32)
     gradient = mx.grad(total)(given)
-    assert relative(gradient, by_reference(lambda: mx.grad(total)(given))) < 1e-3  # a root is kept in float16
+    assert relative(gradient, by_reference(lambda: mx.grad(total)(given))) < 1e-3  # roots are stored in float16
     assert mx.abs(gradient).max() > 0
 
 
-def test_no_loop_runs_where_kernels_are_switched_off(monkeypatch):
+def test_no_loop_runs_if_kernels_are_switched_off(monkeypatch):
     monkeypatch.setenv(devices.SWITCH, "0")
     monkeypatch.setattr(expand, "_written", None)
     assert filled(90)._history().attend(queries(), 0.125, None).shape == (1, HEADS * GROUP, 40, 64)

@@ -1,4 +1,4 @@
-"""The first call of a CPU's kernels: nothing is compiled before it, and whoever waits is told what takes so long."""
+"""The first call of CPU kernels: nothing is compiled before it, and a notice explains the wait."""
 
 import os
 import pty
@@ -41,10 +41,10 @@ print([name for name in ("numba", "llvmlite") if name in sys.modules])
 
 
 @on_cpu
-def test_who_looks_at_a_terminal_is_told_once_and_others_find_it_in_the_log(tmp_path):
-    """On a new machine: the folder of loops is empty. The second process compiles nothing and tells nothing.
+def test_a_terminal_shows_the_notice_once_and_the_log_has_it_otherwise(tmp_path):
+    """On a new machine, the folder of loops is empty. The second process compiles nothing and prints nothing.
 
-    It does so where the package is installed anew, at another path.
+    It does so where the package is installed again, at another path.
     """
     master, terminal = pty.openpty()
     shutil.copytree(Path(veloxlab.__file__).parent, tmp_path / "again" / "veloxlab")
@@ -66,7 +66,7 @@ def test_who_looks_at_a_terminal_is_told_once_and_others_find_it_in_the_log(tmp_
 
 
 @on_cpu
-def test_saved_output_holds_no_notice_and_the_log_does(tmp_path):
+def test_saved_output_has_no_notice_but_the_log_has_it(tmp_path):
     first = "import logging, sys\nlogging.basicConfig(level=logging.INFO, stream=sys.stdout)\n"
     done = python(first + ENCODE, XDG_CACHE_HOME=str(tmp_path))
     assert done.stderr == ""
@@ -74,7 +74,7 @@ def test_saved_output_holds_no_notice_and_the_log_does(tmp_path):
 
 
 @on_cpu
-def test_loops_run_where_no_folder_can_be_written(tmp_path):
+def test_loops_run_without_a_writable_folder(tmp_path):
     no_folder = """
 from numba.core import caching
 for name, kind in vars(caching).items():
@@ -86,7 +86,7 @@ for name, kind in vars(caching).items():
     assert list(tmp_path.iterdir()) == []
 
 
-def test_notices_are_progress_of_the_step_that_waits():
+def test_notices_are_progress_of_the_waiting_step():
     worker, seen = Worker("test-notices"), []
     worker.watch(lambda status: seen.append((status.done, status.total, status.label)))
 

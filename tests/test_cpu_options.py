@@ -1,4 +1,4 @@
-"""Every option of every method is encoded, decoded and attended to by loops of a CPU, but for those that are listed."""
+"""CPU loops encode, decode and attend to every option of every method, except for listed ones."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -59,7 +59,7 @@ VALUES: Mapping[str, Mapping[str, Any]] = {
         **{"basis": ["after_rope", "before_rope"], "positions": [512]},
     },
 }
-# settings that no loop reads: MLX operations decode them, and attend to them
+# settings without a loop: MLX operations decode them, and attend to them
 UNREAD: list[Mapping[str, Any]] = [
     *(PROD, {"outliers": 4}, {"outliers": 8}, {"point": "d1b4"}, {"levels": (4, 3, 2, 1)}, {"basis": "before_rope"}),
 ]
@@ -82,7 +82,7 @@ CASES = [
 
 
 def loops(monkeypatch, work):
-    """The loops that take part in some work, in words."""
+    """Return the names of the loops that take part in some work."""
     monkeypatch.setattr(checked, "_states", {})
     mx.eval(work())
     assert set(checked.states()) <= {"agrees"}

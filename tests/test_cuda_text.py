@@ -1,4 +1,4 @@
-"""The CUDA text of attention compiles, for every layout of codes: ``nvcc`` needs no GPU. Nothing is run."""
+"""The CUDA text of attention compiles for every layout of codes: ``nvcc`` needs no GPU. Nothing is run."""
 
 import shutil
 import subprocess
@@ -30,7 +30,7 @@ FACTS = "template <class T> struct Fact {\n  T v[8];\n  __device__ T operator[](
 
 
 def compiled(text):
-    """What the compiler says of a text; one that compiled is kept, and compiled no second time."""
+    """Return the compiler's messages on a text; a text that compiled is cached, and not compiled again."""
 
     def made(path):
         command = ["nvcc", *FLAGS, "-o", str(path), "-"]
@@ -56,7 +56,7 @@ def kernel_text(source, inputs, outputs):
 
 @pytest.mark.parametrize("case", TABLES[::4] + OTHERS + TRELLISES, ids=str)
 def test_attention_compiles(case):
-    texts = []  # of all kernels that are launched, which do nothing
+    texts = []  # of all launched kernels, which do nothing here
 
     def built(source):
         def kernel(*, inputs, output_shapes, output_dtypes, **_):
@@ -70,5 +70,5 @@ def test_attention_compiles(case):
     assert compiled(texts[0]) == ""
 
 
-def test_a_text_that_is_none_does_not_compile():
+def test_an_invalid_text_does_not_compile():
     assert "no_such" in compiled("__global__ void kernel() { no_such(); }")

@@ -1,4 +1,4 @@
-"""What is measured of keys, values and their errors: known answers, identities, marks of what is not finite."""
+"""Measurements of keys, values and their errors: known answers, identities, and marks of values that are not finite."""
 
 import math
 from dataclasses import replace
@@ -51,7 +51,7 @@ HEADS, TOKENS, DIM = 2, 256, 16
 
 
 def of(keys, values=None, *, rope=None, queries=None) -> Capture:
-    """A capture of one layer; arrays ``[H, S, D]``."""
+    """Return a capture of one layer from arrays ``[H, S, D]``."""
     keys, values = (mx.array(np.asarray(x, np.float32)[None]) for x in (keys, keys if values is None else values))
     queries = None if queries is None else mx.array(np.asarray(queries, np.float32)[None])
     layer = LayerCapture(3, queries, keys, values, None if queries is None else 0.25, rope)
@@ -80,14 +80,14 @@ def test_a_single_loud_channel_is_flat_after_signs_and_hadamard():
     assert outlier_channels(of(one_hot), "rotated", tensors=("keys",))["loudest_ratio"].item() == pytest.approx(1)
 
 
-def test_smoothing_takes_the_root_of_a_channels_peak(noise):
+def test_smoothing_divides_by_the_root_of_a_channels_peak(noise):
     noise[..., 2] *= 100
     x = vectors(of(noise).layers[0], "keys", "smoothed")
     peaks = np.abs(noise).max(axis=1)
     assert np.allclose(np.abs(x).max(axis=1), np.sqrt(peaks), rtol=1e-5)
 
 
-def test_the_space_before_rope_is_what_the_layer_made(noise):
+def test_the_space_before_rope_has_the_layer_s_own_keys(noise):
     rope = Rope(DIM, base=100.0)
     after = np.array(rope.forward(mx.array(noise.astype(np.float32)[None]), 0))[0]
     before = vectors(of(after, rope=rope).layers[0], "keys", "before_rope")
@@ -152,7 +152,7 @@ def test_every_space_has_its_frames(seen, space):
     assert np.allclose(whole, 1, atol=1e-9)
 
 
-def test_what_is_not_finite_is_counted_and_left_out(noise):
+def test_values_that_are_not_finite_are_counted_and_left_out(noise):
     noise[0, 7, 3], noise[0, 9, 3] = np.nan, np.inf
     channels = channel_distributions(of(noise), tensors=("keys",)).filter(head=0, channel=3)
     assert channels["not_finite"].item() == 2
@@ -170,7 +170,7 @@ def test_a_channel_without_a_finite_token_has_no_quantiles(noise):
     assert [row[name] for name in ("mean", "rms", "least", "median", "most")] == [None] * 5
 
 
-def test_coordinates_beyond_the_bins_are_said(noise):
+def test_coordinates_outside_the_bins_are_counted(noise):
     noise[0, 0, :3] = 1e6, 1e6, -1e6
     frame = densities(of(noise), tensors=("keys",)).filter(head=0)
     half = frame["width"][0] / 2
@@ -191,7 +191,7 @@ def test_the_loudest_channel_is_found(noise):
     noise[0, :, 11] *= 50
     row = outlier_channels(of(noise), tensors=("keys",)).row(0, named=True)
     assert (row["loudest"], row["outlier_channels"]) == (11, 1)
-    assert row["loudest_ratio"] == pytest.approx(50, rel=0.15)  # of 256 draws
+    assert row["loudest_ratio"] == pytest.approx(50, rel=0.15)  # for 256 draws
     calm = outlier_channels(of(noise), "rotated", tensors=("keys",)).row(0, named=True)
     assert calm["loudest_ratio"] < 1.5
     assert calm["peak_ratio"] < row["peak_ratio"]
@@ -257,7 +257,7 @@ def test_the_energy_of_a_single_pair():
     assert np.allclose(points.filter(stage="after RoPE").select("x", "y"), turned, atol=1e-4)
 
 
-def test_pairs_of_neighbours_and_channels_that_are_not_turned(noise):
+def test_pairs_of_neighbours_and_channels_without_rotation(noise):
     frame = rope_pairs(of(noise, rope=Rope(8, traditional=True, base=100.0))).filter(head=0)
     assert frame.select("first", "second").rows() == [(0, 1), (2, 3), (4, 5), (6, 7)]
     expected = np.square(noise[0, :, :8]).sum() / np.square(noise[0]).sum()
@@ -285,15 +285,15 @@ def test_the_levels_of_turboquant_are_its_codebooks(seen):
 
 @pytest.mark.parametrize("method", ["turboquant", "rvq", "rabitq", "ratequant", "polarquant", "qjl"])
 @pytest.mark.parametrize("side", ["keys", "values"])
-def test_what_is_seen_of_a_method_is_what_it_codes(seen, method, side):
-    """More bits bring the decoded coordinates closer to the exact ones, in the very space in which they are shown."""
+def test_shown_coordinates_are_those_that_the_method_codes(seen, method, side):
+    """More bits bring the decoded coordinates closer to the exact ones in the shown space."""
     errors = []
     for bits in (2, 4):
         exact, decoded = coded_coordinates(seen.layers[0], side, method, bits)
         assert exact.shape == decoded.shape
         errors.append(np.square(exact - decoded).mean() / np.square(exact).mean())
     if (method, side) == ("qjl", "keys"):
-        # more rows of a sketch are no finer signs: of a Gaussian g, E(√(2/π)·g − sign g)² / E(2/π)g² = π/2 − 1
+        # more rows of a sketch do not make signs finer: for a Gaussian g, E(√(2/π)·g − sign g)² / E(2/π)g² = π/2 − 1
         assert errors == pytest.approx([math.pi / 2 - 1] * 2, rel=0.05)
     else:
         assert errors[1] < errors[0] / 4
@@ -342,7 +342,7 @@ def test_an_attention_map_of_exact_keys_is_attention(noise):
     assert frame.filter(kind="difference")["weight"].abs().max() == 0
 
 
-def test_pooled_attention_adds_up_and_what_moved_is_measured_before_pooling(seen):
+def test_pooled_attention_adds_up_and_moved_attention_is_measured_before_pooling(seen):
     layer = seen.layers[0]
     frame = attention_map(layer, 4, bits=2)
     assert len(frame) == 3 * 32 * 33 / 2
@@ -410,12 +410,12 @@ def test_error_densities_count_every_vector(seen):
         (lambda c: error_densities(token_frame([0.0]), bins=1), "bins=1 cannot be used"),
     ],
 )
-def test_bad_input_gets_a_sentence(noise, call, sentence):
+def test_bad_input_is_refused_in_a_sentence(noise, call, sentence):
     with pytest.raises(InputError, match=sentence):
         call(of(noise))
 
 
-def test_what_is_not_finite_has_no_spectrum_axes_or_angles(noise):
+def test_a_capture_that_is_not_finite_has_no_spectrum_axes_or_angles(noise):
     noise[0, 3, 1] = np.nan
     for call in (
         lambda: spectra(of(noise)),
@@ -429,7 +429,7 @@ def test_what_is_not_finite_has_no_spectrum_axes_or_angles(noise):
         dimensions(of(np.ones((1, 32, DIM))))
 
 
-def test_a_head_or_pair_that_there_is_not_is_refused(noise):
+def test_a_missing_head_or_pair_is_refused(noise):
     layer = of(noise, rope=Rope(DIM), queries=noise).layers[0]
     for call, sentence in (
         (lambda: pair_points(layer, 2, 0), "There is no KV head 2: choose one from 0 to 1"),

@@ -22,13 +22,13 @@ from veloxlab.kernels.vectors import fits_lanes
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to read and run Metal on the CPU")
 
-# Both sum D terms in float32, in another order: a coordinate of size 1 is off by a few roundings of its partial sums.
+# Both sum D terms in float32 in another order: a coordinate of size 1 has an error of a few roundings of partial sums.
 ROUNDING = 16 * 2.0**-23
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A codec, and the dtype of what it encodes."""
+    """A codec, and the dtype of its input."""
 
     codec: TurboQuant | Rvq | RaBitQ
     dtype: mx.Dtype
@@ -74,7 +74,7 @@ GRIDS = [
 
 
 def vectors(rng, dim, dtype, tokens):
-    """``[2, 3, tokens, dim]`` of many sizes, one of them zero if there are several: a view with strides of its own."""
+    """Return ``[2, 3, tokens, dim]`` of many sizes, one of them zero if there are several, as a strided view."""
     x = rng.standard_normal((2, tokens + 3, 5, dim)) * 10.0 ** rng.uniform(-3, 3, (2, tokens + 3, 5, 1))
     if tokens > 1:
         x[1, 4, 2] = 0
@@ -86,12 +86,12 @@ def signs_of(rotation):
 
 
 def fields(codec):
-    """Name and bits of the parts of a code, from its high bits down."""
+    """Return name and bits of the parts of a code, from its high bits down."""
     return {"coarse": codec.bits // 2, "fine": codec.bits // 2} if isinstance(codec, Rvq) else {"codes": codec.bits}
 
 
 def codes_of(codec, arrays):
-    """Codes ``[B, H, S, D]`` from the words of their fields, whose rows must end in zeros."""
+    """Return codes ``[B, H, S, D]`` from the words of their fields, whose rows must end in zeros."""
     codes = mx.array(0, mx.uint32)
     for name, width in fields(codec).items():
         field = unpack(arrays[name], width, codec.head_dim)
@@ -101,7 +101,7 @@ def codes_of(codec, arrays):
 
 
 def on_the_host(case, tokens):
-    """What kernel and reference make of some vectors, and these, rotated and of root-mean-square 1, with their own."""
+    """Return kernel's and reference's codes of vectors, and the vectors rotated to an RMS of 1, with their own RMS."""
     codec, dim = case.codec, case.codec.head_dim
     x = vectors(np.random.default_rng(dim + tokens), dim, case.dtype, tokens)
     found, reference = run_vectors(codec._encoder, HOST, x), codec.encode(x).arrays
@@ -114,7 +114,7 @@ def on_the_host(case, tokens):
 
 
 def check_scales(root, scale):
-    """Scales are those that go with the codes, rounded to one of two neighbours in float16."""
+    """Check that scales belong to the codes, rounded to one of two neighbours in float16."""
     steps = np.array(root.view(mx.int16)) - np.array(mx.sqrt(scale).astype(mx.float16).view(mx.int16))
     assert np.all(np.abs(steps) <= 1)
     assert np.count_nonzero(steps) <= 0.01 * steps.size, f"{np.count_nonzero(steps)} of {steps.size} scales differ"
@@ -133,11 +133,11 @@ def test_codes_and_scales_are_the_references(case):
         found, reference, y, rms = on_the_host(case, tokens)
         codes, expected = codes_of(codec, found), codes_of(codec, reference)
 
-        # codes: others where a coordinate is at the boundary between two cells but for rounding, else the same
+        # codes may differ if a coordinate is at the boundary between two cells within rounding; else they are equal
         differ = np.array(codes != expected)
         lower, upper = mx.minimum(codes, expected), mx.maximum(codes, expected)
         last = 2**codec.bits - 2
-        for boundary in (mx.minimum(lower, last), mx.clip(upper, 1, None) - 1):  # all between are of no width
+        for boundary in (mx.minimum(lower, last), mx.clip(upper, 1, None) - 1):  # all cells between have no width
             off = mx.abs(y - mx.take(nearest["boundaries"], boundary))
             assert np.all(np.array(off)[differ] <= ROUNDING)
         assert differ.sum() <= differ.size * 2e-4 + 1, f"{differ.sum()} of {differ.size} codes differ"
@@ -148,7 +148,7 @@ def test_codes_and_scales_are_the_references(case):
 
 
 @pytest.mark.parametrize("case", GRIDS, ids=str)
-def test_grid_points_are_of_a_stretch_as_good_as_the_references(case):
+def test_grid_points_have_a_scale_as_good_as_the_references(case):
     codec = case.codec
     tried = codec.encoder == "grid" and codec.bits > 1
     half_count = 2 ** (codec.bits - 1)
@@ -157,7 +157,7 @@ def test_grid_points_are_of_a_stretch_as_good_as_the_references(case):
         codes = codes_of(codec, found)
         u = codes - float(2**codec.bits - 1) / 2
 
-        # each vector's codes are those of one of the stretches, but where a coordinate is at a step for rounding …
+        # each vector's codes belong to one of the scales, except if a coordinate is at a step within rounding …
         size, steps = np.abs(np.array(y, np.float64))[..., None], np.abs(np.array(u, np.float64))[..., None] - 0.5
         stretches = np.array(codec._encoder.tables["stretches"], np.float64)
         if tried:
@@ -169,7 +169,7 @@ def test_grid_points_are_of_a_stretch_as_good_as_the_references(case):
         assert fits.any(axis=-1).all()
         assert mx.all(((u >= 0) == (y >= 0)) | (mx.abs(y) <= ROUNDING))
 
-        # … and none of them has a smaller angle, but for what such rounding, over all coordinates, does to e = u − t·y
+        # … and none of them has a smaller angle, except for such rounding of all coordinates in e = u − t·y
         points = wanted + 0.5
         error = np.linalg.norm(points - reach, axis=-2, keepdims=True)
         sine = np.square(error) - np.square(((points - reach) * size).sum(axis=-2, keepdims=True)) / codec.head_dim
@@ -185,7 +185,7 @@ def test_grid_points_are_of_a_stretch_as_good_as_the_references(case):
         check_scales(found["root_scale"], rms * scale_factor(codec.scale, y, u))
         if codec.bounds:
             rest = mx.linalg.norm(y - scale_factor("mse", y, u) * u, axis=-1, keepdims=True) / codec.head_dim**0.5
-            half_a_step = 2.0**-11 * rest  # and coordinates of y are off by their rounding
+            half_a_step = 2.0**-11 * rest  # and coordinates of y have their rounding error
             assert mx.all(mx.abs(found["sine"].astype(mx.float32) - rest) <= half_a_step + ROUNDING)
         if tokens > 1:
             check_a_zero_vector(codec, found, reference)
@@ -196,7 +196,7 @@ DECODED = CASES + [case for case in GRIDS if case.codec.encoder == "grid"]
 
 @pytest.mark.parametrize("case", DECODED, ids=str)
 def test_decoding_is_the_reference(case):
-    """Of codes and scales in views of growing buffers, in every dtype."""
+    """For codes and scales in views of growing buffers, in every dtype."""
     codec, dim = case.codec, case.codec.head_dim
     rng = np.random.default_rng(dim)
     signs = signs_of(SignedHadamard(dim, 7))
@@ -214,7 +214,7 @@ def test_decoding_is_the_reference(case):
         assert mx.all(mx.abs(found.astype(mx.float32) - expected) <= allowed)
 
 
-def test_coordinates_may_be_apart():
+def test_coordinates_can_be_strided():
     codec = TurboQuant(64, 1)
     x = mx.array(np.random.default_rng(0).standard_normal((1, 1, 3, 128)).astype(np.float32))[..., ::2]
     found, reference = run_vectors(codec._encoder, HOST, x), codec.encode(x).arrays
@@ -242,7 +242,7 @@ def test_rotating_any_block_size_is_the_reference(dim, dtype, inverse):
     assert mx.all(mx.abs(found - expected) <= ROUNDING * size)
 
 
-def test_what_fits_the_registers():
+def test_the_largest_block_that_fits_the_registers():
     assert all(fits_lanes(dim) for dim in range(16, 513, 16))
     assert fits_lanes(1024)
     assert not fits_lanes(1040)  # 65 blocks of 16

@@ -1,4 +1,4 @@
-"""Work ends within its long steps: between the layers of a model, and between the steps of a fit."""
+"""Work can end within its long steps: between the layers of a model, and between the steps of a fit."""
 
 import mlx.core as mx
 import numpy as np
@@ -47,7 +47,7 @@ def test_a_model_over_a_long_text_ends_between_its_layers(model):
         with pytest.raises(Cancelled), ended_by(Ends(2)):
             model(mx.array([IDS]), cache=cache)
     with ended_by(each):
-        model(mx.array([IDS[: LONG - 1]]))  # a step of generation is short, and is not made longer
+        model(mx.array([IDS[: LONG - 1]]))  # a step of generation is short, and has no such places
     assert each.asked == LAYERS
 
 
@@ -75,7 +75,7 @@ def test_windows_that_other_threads_read_end_too(model, tmp_path):
     with ended_by(count):
         list(with_gradients(model, windows, 2, 0, tmp_path / "a", silent))
     assert count.asked >= 3 * 2 * LAYERS
-    with pytest.raises(Cancelled), ended_by(Ends(2 * LAYERS + 1)):  # in the second window, or while that is waited for
+    with pytest.raises(Cancelled), ended_by(Ends(2 * LAYERS + 1)):  # in the second window, or in the wait for it
         list(with_gradients(model, windows, 2, 0, tmp_path / "b", silent))
     assert len([*(tmp_path / "b").glob("*.safetensors")]) < len(windows)
 
@@ -84,10 +84,10 @@ def test_errors_end_between_layers_and_caches_while_they_are_filled(model):
     seen = vl.capture(model, Letters(), TEXT, tokens=40)
     with ended_by(errors := Ends()):
         vl.measure.token_errors(seen)
-    assert errors.asked == 2 * LAYERS  # of keys and of values
+    assert errors.asked == 2 * LAYERS  # for keys and for values
     with ended_by(growth := Ends()):
         vl.measure.memory_growth(seen, upto=400, points=2)
-    assert growth.asked == 2 * 400 // 40  # of ours and of the exact one
+    assert growth.asked == 2 * 400 // 40  # for ours and for the exact one
 
 
 def test_advice_ends_between_caches_and_within_the_fit_of_one(model, tmp_path, monkeypatch):
@@ -112,7 +112,7 @@ def test_a_fit_ends_between_its_steps(method, bits):
         codec.fit(Sample(x))
 
 
-def test_a_job_that_is_cancelled_ends_within_a_step():
+def test_a_cancelled_job_ends_within_a_step():
     worker, ended = Worker("ending"), []
 
     def job(_: object) -> None:
@@ -124,4 +124,4 @@ def test_a_job_that_is_cancelled_ends_within_a_step():
     assert worker.wait(60)
     worker.close()
     assert ended == []
-    may_end()  # nobody's work
+    may_end()  # outside of any work

@@ -1,4 +1,4 @@
-"""Methods at equal bits: read between measured caches, ranked, and measured where they are missing."""
+"""Methods at equal bits: interpolated between measured caches, ranked, and measured where points are missing."""
 
 import polars as pl
 import pytest
@@ -14,7 +14,7 @@ from veloxlab.widgets.selection import Choice
 
 
 def points(**methods: dict[float, list[float]]) -> pl.DataFrame:
-    """`POINTS` of methods: by bits held, the KL of each window."""
+    """Return `POINTS` of methods: by held bits, the KL of each window."""
     rows = [
         (method, bits, window, kl)
         for method, caches in methods.items()
@@ -33,11 +33,11 @@ def test_a_method_is_read_along_the_logarithm_between_its_nearest_caches():
     )
     found = at_equal_bits(known, 3)
     assert found.schema == EQUAL
-    assert found["method"].to_list() == ["rabitq", "rvq"]  # the others have no cache on both sides
+    assert found["method"].to_list() == ["rabitq", "rvq"]  # the others do not have caches on both sides
     assert found.select("below", "above").rows() == [(3, 3), (2, 4)]
     assert found["kl_mean"].to_list() == pytest.approx([0.25, 0.3])  # of rvq the geometric means .2 and .4
     assert found["difference"].to_list() == pytest.approx([0, 0.05])
-    assert found["low"][1] < 0 < found["high"][1]  # -.1 and .2: not decisive
+    assert found["low"][1] < 0 < found["high"][1]  # -.1 and .2: not significant
     assert at_equal_bits(known, 2.5).filter(method="rvq")["kl_mean"].item() == pytest.approx(0.6 * 2**-0.5)
     assert at_equal_bits(points(), 3).is_empty()
     one = at_equal_bits(points(rvq={2.0: [0.4], 4.0: [0.1]}, qjl={3.0: [0.1]}), 3)
@@ -66,7 +66,7 @@ def test_caches_around_some_bits_are_the_nearest_ones_on_either_side():
     assert around(4, choices, held) == around(1, choices, held) == []
 
 
-def test_the_page_measures_what_a_ranking_lacks_and_once():
+def test_the_page_measures_missing_points_of_a_ranking_once():
     lab = vl.Lab(tiny("llama", num_hidden_layers=1), Letters(), tokens=64, sinks=0, window=0)
     page = lab.turn_to("compare")
     page.context, page.equal_bits = 1000, 3
@@ -90,7 +90,7 @@ def test_the_page_measures_what_a_ranking_lacks_and_once():
     lab.close()
 
 
-def test_methods_that_need_a_calibration_are_named_and_measured_when_asked(tmp_path, monkeypatch):
+def test_methods_that_need_a_calibration_are_named_and_measured_on_request(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     lab = vl.Lab(tiny("llama", num_hidden_layers=1), Letters(), tokens=64, sinks=0, window=0)
     page = lab.turn_to("compare")
@@ -107,7 +107,7 @@ def test_methods_that_need_a_calibration_are_named_and_measured_when_asked(tmp_p
     page.compare_equal()
     assert lab.wait(300)
     assert "spectralquant is not ranked at 3 bits: it holds 3.86 to 10.9 at 1,000 tokens." in page._message.value
-    page.context = 100_000  # which its tables are small beside
+    page.context = 100_000  # where its tables are relatively small
     page.compare_equal()
     assert lab.wait(300)
     assert {*page.ranked["method"]} == {"rvq", "spectralquant"}
@@ -119,7 +119,7 @@ def test_methods_that_need_a_calibration_are_named_and_measured_when_asked(tmp_p
     lab.close()
 
 
-def test_a_method_that_cannot_be_measured_is_said_and_the_others_are(monkeypatch):
+def test_a_method_that_cannot_be_measured_is_named_and_the_others_are_measured(monkeypatch):
     lab = vl.Lab(tiny("llama", num_hidden_layers=1), Letters(), tokens=64)
     page, fit = lab.turn_to("compare"), lab.selection.fitting.calibration
 

@@ -1,4 +1,4 @@
-"""The explorer of errors: its charts show what is measured, of the head and method that are chosen."""
+"""The explorer of errors: its charts show measurements of the chosen head and method."""
 
 from dataclasses import replace
 
@@ -53,19 +53,19 @@ def test_every_control_moved_twice_changes_its_charts_twice_and_no_other(explore
     assert explorer.problem == ""
 
 
-def test_the_charts_show_what_the_measurements_say(explorer, seen):
+def test_the_charts_show_the_measurements(explorer, seen):
     turn(explorer, layer=8, head=1, method="rvq", bits=4)
     layer = replace(seen, layers=seen.layers[2:3])
     tokens = vl.measure.token_errors(layer, "rvq", bits=4).filter(head=1)
     along = errors_along_position(tokens, blocks=32)
     assert explorer.charts["positions"].frame.drop("head").equals(along)
-    maps = attention_map(layer.layers[0], 3, "rvq", bits=4, blocks=20)  # three query heads a KV head
+    maps = attention_map(layer.layers[0], 3, "rvq", bits=4, blocks=20)  # three query heads for each KV head
     shown = explorer.charts["attention"].frame
     assert shown.select("kind", "query", "key", "weight").equals(maps.select("kind", "query", "key", "weight"))
     assert "rvq at 4 bits, layer 8, KV head 1: " in explorer.charts["attention"].content["params"]["caption"]
 
 
-def test_the_error_falls_with_bits_as_the_sums_say(seen):
+def test_the_error_by_bits_is_that_of_the_summed_errors(seen):
     layer = replace(seen, layers=seen.layers[:1])
     widths = (2, 4)
     tokens = pl.concat(vl.measure.token_errors(layer, bits=bits) for bits in widths)
@@ -86,7 +86,7 @@ def test_the_error_falls_with_bits_as_the_sums_say(seen):
         errors_by_bits(tokens.clear(), taken)
 
 
-def test_what_cannot_be_chosen_is_refused_at_once(explorer):
+def test_impossible_choices_are_refused_at_once(explorer):
     with pytest.raises(InputError, match=r"'commvq' cannot be chosen here: .* needs calibration=vl\.calibrate"):
         explorer.method = "commvq"
     turn(explorer, method="polarquant")

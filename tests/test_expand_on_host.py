@@ -23,12 +23,12 @@ from veloxlab.kernels.devices import CUDA
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to check and run Metal text")
 
-TOLERANCE = 1e-3  # levels and results in half precision, off by 2⁻¹¹ of each at most
+TOLERANCE = 1e-3  # levels and results are in half precision, with an error of 2⁻¹¹ each at most
 
 
 @pytest.fixture
 def on_host(monkeypatch):
-    """Kernels run on the host; the number of launches of each is told."""
+    """Run kernels on the host; yield the number of launches of each."""
     launched = []
 
     def built(source):
@@ -43,7 +43,7 @@ def on_host(monkeypatch):
 
 
 def runs_of(dim, dtype, counts, heads=2):
-    """Runs of exact tokens from the middle of longer buffers."""
+    """Return runs of exact tokens from the middle of longer buffers."""
     made = [normal(2, heads, count + 5, dim, seed=i, dtype=dtype)[:, :, 2:-3] for i, count in enumerate(counts)]
     return [(Exact(dim), Code({"values": run})) for run in made]
 
@@ -68,7 +68,7 @@ def assert_same(found, parts, dtype, heads, monkeypatch, tolerance=TOLERANCE):
         ("polarquant", {}, 3, 128, mx.float16),
     ],
 )
-def test_one_launch_gives_what_codecs_decode(method, options, bits, dim, dtype, on_host, monkeypatch):
+def test_one_launch_equals_the_codecs_decoding(method, options, bits, dim, dtype, on_host, monkeypatch):
     codec = METHODS[method].codec(dim, bits, "keys", **options)
     code = codec.encode(normal(2, 2, 601, dim, seed=9), 3)
     (sinks, recent, newest) = runs_of(dim, dtype, (3, 40, 77))
@@ -80,7 +80,7 @@ def test_one_launch_gives_what_codecs_decode(method, options, bits, dim, dtype, 
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (2, 0), (0, 9)])
-def test_runs_of_exact_tokens_may_be_missing(counts, on_host, monkeypatch):
+def test_runs_of_exact_tokens_can_be_missing(counts, on_host, monkeypatch):
     codec = METHODS["turboquant"].codec(64, 4, "values")
     before, behind = (runs_of(64, mx.float16, (count,)) if count else [] for count in counts)
     parts = [*before, (codec, codec.encode(normal(1, 2, 33, 64, seed=9) * (1 + 9e4 * (counts[0] > 0)))), *behind]
@@ -99,7 +99,7 @@ def test_other_codes_are_decoded_by_their_codecs(method, dim, on_host):
 
 
 def strings(dim, bits, tensor, rope=True, **options):
-    """A codec of FisherQuant for two heads, about a mean."""
+    """Return a codec of FisherQuant for two heads, about a mean."""
     sample = Sample(
         3 + normal(1, 2, 2 * dim, dim, seed=7) * mx.exp(normal(2, 1, dim, seed=8)),
         rope=Rope(dim) if rope else None,
@@ -119,7 +119,7 @@ def strings(dim, bits, tensor, rope=True, **options):
         (256, 3.25, "keys", True, {}, mx.float16),
     ],
 )
-def test_strings_become_levels_by_one_launch(dim, bits, tensor, rope, options, dtype, on_host, monkeypatch):
+def test_trellis_strings_become_levels_by_one_launch(dim, bits, tensor, rope, options, dtype, on_host, monkeypatch):
     codec = strings(dim, bits, tensor, rope, **options)
     code = codec.encode(normal(2, 2, 601, dim, seed=9), 3)
     sinks, newest = runs_of(dim, dtype, (3, 77))
@@ -127,7 +127,7 @@ def test_strings_become_levels_by_one_launch(dim, bits, tensor, rope, options, d
     found = expanded(parts, dtype, slice(None), mx.array(0.0))
     assert on_host == ["levels_trellis"]
     assert set(checked.states()) == {"agrees"}
-    # in bfloat16 an answer is off by 2⁻⁹ of each number at most
+    # in bfloat16 each number of a result has an error of 2⁻⁹ at most
     assert_same(found, parts, dtype, slice(None), monkeypatch, 2 * TOLERANCE if dtype == mx.bfloat16 else TOLERANCE)
 
 
@@ -154,8 +154,8 @@ def test_the_cuda_text_compiles(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 1 << 30])
-def test_at_most_two_layers_wait_for_what_they_expand(size, on_host, monkeypatch):
-    """With much to expand, a layer begins once the query of the layer before is computed."""
+def test_at_most_two_layers_hold_expanded_tokens(size, on_host, monkeypatch):
+    """With many tokens to expand, a layer begins once the query of the layer before is computed."""
     known = []
     monkeypatch.setattr(mx, "eval", lambda *arrays: known.append(arrays))
     queries = [normal(1, 2, 40, 64, seed=seed) for seed in range(3)]

@@ -1,4 +1,4 @@
-"""The runner of experiments: every job once, in any executor, from where a stopped run ended."""
+"""The runner of experiments: every job once, in any executor, from the point where a stopped run ended."""
 
 import os
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -26,7 +26,7 @@ def refusing(job):
 
 
 def dying(flag, job):
-    """Ends its process at one job, the first time or, without a file for a flag, every time."""
+    """End the process at one job, the first time or, without a flag file, every time."""
     if job == ("b", 0) and (flag is None or not flag.exists()):
         if flag is not None:
             flag.touch()
@@ -35,7 +35,7 @@ def dying(flag, job):
 
 
 @pytest.mark.parametrize("executor", [None, ThreadPoolExecutor(2)])
-def test_each_job_is_measured_once_and_told(executor):
+def test_each_job_is_measured_once_and_reported(executor):
     told = []
     experiment = Experiment(length, executor=executor, progress=lambda *said: told.append(said))
     assert dict(experiment.run([*JOBS, JOBS[0]])) == {job: length(job) for job in JOBS}
@@ -74,7 +74,7 @@ def test_an_attempt_that_fails_is_left_out_and_so_are_later_ones_of_its_cache():
     ]
 
 
-def test_a_stopped_run_goes_on_from_its_file(tmp_path):
+def test_a_stopped_run_continues_from_its_file(tmp_path):
     unfinished = Unfinished(tmp_path / "run.json", "test 1", {"model": "m"})
 
     def experiment(measure, progress):
@@ -95,7 +95,7 @@ def test_a_stopped_run_goes_on_from_its_file(tmp_path):
     assert measured == JOBS[2:]
 
 
-def test_one_new_process_goes_on_where_another_died(tmp_path):
+def test_one_new_process_continues_after_another_died(tmp_path):
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         experiment = Experiment(partial(dying, tmp_path / "flag"), executor=pool)
         with pytest.warns(UserWarning, match="A worker process died, .* one new process does the rest"):

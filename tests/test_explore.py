@@ -22,13 +22,13 @@ def test_the_chart_follows_the_slider_twice():
     assert repr(explore) == "Explore(bits = 4 of 2, 3, 4)"
 
 
-def test_a_saved_notebook_keeps_a_picture():
+def test_a_saved_notebook_keeps_an_image():
     bundle, _ = Explore(FRAMES, bars, description="bits")._repr_mimebundle_()
     assert bundle["image/png"].startswith("iVBOR")
     assert bundle["text/plain"].startswith("Explore(bits = 2")
 
 
-def test_bad_input_gets_a_sentence():
+def test_bad_input_is_refused_in_a_sentence():
     with pytest.raises(InputError, match="nothing to explore"):
         Explore({}, bars, description="bits")
     with pytest.raises(InputError, match="no frame for 9: choose one of 2, 3, 4"):

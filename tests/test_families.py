@@ -1,4 +1,4 @@
-"""Models of every kind take the path that is expected of them, and keep their logits."""
+"""Models of every kind take the expected path, and keep their logits."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from tests.tiny_models import FAMILIES
 CODES = {
     "qwen3_next": "3 × own, codes",  # linear attention in three layers of four
     "gemma3_text": "3 × codes",
-    "gemma3n": "2 × codes",  # two layers of four have caches, the others read theirs
+    "gemma3n": "2 × codes",  # two layers of four have caches, which the others read
     "gemma4_text": "4 × codes",
     "falcon_h1": "own, codes, own, codes",  # a state-space cache and one of keys and values in each layer
     "gpt_oss": "4 × codes",
@@ -24,7 +24,7 @@ CODES = {
     "olmo3": "4 × codes",
     "lfm2": "codes, own, codes, own",
     "mamba2": "2 × own",
-    "deepseek_v32": "latents, own, latents, own",  # an indexer's keys stay its own
+    "deepseek_v32": "latents, own, latents, own",  # an indexer's keys are not compressed
     "minimax_m3_vl": "2 × codes, own",
     "plamo2": "own, codes",
     "longcat_flash": "4 × latents",  # two in each layer
@@ -32,16 +32,16 @@ CODES = {
 }
 OF_THEIR_OWN = ("deepseek_v32", "minimax_m3_vl", "phi3small", "plamo2")  # attention; the first two with an indexer
 WITH_CACHES_OF_THEIR_OWN = ("longcat_flash", "llama4")
-# 8 bits in every layer lose 0.5 % of each vector (papers.md 0.1: relative MSE 2.6e-5), and a model of random weights
-# does not dampen it; gemma4's attention has a scale of 1 and not 1/√D, so the same error of a score weighs 8 times more
+# 8 bits in every layer lose 0.5 % of each vector (papers.md 0.1: relative MSE 2.6e-5), and a random model
+# does not dampen it; gemma4's attention has a scale of 1 and not 1/√D, so the same error of a score counts 8 times
 EIGHT_BITS = {"gemma4_text": 0.3}
-# Codes read against codes decoded. A sum in another order moves a key over the edge of a code in some families, and
-# which they are depends on the processor; later layers then differ by a step of 8 bits. A wrong reader differs by more.
+# Codes that are read against decoded codes. In some families a sum in another order moves a key to another code;
+# which families depends on the processor. Later layers then differ by a step of 8 bits. A wrong reader differs by more.
 STEP, STEPS = 0.01, {"gemma4_text": 0.1}
 
 
 def codes_of_one_layer(subject: Subject) -> float:
-    """Codes read against codes decoded, where one layer is coded and the others are exact: the worst layer."""
+    """Compare codes that are read with decoded codes, with one layer in codes and the others exact: the worst layer."""
     worst = 0.0
     for layer, coded in enumerate(vl.make_cache(subject.model, bits=8, **ALL_CODED)):
         runs = []
@@ -58,16 +58,16 @@ def test_each_family_takes_its_path_and_keeps_its_logits(family, kernels, monkey
     monkeypatch.setenv("VELOXLAB_KERNELS", kernels)
     subject = Subject(family)
     assert paths(subject)["path"] == CODES.get(family, "2 × codes")
-    assert in_chunks(subject)["chunked_error"] < 1e-4  # float32, in another order
+    assert in_chunks(subject)["chunked_error"] < 1e-4  # float32 sums in another order
     found = codes(subject)
     assert found["codes_error"] < STEPS.get(family, STEP)
-    assert codes_of_one_layer(subject) < 1e-4  # no code of a layer before differs: float32, in another order
+    assert codes_of_one_layer(subject) < 1e-4  # no code of an earlier layer differs: float32 sums in another order
     assert found["eight_bit_error"] < EIGHT_BITS.get(family, 0.06)
     assert found["eight_bit_error"] <= found["four_bit_error"]
     assert rope(subject)["rope_error"] < 1e-5  # float32, at angles below 100 radians
 
 
-def test_the_table_in_data_is_of_every_family_and_only_mlx_lm_excuses_one():
+def test_the_table_in_data_has_every_family_and_only_mlx_lms_own_errors():
     frame = pl.read_parquet(every_family.RESULTS / "families.parquet")
     assert frame["family"].to_list() == every_family.families()
     assert (every_family.RESULTS / "families.md").read_text() == every_family.page(frame)
@@ -85,7 +85,7 @@ def test_a_family_that_fails_is_a_row(tmp_path):
     assert every_family.row_in(tmp_path, "no_such_family") == {"family": "no_such_family", "raised": said}
 
 
-def test_a_family_that_ends_the_process_is_a_row_and_those_behind_it_get_another(tmp_path, monkeypatch):
+def test_a_family_that_ends_the_process_is_a_row_and_the_next_ones_get_a_new_process(tmp_path, monkeypatch):
     starts = []
 
     def run(command, **_):

@@ -1,4 +1,4 @@
-"""Damaged files are refused, and failed writes change nothing: a few of each; ``python -m tests.faults`` tries all."""
+"""Damaged files are refused, and failed writes change nothing: a few cases; ``python -m tests.faults`` tries all."""
 
 import json
 import re
@@ -16,7 +16,7 @@ PROCESSES = {"two writers and a reader": 8, "killed (`kill -9`) while it is writ
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_damage_and_no_failed_write_slips_through(kind):
+def test_every_damage_and_every_failed_write_is_detected(kind):
     wrong = {}
     for fault, function in faults.FAULTS.items():
         if fault not in PROCESSES:
@@ -26,14 +26,14 @@ def test_no_damage_and_no_failed_write_slips_through(kind):
 
 
 @pytest.mark.parametrize("fault", PROCESSES)
-def test_what_other_processes_do_slips_through_nowhere(fault):
-    """Of one kind: all are written by the same function."""
+def test_every_change_by_other_processes_is_detected(fault):
+    """For one kind of file: the same function writes all of them."""
     found = faults.tried("unfinished sweep", fault, PROCESSES[fault])
     assert set(found) <= faults.GOOD
     assert found
 
 
-def test_the_committed_counts_are_of_all_kinds_and_faults_and_none_slipped_through():
+def test_the_committed_counts_cover_all_kinds_and_faults_and_all_were_detected():
     counts = json.loads(faults.FILE.read_text())
     assert list(counts) == list(KINDS)
     assert {fault for own in counts.values() for fault in own} == set(faults.FAULTS)

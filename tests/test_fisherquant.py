@@ -1,4 +1,4 @@
-"""FisherQuant: a trellis that constrains, bits that are planned for a whole model, codes in the loss's own metric."""
+"""FisherQuant: a constrained trellis, bits planned for the whole model, and codes in the metric of the loss."""
 
 import itertools
 from threading import Event, current_thread, main_thread
@@ -27,7 +27,7 @@ from veloxlab.measure.gradients import drawn_gradients, with_gradients
 from veloxlab.mlxlm.probe import slots_of
 
 CODES = [("scalar", 256), ("trellis", 256), ("trellis", 1024)]
-# what the prototype lost of a unit Gaussian at 1 to 4 bits
+# loss of the prototype on a unit Gaussian at 1 to 4 bits
 PROTOTYPE = {256: (0.303, 0.0863, 0.0233, 0.0070), 1024: (0.294, 0.0815, 0.0221, 0.0060)}
 
 
@@ -36,7 +36,7 @@ def normal(*shape, seed=0):
 
 
 def lost(rows, x):
-    """Mean squared error of unit coordinates of one head ``[N, D]``."""
+    """Return the mean squared error of unit coordinates of one head ``[N, D]``."""
     codes = rows.encode(x[None, None])["codes"]
     return mx.square(rows.expand(codes)[0, 0] - x).mean().item(), codes
 
@@ -44,7 +44,7 @@ def lost(rows, x):
 @pytest.mark.parametrize("width", [1, 2, 3, 4])
 @pytest.mark.parametrize("entries", [256, 1024])
 def test_the_trellis_loses_less_than_any_code_of_single_coordinates(width, entries):
-    """With no more bits on disk: the string, 4 bits for the scale, and what fills the last word."""
+    """With no more bits on disk: the string, 4 bits for the scale, and the padding of the last word."""
     x = normal(1500, 256)
     scalar, trellis = (
         TrellisRows(((width,) * 256,), levels_of(code, entries), scaled=False) for code in ("scalar", "trellis")
@@ -52,17 +52,17 @@ def test_the_trellis_loses_less_than_any_code_of_single_coordinates(width, entri
     (by_levels, _), (by_trellis, codes) = lost(scalar, x), lost(trellis, x)
     assert codes.nbytes * 8 == 1500 * (width * 256 + 32)
     assert by_levels == pytest.approx(levels_of("scalar").distortion[width], rel=0.02)
-    # a string's begin, whose first states are few, costs 1 % of 256 coordinates
+    # the begin of a string, with few first states, costs 1 % of 256 coordinates
     assert by_trellis < 1.015 * PROTOTYPE[entries][width - 1]
     if width == 2:
         assert by_trellis < 0.095
 
 
 @pytest.mark.parametrize("entries", [256, 1024])
-def test_what_the_tables_say_that_they_lose_is_what_they_lose(entries):
+def test_the_tables_lose_what_they_state(entries):
     levels = levels_of("trellis", entries)
     assert (np.diff(levels.distortion) < 0).all()
-    assert (np.diff(levels.distortion, 2) > 0).all()  # or no greedy choice of bits would be right
+    assert (np.diff(levels.distortion, 2) > 0).all()  # otherwise no greedy choice of bits would be optimal
     for width in range(1, 9):
         rows = TrellisRows(((width,) * 512,), levels, scaled=False)
         assert lost(rows, normal(200, 512, seed=width))[0] == pytest.approx(levels.distortion[width], rel=0.04)
@@ -73,7 +73,7 @@ def test_the_search_finds_the_best_of_all_strings(widths):
     levels = levels_of("trellis")
     weights = np.linspace(3.0, 1.0, len(widths))
     rows = TrellisRows((widths,), levels, weights[None], scaled=False)
-    strings = np.arange(1 << sum(widths), dtype=np.uint32) << 4  # behind the scale's bits
+    strings = np.arange(1 << sum(widths), dtype=np.uint32) << 4  # after the scale's bits
     every = mx.array(np.stack([strings, 0 * strings], axis=-1))[None, None]
     values = np.array(rows.expand(every)[0, 0])
     x = normal(40, len(widths), seed=3)
@@ -83,18 +83,18 @@ def test_the_search_finds_the_best_of_all_strings(widths):
 
 
 @pytest.mark.parametrize(("code", "entries"), CODES)
-def test_the_kernel_writes_what_the_reference_writes(code, entries):
+def test_the_kernel_writes_the_words_of_the_reference(code, entries):
     rng = np.random.default_rng(1)
     widths = tuple(tuple(map(int, np.sort(rng.integers(0, 9, 48))[::-1])) for _ in range(3))
     rows = TrellisRows(widths, levels_of(code, entries), 4.0 ** np.array(widths))
-    x = normal(2, 1, 60, 144) * mx.exp(normal(2, 1, 60, 1, seed=1))  # outliers too
+    x = normal(2, 1, 60, 144) * mx.exp(normal(2, 1, 60, 1, seed=1))  # with outliers
     found, wanted = computed(lambda _: rows.encoder, rows.encode, x)["codes"], rows.encode(x)["codes"]
-    assert (found == wanted).mean().item() > 0.995  # of two that are as near either may be found
+    assert (found == wanted).mean().item() > 0.995  # of two equally near ones, either can be found
     assert rows.scales(wanted).max().item() > 2
 
 
-def test_words_go_where_they_save_most():
-    """As the best of all ways to share a budget."""
+def test_words_are_given_to_the_rows_where_they_save_most():
+    """Compared with the best of all ways to share a budget."""
     rng = np.random.default_rng(0)
     savings = [np.sort(rng.exponential(size=(20, 8)), axis=1)[:, ::-1] * size for size in (1.0, 0.2, 3.0)]
     overheads, budget = [4, 0, 12], 9
@@ -114,18 +114,18 @@ def test_words_go_where_they_save_most():
 
 
 def gradients_along(direction, x):
-    """Gradients of which nearly all is along one direction."""
+    """Return gradients that are nearly all along one direction."""
     noise = 0.02 * normal(*x.shape, seed=5)
     return normal(*x.shape[:3], 1, seed=6) * direction + noise
 
 
-def test_what_matters_to_the_loss_is_kept_best():
+def test_directions_that_matter_to_the_loss_have_the_least_error():
     x, direction = normal(1, 2, 800, 64), mx.zeros(64).at[mx.array([7])].add(1.0)
     codec = METHODS["fisherquant"].codec(64, 2, "values")
     plain, ours = (codec.fit(Sample(x, gradients=g)) for g in (None, gradients_along(direction, x)))
     errors = [mx.square(c.decode(c.encode(x)) - x).mean(axis=(0, 1, 2)) for c in (plain, ours)]
     assert errors[1][7].item() < 0.02 * errors[0][7].item()
-    assert errors[1].mean().item() > errors[0].mean().item()  # which the others pay
+    assert errors[1].mean().item() > errors[0].mean().item()  # at the cost of the others
 
 
 def test_one_calibration_serves_every_budget_and_heads_that_matter_get_more():
@@ -142,8 +142,8 @@ def test_one_calibration_serves_every_budget_and_heads_that_matter_get_more():
         assert both["loud"].forward is loud.forward
 
 
-def test_keys_are_coded_about_a_mean_that_turns():
-    """Keys that RoPE alone moves cost nothing, wherever a text begins."""
+def test_keys_are_coded_about_a_mean_that_rope_rotates():
+    """Keys that only RoPE moves cost nothing, at any start of a text."""
     rope, mean = Rope(64), 5 * normal(1, 2, 1, 64)
 
     def keys(tokens, start, seed):
@@ -158,8 +158,8 @@ def test_keys_are_coded_about_a_mean_that_turns():
         assert errors[0] < 0.12 * 0.1**2 < errors[1] / 20
 
 
-def test_later_positions_than_calibration_saw_are_coded_as_well():
-    """Keys that vary along half of the coordinates, to which RoPE turns the others later in a text."""
+def test_positions_beyond_the_calibration_are_coded_equally_well():
+    """Keys that vary along half of the coordinates, to which RoPE rotates the others later in a text."""
     rope = Rope(64, base=1e5)
 
     def keys(tokens, start, seed):
@@ -176,8 +176,8 @@ def test_later_positions_than_calibration_saw_are_coded_as_well():
     assert mx.array_equal(short.forward, none.forward)
 
 
-def test_before_rope_keys_share_what_positions_blur():
-    """Keys of which few directions vary before RoPE, and the loss looks at few: both in all pairs after it."""
+def test_before_rope_keys_share_directions_that_positions_mix():
+    """Keys vary in few directions before RoPE, and the loss too: after RoPE, both are in all pairs."""
     rope = Rope(64)
 
     def keys(tokens, start, seed):
@@ -191,7 +191,7 @@ def test_before_rope_keys_share_what_positions_blur():
         assert errors[1] < errors[0] / 5
     assert before.reader(before.encode(x)) is None
     values = FisherQuant(64, 1, "values", **BEFORE).fit(sample)
-    assert values.reader(values.encode(x)) is not None  # of which positions say nothing
+    assert values.reader(values.encode(x)) is not None  # positions do not matter for values
     with pytest.raises(InputError, match="fitted with basis='after_rope'.*calibrate with basis='before_rope'"):
         planned({0: after}, 2.0, **BEFORE)
 
@@ -213,8 +213,8 @@ def calibration(model, tmp_path_factory):
     return calibrate(model, tmp_path_factory.mktemp("calibrations"))
 
 
-def test_a_cache_has_the_bits_that_it_was_asked_for(model, calibration):
-    """All layers together, tables and exact tokens apart."""
+def test_a_cache_has_the_requested_bits(model, calibration):
+    """All layers together, without tables and exact tokens."""
     values = 2 * 2 * 2 * 64  # of a token: layers, tensors, heads, coordinates
     for bits in (1, 2.25, 3.25, 8):
         cache = vl.make_cache(model, "fisherquant", bits=bits, calibration=calibration, sinks=0, window=0)
@@ -264,18 +264,18 @@ def fitted_to_what_turns(**options):
     return x, codec.fit(Sample(x, None, rope, start=4, gradients=gradients))
 
 
-def test_switches_of_what_was_learned_do_what_they_say():
-    x, codec = fitted_to_what_turns(positions=1)  # or later ones would mix channels
+def test_switches_of_learned_parts_have_their_effect():
+    x, codec = fitted_to_what_turns(positions=1)  # later positions would mix channels
     off = {name: planned({0: codec}, 2.5, **dict([name.split("=")]))[0] for name in map(label, OFF)}
     errors = {name: mx.square(c.decode(c.encode(x, 4)) - x).mean().item() for name, c in {**off, "": codec}.items()}
     for name in ("metric=pca", "metric=none"):
         matrix = np.array(off[name].forward, np.float64)
-        products = np.swapaxes(matrix, 1, 2) @ matrix  # of axes that are at right angles
+        products = np.swapaxes(matrix, 1, 2) @ matrix  # identity for orthogonal axes
         assert np.allclose(products, products * np.eye(64), atol=0.02 * products.max())
     assert (np.array(off["metric=none"].forward)[:, ~np.eye(64, dtype=bool)] == 0).all()
-    # channels that are independent are their own principal axes
+    # independent channels are their own principal axes
     assert errors["metric=pca"] == pytest.approx(errors["metric=none"], rel=0.02)
-    assert errors["metric=pca"] < errors[""]  # which looks at one direction
+    assert errors["metric=pca"] < errors[""]  # the loss depends on one direction
     assert not off["centre=none"].mean.any().item()
     assert off["centre=none"].rope is off["centre=still"].rope is None
     assert errors[""] < errors["centre=still"] < errors["centre=none"]
@@ -283,7 +283,7 @@ def test_switches_of_what_was_learned_do_what_they_say():
     assert {width for head in off["planning=none"].widths for width in head} == {2, 3}
 
 
-def test_a_scale_that_is_switched_off_is_one():
+def test_a_disabled_scale_is_one():
     x = 30 * normal(1, 1, 20, 128)
     for scaled in (True, False):
         rows = TrellisRows(((2,) * 64,) * 2, levels_of("trellis"), scaled=scaled)
@@ -292,8 +292,8 @@ def test_a_scale_that_is_switched_off_is_one():
 
 
 @pytest.mark.parametrize(("width", "scales"), [(2, (1, 1, 2**0.5, 2**2.5)), (5, (1, 1, 1, 4))])
-def test_a_scale_has_headroom_where_bits_are_few(width, scales):
-    """2^(c/4), c nearest to 4 log₂ of the root-mean-square + 3.2 - 0.75 bits, or 0; of 0 and NaN too."""
+def test_a_scale_has_headroom_for_few_bits(width, scales):
+    """2^(c/4), with c nearest to 4 log₂ of the RMS + 3.2 - 0.75 bits, or 0; also for 0 and NaN."""
     rows = TrellisRows(((width,) * 64,), levels_of("trellis"))
     x = mx.array([0.0, 0.5, 1.0, 4.0, float("nan")])[:, None] * mx.ones(64)
     for codes in (rows.encode(x[None, None, :4]), computed(lambda _: rows.encoder, rows.encode, x[None, None])):
@@ -301,7 +301,7 @@ def test_a_scale_has_headroom_where_bits_are_few(width, scales):
         assert found == pytest.approx([*scales, 1][: len(found)], rel=1e-6)
 
 
-def test_what_was_fitted_with_a_switch_is_what_it_would_be_later_and_stays():
+def test_a_codec_fitted_with_a_switch_equals_one_switched_later_and_keeps_the_switch():
     (_, codec), (_, other) = fitted_to_what_turns(), fitted_to_what_turns(metric="pca", centre="still")
     later = planned({0: codec}, 2.5, metric="pca", centre="still")[0]
     assert mx.array_equal(later.forward, other.forward)
@@ -310,7 +310,7 @@ def test_what_was_fitted_with_a_switch_is_what_it_would_be_later_and_stays():
         planned({0: other}, 2.5, metric="fisher")
 
 
-def test_what_was_fitted_is_found_again_and_planned_the_same(model, calibration, tmp_path):
+def test_a_calibration_is_found_again_and_planned_the_same(model, calibration, tmp_path):
     calibration.save(tmp_path / "one")
     again = type(calibration).load(tmp_path / "one.json")
     x = normal(1, 2, 20, 64)
@@ -321,7 +321,7 @@ def test_what_was_fitted_is_found_again_and_planned_the_same(model, calibration,
 
 
 class Decoded(KVCache):
-    """mlx-lm's own cache of what codecs decode, but for sinks."""
+    """mlx-lm's own cache of decoded keys and values, with exact sinks."""
 
     def __init__(self, like, sinks):
         super().__init__()
@@ -336,8 +336,8 @@ class Decoded(KVCache):
 
 
 @pytest.mark.parametrize(("bits", "options"), [(1.25, {}), (3.25, {}), (2.25, BEFORE)])
-def test_the_divergence_is_that_of_plain_caches_of_what_is_decoded(model, calibration, bits, options, tmp_path):
-    """By mlx-lm's cache and attention, and SciPy's softmax."""
+def test_the_divergence_is_that_of_plain_caches_of_decoded_tokens(model, calibration, bits, options, tmp_path):
+    """With mlx-lm's cache and attention, and SciPy's softmax."""
     if options:
         calibration = calibrate(model, tmp_path, **options)
     given = {"bits": bits, "calibration": calibration, "sinks": 4, "window": 0}
@@ -346,7 +346,7 @@ def test_the_divergence_is_that_of_plain_caches_of_what_is_decoded(model, calibr
     caches = [Decoded(layer, 4) for layer in vl.make_cache(model, "fisherquant", **given)]
     exact, ours = (log_softmax(np.array(model(ids, cache=c)[0], np.float64), -1) for c in (None, caches))
     wanted = (np.exp(exact) * (exact - ours)).sum(-1).mean()
-    assert measured["kl_mean"].item() == pytest.approx(wanted, rel=1e-3)  # of float32 sums
+    assert measured["kl_mean"].item() == pytest.approx(wanted, rel=1e-3)  # for float32 sums
     assert wanted > 1e-5
 
 
@@ -358,8 +358,8 @@ def test_bits_out_of_range_are_refused_in_a_sentence(model, calibration):
         vl.make_cache(model, "turboquant", bits=2.25)
 
 
-def test_gradients_are_given_layer_by_layer_behind_the_sinks(model, tmp_path):
-    """By random signs: with others they are others."""
+def test_gradients_are_returned_layer_by_layer_after_the_sinks(model, tmp_path):
+    """With random signs: other signs give other gradients."""
     windows = [Letters().encode(TEXT)[i * 64 : (i + 1) * 64] for i in range(2)]
     told = []
     seen = list(with_gradients(model, windows, 4, 0, tmp_path / "first", lambda *step: told.append(step)))
@@ -375,8 +375,8 @@ def test_gradients_are_given_layer_by_layer_behind_the_sinks(model, tmp_path):
     assert not mx.array_equal(other.gradients, seen[0][2].gradients)
 
 
-def test_what_was_cancelled_goes_on_where_it_was(model, tmp_path, monkeypatch):
-    """Windows that wait for a thread are not begun, and those that are begun are kept."""
+def test_cancelled_work_continues_where_it_stopped(model, tmp_path, monkeypatch):
+    """Windows that wait for a thread do not begin, and those that have begun are kept."""
     taken, stopped, gradients = [], Event(), drawn_gradients
 
     def counted(*given):
@@ -407,7 +407,7 @@ def test_what_was_cancelled_goes_on_where_it_was(model, tmp_path, monkeypatch):
 
 
 def test_a_window_that_another_thread_cannot_differentiate_is_read_in_the_callers(model, tmp_path, monkeypatch):
-    """A model may hold arrays that only the thread that made them can evaluate; nobody is told that gradients lack."""
+    """A model can hold arrays that only the thread that made them can evaluate; there is no warning about gradients."""
     gradients = drawn_gradients
 
     def here_alone(*given):
@@ -422,7 +422,7 @@ def test_a_window_that_another_thread_cannot_differentiate_is_read_in_the_caller
         assert mx.array_equal(codec.forward, found.codecs[at].forward)
 
 
-def test_a_window_that_was_damaged_is_named_and_made_again(model, calibration, tmp_path):
+def test_a_damaged_window_is_named_and_made_again(model, calibration, tmp_path):
     def stop(done, total, label):
         if done == 1:
             raise KeyboardInterrupt
@@ -439,7 +439,7 @@ def test_a_window_that_was_damaged_is_named_and_made_again(model, calibration, t
         assert mx.array_equal(codec.forward, again.codecs[at].forward)
 
 
-def test_without_gradients_queries_stand_in_and_a_warning_says_so(model, tmp_path, monkeypatch):
+def test_without_gradients_queries_replace_them_with_a_warning(model, tmp_path, monkeypatch):
     def fail(*_):
         raise ValueError("no vjp")
 
@@ -447,7 +447,7 @@ def test_without_gradients_queries_stand_in_and_a_warning_says_so(model, tmp_pat
     with pytest.warns(UserWarning, match=r"no gradients of all keys and values \(no vjp\)"):
         found = calibrate(model, tmp_path)
     codec = found.codec("fisherquant", 0, "keys", 2)
-    assert np.allclose(np.array(codec.variances).sum(axis=1), 1, atol=1e-3)  # every head counts the same
+    assert np.allclose(np.array(codec.variances).sum(axis=1), 1, atol=1e-3)  # every head has the same weight
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "falcon_h1"])

@@ -1,4 +1,4 @@
-"""Calibrations that are made when a method is chosen, width by width, and joined."""
+"""Calibrations that are computed when a method is chosen, width by width, and joined."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def calibrate(model, **settings):
     return vl.calibrate(model, Letters(), "spectralquant", **settings)
 
 
-def test_widths_fitted_apart_are_those_fitted_together(model):
+def test_widths_fitted_separately_equal_those_fitted_together(model):
     joined = calibrate(model, bits=2).joined(calibrate(model, bits=4))
     together = calibrate(model, bits=(2, 4))
     assert joined.widths == together.widths == [2, 4]
@@ -48,9 +48,9 @@ CALIBRATED = [(name, {}) for name, method in METHODS.items() if method.calibrate
 
 
 @pytest.mark.parametrize(("method", "options"), CALIBRATED, ids=str)
-def test_more_widths_are_no_other_calibration(model, method, options):
-    """What is fitted at one width is the same to the bit, whatever was fitted beside it."""
-    first = 1 if method == "vecinfer" else 2  # at 3 bits that takes a longer text
+def test_more_widths_do_not_make_another_calibration(model, method, options):
+    """The fit at one width is the same to the bit, for any other widths beside it."""
+    first = 1 if method == "vecinfer" else 2  # 3 bits need a longer text
     given = {"tokens": 300, **options}
     one, more = (vl.calibrate(model, Letters(), method, TEXT, bits=b, **given) for b in (first, (first, first + 1)))
     assert one.identity == more.identity
@@ -81,7 +81,7 @@ def test_calibrations_that_differ_in_more_are_not_joined(model, other, what):
         calibrate(model, bits=2).joined(calibrate(model, bits=4, **other))
 
 
-def test_a_method_is_fitted_once_for_each_width_and_told_of(model):
+def test_a_method_is_fitted_once_for_each_width_and_reported(model):
     fitting, told = Fitting(model, Letters()), []
     assert not fitting.is_ready("spectralquant", 2)
     found = fitting.calibration("spectralquant", [2], lambda *step: told.append(step))
@@ -92,7 +92,7 @@ def test_a_method_is_fitted_once_for_each_width_and_told_of(model):
     assert fitting.calibration("spectralquant", [3]).widths == [2, 3]
 
 
-def test_what_needs_no_fitting_gets_none_and_what_was_given_is_taken(model):
+def test_a_method_without_a_fit_gets_none_and_a_given_calibration_is_used(model):
     given = calibrate(model, bits=(2, 4))
     fitting = Fitting(model, Letters(), given)
     assert fitting.calibration("turboquant", [2]) is None
@@ -101,7 +101,7 @@ def test_what_needs_no_fitting_gets_none_and_what_was_given_is_taken(model):
     assert fitting.widths("turboquant")[:3] == [1, 2, 3]
 
 
-def test_without_a_model_only_what_can_be_had_is_offered(model):
+def test_without_a_model_only_available_methods_are_offered(model):
     assert "commvq" not in Fitting().methods
     assert {"turboquant", "rabitq"} <= {*Fitting().methods}
     assert "spectralquant" in Fitting(given=calibrate(model, bits=2)).methods

@@ -1,7 +1,7 @@
-"""What VS Code, Colab and marimo ask of widgets by their documented contracts, checked where none of them is.
+"""Requirements of VS Code, Colab and marimo on widgets, by their documented contracts, checked without them.
 
-VS Code reads a widget's module from ``share/jupyter/nbextensions`` beside the kernel before it asks a CDN, and draws in
-a web view that is no JupyterLab. Colab draws every output in a frame of its own, with a widget manager that has to be
+VS Code reads a widget's module from ``share/jupyter/nbextensions`` beside the kernel before it tries a CDN, and draws
+in a web view without JupyterLab. Colab draws every output in its own frame, with a widget manager that must be
 enabled, and gets the module of anywidget from a CDN. A Jupyter server drops messages above a rate.
 """
 
@@ -24,7 +24,7 @@ from veloxlab.widgets.chart_view import ChartView, VegaRuntime
 from veloxlab.widgets.lab import NAMES
 from veloxlab.widgets.lifetime import parts
 
-MOVES = 15  # a second, of a key that is held: a page draws no more
+MOVES = 15  # a second, while a key is held: a page draws no more
 MODULES = {"anywidget", "@jupyter-widgets/base", "@jupyter-widgets/controls"}
 FETCHES = re.compile(r"""\b(?:from|import)\s*\(?\s*["'`]|\b(?:fetch|XMLHttpRequest|importScripts|WebSocket)\b""")
 
@@ -41,7 +41,7 @@ def lab(tmp_path_factory):
 
 
 def modules() -> list[type[anywidget.AnyWidget]]:
-    """Every class of ours that brings a script."""
+    """Return every class of ours with a script."""
     waiting, found = [anywidget.AnyWidget], []
     while waiting:
         kinds = [kind for kind in waiting.pop().__subclasses__() if kind.__module__.startswith("veloxlab")]
@@ -49,7 +49,7 @@ def modules() -> list[type[anywidget.AnyWidget]]:
     return found
 
 
-def test_no_widget_needs_a_module_that_a_front_end_does_not_have_with_anywidget(lab):
+def test_no_widget_needs_a_module_beyond_anywidget(lab):
     assert {part._model_module for part in parts(lab)} <= MODULES
     assert {part._view_module for part in parts(lab)} <= {*MODULES, None, ""}
     local = Path(sys.prefix) / "share" / "jupyter" / "nbextensions" / "anywidget" / "index.js"
@@ -57,26 +57,26 @@ def test_no_widget_needs_a_module_that_a_front_end_does_not_have_with_anywidget(
 
 
 @pytest.mark.parametrize("kind", modules(), ids=lambda kind: kind.__name__)
-def test_a_script_is_whole_in_itself_and_asks_nothing_of_jupyterlab(kind):
+def test_a_script_is_self_contained_and_independent_of_jupyterlab(kind):
     script, style = str(kind._esm), str(getattr(kind, "_css", ""))
-    assert FETCHES.findall(script.replace("import(/* @vite-ignore */ url)", "")) == []  # that is of a blob
+    assert FETCHES.findall(script.replace("import(/* @vite-ignore */ url)", "")) == []  # the import of a blob
     assert "jupyterapp" not in script
     assert ".jp-" not in script
     assert "@import" not in style
     assert "url(" not in style
 
 
-def test_the_chart_library_travels_once_in_a_message_that_no_server_counts(lab):
+def test_the_chart_library_is_sent_once_in_a_message_without_a_rate_limit(lab):
     charts = [part for part in parts(lab) if isinstance(part, ChartView)]
     runtime = VegaRuntime.shared()
     assert {chart.runtime for chart in charts} == {runtime}
-    assert "code" in runtime.get_state()  # with `comm_open`, which is not counted
-    assert len(runtime.code) < Server.iopub_data_rate_limit.default_value  # and alone, where it is asked for again
+    assert "code" in runtime.get_state()  # with `comm_open`, which has no rate limit
+    assert len(runtime.code) < Server.iopub_data_rate_limit.default_value  # and alone, if it is requested again
     assert FETCHES.findall(re.sub(r"//.*|/\*.*?\*/", "", str(VegaRuntime._esm))) == []
 
 
 @pytest.mark.parametrize("name", ["cache", "errors", "keys", "tokens"])
-def test_a_key_that_is_held_sends_less_than_a_server_lets_through(lab, name):
+def test_a_held_key_sends_less_than_the_server_s_limit(lab, name):
     page, sent = lab.turn_to(name), Counter()
     for view in page.charts.values():
         view.observe(lambda change: sent.update(bytes=sum(map(len, change["new"]["datasets"].values()))), "content")
@@ -86,7 +86,7 @@ def test_a_key_that_is_held_sends_less_than_a_server_lets_through(lab, name):
     assert 0 < MOVES * sent["bytes"] < Server.iopub_data_rate_limit.default_value
 
 
-def test_colab_is_asked_to_load_widgets_once_a_chart_is_made(monkeypatch):
+def test_colab_loads_widgets_once_a_chart_is_made(monkeypatch):
     asked = []
     installed = SimpleNamespace(_installed_url="https://manager")
     colab = SimpleNamespace(enable_custom_widget_manager=lambda: asked.append(1), _widgets=installed)

@@ -1,4 +1,4 @@
-"""Two texts from one prompt: what they are, where they part, what was lost; and numbers that were hidden."""
+"""Two texts from one prompt: their content, their first difference, the divergence; and hidden passkeys."""
 
 import itertools
 import re
@@ -22,7 +22,7 @@ from veloxlab.views import held_caption, held_while_generating, passkey_map, pic
 from veloxlab.views.generation import COLUMNS, _places
 from veloxlab.widgets.pages.generation import LATE
 
-IDS = [i * i % 90 for i in range(60)]  # behind which this model with random weights parts at one bit
+IDS = [i * i % 90 for i in range(60)]  # after these, this random model's texts differ at one bit
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +42,20 @@ def texts(frame):
 
 
 class Poisoned(KVCache):
-    """Hands out values that are not numbers."""
+    """Returns values that are NaN."""
 
     def update_and_fetch(self, keys, values):
         keys, values = super().update_and_fetch(keys, values)
         return keys, values * mx.nan
 
 
-def test_a_prediction_that_is_not_a_number_is_not_shown_as_exact(model):
+def test_a_nan_prediction_is_not_shown_as_exact(model):
     frame = vl.measure.side_by_side(model, Letters(), IDS, lambda m: [Poisoned() for _ in m.layers], tokens=2)
     kl = frame.filter(pl.col("side") == "compressed")["kl"]
     assert kl.is_nan().all()
 
 
-def test_the_texts_are_those_that_mlx_lm_generates(smollm2):
+def test_the_texts_equal_those_of_mlx_lm(smollm2):
     model, tokenizer = smollm2
     frame = vl.measure.side_by_side(model, tokenizer, "Name a colour.", bits=3, window=4, tokens=8)
     ids = prompt_ids(tokenizer, "Name a colour.")
@@ -65,8 +65,8 @@ def test_the_texts_are_those_that_mlx_lm_generates(smollm2):
         assert "".join(own).removesuffix("<|im_end|>") == text
 
 
-def test_divergences_are_those_of_two_predictions_of_one_text(model, parted):
-    """Behind the parting the exact model reads the compressed cache's text: again, from the start."""
+def test_divergences_compare_two_predictions_of_one_text(model, parted):
+    """After the first difference, the exact model reads the compressed cache's text: here again, from the start."""
     ours = texts(parted)[1]
     caches = make_prompt_cache(model), vl.make_cache(model, bits=1, sinks=0, window=0)
     probabilities = []
@@ -84,10 +84,10 @@ def test_divergences_are_those_of_two_predictions_of_one_text(model, parted):
     assert shown["kl"].min() > 0
 
 
-def test_the_exact_cache_loses_nothing_and_never_parts(model):
+def test_the_exact_cache_has_no_divergence_and_the_same_text(model):
     frame = vl.measure.side_by_side(model, Letters(), IDS, "none", bits=32, tokens=12)
     assert first_parting(frame) is None
-    assert frame["kl"].max() < 1e-5  # rounding: a prompt in blocks is not the sum of a prompt in one
+    assert frame["kl"].max() < 1e-5  # rounding: a prompt in blocks has other sums than in one call
     assert frame.schema == GENERATION
     assert "The same text for 12 tokens" in strip_caption(frame, None)
 
@@ -97,7 +97,7 @@ def test_a_run_repeats(model, parted):
     assert again.equals(parted)
 
 
-def test_texts_part_at_the_first_token_that_differs(parted):
+def test_the_first_parting_is_the_first_token_that_differs(parted):
     exact, compressed = texts(parted)
     at = first_parting(parted)
     assert exact[:at] == compressed[:at]
@@ -106,7 +106,7 @@ def test_texts_part_at_the_first_token_that_differs(parted):
     assert first_parting(shorter.unique(["side", "position"], maintain_order=True)) == at
 
 
-def test_a_side_that_ends_its_text_ends(model, parted):
+def test_a_side_stops_at_the_end_of_its_text(model, parted):
     exact, compressed = texts(parted)
     at = first_parting(parted)
 
@@ -120,7 +120,7 @@ def test_a_side_that_ends_its_text_ends(model, parted):
     assert texts(frame)[1] == compressed[:stop]
 
 
-def test_rows_come_as_they_are_made_and_work_can_be_ended(model):
+def test_rows_arrive_one_by_one_and_work_can_be_ended(model):
     seen = []
 
     def watch(rows):
@@ -142,12 +142,12 @@ def test_rows_come_as_they_are_made_and_work_can_be_ended(model):
         ({"method_or_plan": make_prompt_cache, "bits": 3}, "A cache of your own takes no settings, but 'bits'"),
     ],
 )
-def test_bad_input_gets_a_sentence(model, arguments, sentence):
+def test_bad_input_is_refused_in_a_sentence(model, arguments, sentence):
     with pytest.raises(InputError, match=sentence):
         vl.measure.side_by_side(model, Letters(), **{"prompt": IDS} | arguments)
 
 
-# a number that was hidden
+# passkeys
 
 
 def test_a_hidden_number_is_found_by_the_exact_cache_and_lost_at_one_bit(smollm2):
@@ -169,7 +169,7 @@ def test_tokens_of_many_characters_are_counted_to_the_end_of_the_text(model):
     assert frame["context"].to_list() == [100] * 2
 
 
-def test_a_needle_lies_where_it_is_said_to(model):
+def test_a_needle_is_at_its_stated_depth(model):
     read = []
 
     class Watching(Letters):
@@ -184,7 +184,7 @@ def test_a_needle_lies_where_it_is_said_to(model):
 
     frame = vl.measure.passkey(model, Watching(), cache, context=400, depths=(0.0, 1.0), text="x" * 1000)
     assert frame["hit"].to_list() == [False] * 4
-    assert read[:3] == [399, 1, len("\n\nWhat is the pass key? The pass key is")]  # the question comes by itself
+    assert read[:3] == [399, 1, len("\n\nWhat is the pass key? The pass key is")]  # the question is a call of its own
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_needle_that_cannot_be_hidden_is_refused(model, arguments, sentence):
         vl.measure.passkey(model, Letters(), **arguments)
 
 
-def test_the_exact_side_is_exact_in_a_model_that_was_told_to_compress():
+def test_the_exact_side_is_exact_in_a_model_that_makes_compressed_caches():
     used = tiny("llama")
     settings: dict[str, Any] = {"bits": 1, "sinks": 0, "window": 0}
     before = vl.measure.side_by_side(used, Letters(), IDS, tokens=12, **settings)
@@ -207,7 +207,7 @@ def test_the_exact_side_is_exact_in_a_model_that_was_told_to_compress():
     assert vl.measure.side_by_side(used, Letters(), IDS, tokens=12, **settings).equals(before)
 
 
-# pictures
+# charts
 
 
 def test_the_strip_shows_every_token_and_frames_the_parting(parted):
@@ -234,7 +234,7 @@ def test_tokens_are_laid_out_in_lines_without_a_gap_or_an_overlap():
     assert places[-1][1] == 3
 
 
-def test_the_map_says_what_was_found():
+def test_the_map_shows_the_found_passkeys():
     frame = pl.DataFrame(
         [
             (d, 100, "12345", side, f" {a}.", a == "12345")
@@ -254,7 +254,7 @@ def test_the_map_says_what_was_found():
     assert sorted(said) == ["\u2713 12345.", "\u2713 12345.", "\u2713 12345.", "\u2717 12."]
 
 
-def test_what_is_held_is_what_the_caches_hold(model, parted):
+def test_held_bytes_are_those_of_the_caches(model, parted):
     prompt, ours = make_prompt_cache(model), vl.make_cache(model, bits=1, sinks=0, window=0)
     texts_of = dict(zip(("exact", "compressed"), texts(parted), strict=True))
     for side, cache in (("exact", prompt), ("compressed", ours)):
@@ -287,11 +287,11 @@ def widget(model):
 
 
 def within(widget):
-    """A widget and all in it."""
+    """Yield a widget and all widgets in it."""
     return [widget, *(part for child in getattr(widget, "children", ()) for part in within(child))]
 
 
-def test_the_widget_shows_what_is_generated_from_any_thread(widget, model):
+def test_the_widget_shows_generated_text_from_any_thread(widget, model):
     assert repr(widget).endswith("nothing is generated yet.)")
     for bits in (1, 8):
         widget.key_bits = widget.value_bits = bits
@@ -307,18 +307,18 @@ def test_the_widget_shows_what_is_generated_from_any_thread(widget, model):
     assert bundle["text/plain"].startswith("SideBySide(turboquant at 8 bits: ")
 
 
-def test_what_a_page_sends_behind_a_press_of_generate_was_chosen_before_it(widget):
+def test_settings_that_arrive_shortly_after_a_press_of_generate_count_for_it(widget):
     generate = next(each for each in within(widget) if getattr(each, "description", "") == "Generate")
     widget.tokens = 400
     generate.click()
-    widget.method = "rvq"  # a page held it back, and the number of tokens
+    widget.method = "rvq"  # a page sent it late, like the number of tokens
     widget.tokens = 3
     assert widget.wait(60)
     assert widget.generated["position"].max() == 2
     assert "rvq at 2 bits" in str(widget.views[0].to_dict())
     widget.tokens = 400
     generate.click()
-    widget._pressed -= LATE  # some time goes by
+    widget._pressed -= LATE  # some time passes
     widget.tokens = 3
     widget.cancel()
     assert widget.wait(60)
@@ -326,7 +326,7 @@ def test_what_a_page_sends_behind_a_press_of_generate_was_chosen_before_it(widge
     widget.cancel()
     assert widget.wait(60)
     before = widget.generated
-    widget.method = "turboquant"  # behind a run that has ended
+    widget.method = "turboquant"  # after a run that has ended
     assert widget.wait(0)
     assert widget.generated is before
 
@@ -346,7 +346,7 @@ def test_a_cancelled_run_keeps_what_it_has_and_the_widget_lives_on(widget):
     assert len(widget.generated) == 4
 
 
-def test_what_goes_wrong_is_said_in_the_widget(widget):
+def test_errors_are_shown_in_the_widget(widget):
     widget.prompt = " "
     widget.run()
     assert widget.wait(60)
@@ -361,7 +361,7 @@ def test_what_goes_wrong_is_said_in_the_widget(widget):
         widget.method = "turbo"
 
 
-def test_a_widget_that_cannot_be_says_so(model):
+def test_an_impossible_widget_is_refused_in_a_sentence(model):
     with pytest.raises(InputError, match="SideBySide has no setting 'colour'"):
         vl.widgets.SideBySide(model, Letters(), colour="red")
     with pytest.raises(InputError, match="(Keys|Values) at bits=9 are out of range"):

@@ -1,4 +1,4 @@
-"""Reading GGUF files: every type of tensors that llama.cpp's package decodes, and files that are damaged."""
+"""Reading GGUF files: every type of tensor that llama.cpp's package decodes, and damaged files."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from veloxlab.errors import InputError
 from veloxlab.models import gguf
 from veloxlab.models.gguf import open_gguf
 
-DECODED = [GGMLQuantizationType.F32, GGMLQuantizationType.F16, *_type_traits]  # all that `dequantize` looks up
+DECODED = [GGMLQuantizationType.F32, GGMLQuantizationType.F16, *_type_traits]  # all types of `dequantize`
 
 # types of tensors
 
 
 @pytest.mark.parametrize("kind", DECODED, ids=lambda kind: kind.name)
-def test_every_type_is_decoded_in_parts_as_the_package_does_at_once(tmp_path, kind, monkeypatch):
+def test_every_type_is_decoded_in_parts_as_the_package_decodes_it_whole(tmp_path, kind, monkeypatch):
     values, size = GGML_QUANT_SIZES[kind]
     rows = np.random.default_rng(0).integers(0, 60, (3, 512 // values * size), np.uint8)  # small bytes: finite floats
     path = write_gguf(tmp_path / "x.gguf", "llama", {"x.weight": (rows, kind)}, {})
@@ -34,8 +34,8 @@ def test_every_type_is_decoded_in_parts_as_the_package_does_at_once(tmp_path, ki
 
 
 @pytest.mark.parametrize(("name", "step"), [("Q8_0", 1 / 127), ("Q5_0", 2 / 16), ("Q4_1", 2 / 15), ("BF16", 2**-8)])
-def test_decoded_values_are_those_that_were_encoded(tmp_path, name, step):
-    """To half a step of the widest value of a block, or one at the end that Q5_0 does not reach."""
+def test_decoded_values_equal_the_encoded_ones(tmp_path, name, step):
+    """To half a step of the widest value of a block, or one step at the end that Q5_0 does not reach."""
     kind = GGMLQuantizationType[name]
     values = np.random.default_rng(1).uniform(-1, 1, (4, 96)).astype(np.float32)
     path = write_gguf(tmp_path / "x.gguf", "llama", {"x.weight": (quantize(values, kind), kind)}, {})
@@ -50,7 +50,7 @@ def test_type_that_the_package_does_not_decode_is_named(tmp_path):
 
 
 def test_file_is_mapped_read_only(tmp_path):
-    """Installed weights may belong to another user."""
+    """Installed weights can belong to another user."""
     assert not open_gguf(write_llama(tmp_path / "tiny.gguf")).tensors["output_norm.weight"].stored.flags.writeable
 
 
@@ -83,7 +83,7 @@ def test_missing_gguf_is_named(tmp_path):
         open_gguf(tmp_path / "gone.gguf")
 
 
-def test_file_that_is_no_gguf_is_refused(tmp_path):
+def test_a_file_of_another_format_is_refused(tmp_path):
     path = tmp_path / "page.gguf"
     path.write_bytes(b"<html>not found</html>")
     with pytest.raises(InputError, match=r"page\.gguf is not a GGUF file: it starts with b'<htm'"):
@@ -99,7 +99,7 @@ def test_every_truncation_is_refused(tmp_path):
             open_gguf(path)
 
 
-NAME, SIZES = 24, 44  # where the name of the one tensor and its sizes begin
+NAME, SIZES = 24, 44  # offsets of the only tensor's name and sizes
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""GGUF files as mlx-lm's models: for each architecture, what llama.cpp's converter writes gives mlx-lm's logits."""
+"""GGUF files as mlx-lm's models: for each architecture, a file of llama.cpp's converter has mlx-lm's logits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIZES = {
     "rope_theta": 500.0,
     "tie_word_embeddings": True,
 }
-WRITTEN = {  # by methods of the package's writer, as llama.cpp's converter calls them
+WRITTEN = {  # by methods of the package's writer that llama.cpp's converter calls
     "add_embedding_length": 32,
     "add_block_count": 2,
     "add_feed_forward_length": 40,
@@ -52,7 +52,7 @@ GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
 CASES: dict[
     str, tuple[str, dict, dict]
-] = {  # architecture, what mlx-lm's ModelArgs have beside SIZES, what the file has beside WRITTEN
+] = {  # architecture, more of mlx-lm's ModelArgs than SIZES, more of the file than WRITTEN
     "llama": ("llama", {}, {"add_rope_dimension_count": 8}),
     "llama, not tied": ("llama", {"tie_word_embeddings": False, "head_dim": 16}, WIDE),
     "llama with biases": ("llama", {"attention_bias": True}, {}),
@@ -89,24 +89,24 @@ CASES: dict[
     "smollm3": ("smollm3", {"num_hidden_layers": 4}, {"add_block_count": 4}),
     "olmo2": ("olmo2", {"rope_scaling": YARN}, WRITTEN_YARN),
 }
-PERMUTED = ("llama", "mistral", "granite", "smollm3")  # by the converter, whose class of llama they share
+PERMUTED = ("llama", "mistral", "granite", "smollm3")  # by the converter's class of llama, which they share
 NORM_PLUS = {"gemma2": 1.0, "gemma3": 1.0}
 
 
 def original(architecture, settings):
-    """A model of mlx-lm's with random weights, norms too, that llama.cpp would have converted."""
+    """Return a model of mlx-lm's with random weights, also in norms, as llama.cpp would convert it."""
     module = import_module(f"mlx_lm.models.{ARCHITECTURES[architecture].module}")
     model = module.Model(module.ModelArgs.from_dict({"model_type": architecture, **SIZES, **settings}))
     mx.random.seed(len(settings))
     if architecture == "gemma3":
-        model.sanitize({})  # which ties the head, where the weights have none
+        model.sanitize({})  # ties the head if the weights have none
     model.update(tree_map(lambda weight: weight + 0.3 * mx.random.normal(weight.shape), model.parameters()))
     return model
 
 
 def converted(path, model, architecture, written):
-    """The file that llama.cpp's converter writes of a model."""
-    named = "llama" if architecture == "mistral" else architecture  # the package has no name for it
+    """Write the file of llama.cpp's converter for a model."""
+    named = "llama" if architecture == "mistral" else architecture  # the package has no own name for it
     permuted, norm_plus = architecture in PERMUTED, NORM_PLUS.get(architecture, 0.0)
     tensors = as_llama_cpp(model, named, permuted=permuted, norm_plus=norm_plus)
     scaling = getattr(model.args, "rope_scaling", None) or {}
@@ -120,7 +120,7 @@ def converted(path, model, architecture, written):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_are_those_of_the_model_that_was_converted(tmp_path, case):
+def test_logits_are_those_of_the_converted_model(tmp_path, case):
     architecture, settings, written = CASES[case]
     model = original(architecture, settings)
     read = build_model(converted(tmp_path / "x.gguf", model, architecture, written), mx.float32)
@@ -129,12 +129,12 @@ def test_logits_are_those_of_the_model_that_was_converted(tmp_path, case):
     expected = model(tokens)
     assert mx.allclose(read(tokens), expected, rtol=1e-4, atol=1e-4 * mx.abs(expected).max())
     read.update(tree_map(lambda weight: weight + 0.01, read.parameters()))
-    assert not mx.allclose(read(tokens), expected, rtol=1e-2, atol=1e-2)  # and the test can fail
+    assert not mx.allclose(read(tokens), expected, rtol=1e-2, atol=1e-2)  # so this test can fail
 
 
 @pytest.mark.parametrize("case", ["Llama 3.1", "qwen2, YaRN", "gemma3", "phi3, long", "phi3"])
 def test_scaled_positions_change_the_logits(tmp_path, case):
-    """What the tests above compare would differ without what the file says of positions."""
+    """The tests above would give other logits without the file's settings of positions."""
     architecture, settings, _ = CASES[case]
     plain = {key: value for key, value in settings.items() if key not in ("rope_scaling", "partial_rotary_factor")}
     tokens = mx.random.randint(0, SIZES["vocab_size"], (2, 17), key=mx.random.key(1))
@@ -143,7 +143,7 @@ def test_scaled_positions_change_the_logits(tmp_path, case):
     assert not mx.allclose(scaled(tokens), other(tokens), rtol=1e-2, atol=1e-2)
 
 
-def test_the_largest_gemmas_scale_attention_by_their_width_a_head(tmp_path):
+def test_the_largest_gemmas_scale_attention_by_width_over_heads(tmp_path):
     settings = {**GEMMA, "num_hidden_layers": 46, "query_pre_attn_scalar": 32 // 4, "intermediate_size": 4}
     model = original("gemma2", settings)
     written = {**WIDE, "add_block_count": 46, "add_feed_forward_length": 4}
@@ -158,7 +158,7 @@ def test_output_head_is_tied_only_without_its_own_tensor(tmp_path, tied):
     assert ("lm_head" in model) is not tied
 
 
-def test_weights_have_the_type_asked_for(tmp_path):
+def test_weights_have_the_requested_type(tmp_path):
     model = build_model(open_gguf(write_llama(tmp_path / "tiny.gguf")), mx.bfloat16)
     assert {weight.dtype for weight in tree_flatten(model.parameters(), destination={}).values()} == {mx.bfloat16}
 
@@ -192,7 +192,7 @@ def test_weights_have_the_type_asked_for(tmp_path):
         ({"llama.feed_forward_length": 2**31 - 1}, "not those of a plain llama model"),
     ],
 )
-def test_model_that_mlx_lm_cannot_hold_is_refused(tmp_path, change, message):
+def test_a_model_that_mlx_lm_cannot_represent_is_refused(tmp_path, change, message):
     file = open_gguf(write_llama(tmp_path / "tiny.gguf", **change))
     with pytest.raises(InputError, match=message):
         build_model(file, mx.float32)

@@ -1,4 +1,4 @@
-"""Tokenizers of GGUF files: the tokens of SentencePiece and of byte-level BPE themselves, and what is refused."""
+"""Tokenizers of GGUF files: the same tokens as SentencePiece and byte-level BPE, and refused files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def streamed(tokenizer, ids):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["llama", "gemma"])
 def pieces(request):
-    """SentencePiece as Llama 2 and Mistral have it, with a space before a text, or as Gemma, without."""
+    """Return SentencePiece as in Llama 2 and Mistral, with a space before a text, or as in Gemma, without."""
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(LEARNT),
@@ -55,7 +55,7 @@ def pieces(request):
 
 
 def written(processor, prefix, **changes):
-    """What llama.cpp's converter writes of a SentencePiece model: user-defined pieces with plain spaces."""
+    """Return metadata as llama.cpp's converter writes it for SentencePiece: user-defined pieces with spaces."""
     ids = range(processor.vocab_size())
     user_defined = {n for n in ids if processor.id_to_piece(n) in ("<think>", "</think>", "▁▁", "▁▁▁", "\n\n")}
 
@@ -84,17 +84,17 @@ def test_sentencepiece_gives_the_tokens_of_the_original(tmp_path, pieces, text):
     processor, prefix = pieces
     tokenizer = build_tokenizer(open_vocabulary(tmp_path, **written(processor, prefix)))
     first, *ids = tokenizer.encode(text)
-    assert first == processor.bos_id()  # which llama.cpp adds where the file says nothing
-    if prefix and "<think>" in text:  # here llama.cpp and Llama's own tokenizer begin again: with a space
+    assert first == processor.bos_id()  # llama.cpp adds it if the file has no setting
+    if prefix and "<think>" in text:  # after it, llama.cpp and Llama's own tokenizer start again with a space
         assert tokenizer.convert_ids_to_tokens(ids)[:4] == ["▁a", "<think>", "▁", "▁the"]
     else:
         assert ids == processor.encode(text)
         assert tokenizer.decode(ids) == text
-        if not text.startswith(" "):  # mlx-lm's stream takes every space away before the first letter
+        if not text.startswith(" "):  # mlx-lm's stream removes every space before the first letter
             assert streamed(tokenizer, ids) == text
 
 
-def test_sentencepiece_adds_what_the_file_says(tmp_path, pieces):
+def test_sentencepiece_adds_the_tokens_that_the_file_names(tmp_path, pieces):
     said = {"tokenizer.ggml.add_bos_token": False, "tokenizer.ggml.add_eos_token": True}
     processor, prefix = pieces
     tokenizer = build_tokenizer(open_vocabulary(tmp_path, **written(processor, prefix, **said)))
@@ -135,7 +135,7 @@ def test_byte_level_gives_the_tokens_of_the_original(tmp_path, rule):
 
 
 @pytest.mark.parametrize(("add", "ids"), [({"bos": True}, [0, 3, 2]), ({"eos": True}, [3, 2, 4]), ({}, [3, 2])])
-def test_tokens_around_a_text_are_those_that_the_file_says(tmp_path, add, ids):
+def test_tokens_around_a_text_are_those_that_the_file_names(tmp_path, add, ids):
     metadata = byte_level(["<s>", "a", "b", "ab", "</s>"], ["a b"], [3, 1, 1, 1, 3], bos=0, eos=4)
     metadata |= {f"tokenizer.ggml.add_{name}_token": value for name, value in add.items()}
     tokenizer = build_tokenizer(open_vocabulary(tmp_path, **metadata))
@@ -163,19 +163,19 @@ def marked(tmp_path):
         ("<unk>b<|end|>", ["<unk>", "b", "<|end|>"]),
     ],
 )
-def test_tokens_that_are_no_text_are_never_split_and_come_back_as_they_were(marked, text, pieces):
+def test_special_tokens_are_never_split_and_are_restored(marked, text, pieces):
     ids = marked.encode(text)
     assert marked.convert_ids_to_tokens(ids) == pieces
     assert marked.decode(ids) == text
     assert streamed(marked, ids) == text
 
 
-def test_tokens_that_the_user_defined_are_text_and_control_tokens_are_not(marked):
+def test_user_defined_tokens_are_text_and_control_tokens_are_not(marked):
     ids = marked.encode("<think>b<|end|>")
     assert marked.decode(ids, skip_special_tokens=True) == "<think>b"
 
 
-def test_generation_ends_at_every_end_that_the_file_names(tmp_path):
+def test_generation_ends_at_every_end_token_of_the_file(tmp_path):
     tokens = ["S", "TOP", "STOP", "TURN", "CALL", "<|eom_id|>", "<end_of_turn>"]
     metadata = byte_level(tokens, ["S TOP"], [1, 1, 3, 3, 3, 3, 3], eos=2, eot=3, eom=4)
     assert build_tokenizer(open_vocabulary(tmp_path, **metadata)).eos_token_ids == {2, 3, 4, 5, 6}
@@ -204,7 +204,7 @@ def test_words_are_split_by_the_named_rule(rule, words):
     assert [word for word, _ in word_splitter(rule).pre_tokenize_str(SAMPLE)] == words
 
 
-def test_every_rule_loses_no_character():
+def test_no_rule_loses_a_character():
     for rule in (name for names in SPLITTERS for name in names):
         cut = word_splitter(rule).pre_tokenize_str(SAMPLE)
         assert [start for _, (start, _) in cut] == [0, *(end for _, (_, end) in cut[:-1])]
@@ -237,7 +237,7 @@ def test_other_kinds_of_tokenizer_are_named(tmp_path, kind):
         ({"add_bos_token": True}, "adds the token bos to a text and does not say which"),
     ],
 )
-def test_vocabulary_that_does_not_add_up_is_refused(tmp_path, change, message):
+def test_an_inconsistent_vocabulary_is_refused(tmp_path, change, message):
     metadata = byte_level(["a", "b", "ab"], ["a b"], [1, 1, 1])
     metadata |= {f"tokenizer.ggml.{name}": value for name, value in change.items()}
     with pytest.raises(InputError, match=message):

@@ -1,4 +1,4 @@
-"""What FisherQuant takes a metric from: gradients that tell the Fisher matrix, shortened, damped, of this version."""
+"""FisherQuant's metric: gradients that estimate the Fisher matrix, clipped, damped, and of this version."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from veloxlab.codecs.fisherquant_fitting import LONGEST, metric_of, shortened
 from veloxlab.errors import InputError
 from veloxlab.measure.gradients import drawn_gradients, signed_sum
 
-SIZES = mx.array([10.0, 12.0, 14.0])  # of the logits of three positions that see one vector, all nearly sure
+SIZES = mx.array([10.0, 12.0, 14.0])  # of the logits of three positions that see one vector, all nearly certain
 WEIGHTS = mx.random.normal((6, 4), key=mx.random.key(0))
 VECTOR = mx.array([1.0, -0.5, 0.3, 0.8])
 DRAWS = 1000
@@ -23,7 +23,7 @@ SAMPLING = np.sqrt(2 / DRAWS)  # the relative error of a mean of squares of Gaus
 
 
 def logits(x):
-    """Of a linear model ``[N, 4]`` to ``[N · 3, 6]``."""
+    """Return logits of a linear model ``[N, 4]`` to ``[N · 3, 6]``."""
     return ((x @ WEIGHTS.T)[:, None] * SIZES[:, None]).reshape(-1, 6)
 
 
@@ -34,26 +34,26 @@ def exact_fisher():
 
 
 def of_drawn_labels(z, key):
-    """What `signed_sum` is in the place of."""
+    """The method that `signed_sum` replaces."""
     labels = mx.random.categorical(mx.stop_gradient(z), key=key)[:, None]
     return (mx.logsumexp(z, axis=-1, keepdims=True) - mx.take_along_axis(z, labels, axis=-1)).sum()
 
 
 def estimated(total):
-    """The relative error of the mean of ggᵀ."""
+    """Return the relative error of the mean of ggᵀ."""
     vectors = mx.broadcast_to(VECTOR, (DRAWS, 4))
     g = np.array(mx.grad(lambda x: total(logits(x), mx.random.key(3)))(vectors), np.float64)
     found, wanted = g.T @ g / DRAWS, exact_fisher()
     return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
 
 
-def test_random_signs_tell_the_fisher_matrix_where_as_many_drawn_labels_do_not():
-    """Of one vector that three positions see: their gradients add up, and what is between them is nothing."""
+def test_random_signs_estimate_the_fisher_matrix_better_than_drawn_labels():
+    """For one vector that three positions see: their gradients add up, and their cross terms average to zero."""
     assert estimated(signed_sum) < 2 * SAMPLING
     assert estimated(of_drawn_labels) > 5 * SAMPLING
 
 
-def test_the_longest_gradients_are_shortened_to_a_quantile():
+def test_the_longest_gradients_are_clipped_to_a_quantile():
     rng = np.random.default_rng(0)
     g = rng.standard_normal((2, 1000, 8)).astype(np.float32)
     g[0, 17] *= 1000
@@ -64,11 +64,11 @@ def test_the_longest_gradients_are_shortened_to_a_quantile():
     assert np.array_equal(found[kept], g[kept])
     assert np.allclose(found / lengths[..., None], g / before[..., None], atol=1e-6)  # directions stay
     ours, all_but_that = (metric_of(x[:1], x[:1], None) for x in (g, np.delete(g, 17, axis=1)))
-    assert np.allclose(ours, all_but_that, rtol=0.05, atol=0.05)  # of one token in 1,000
+    assert np.allclose(ours, all_but_that, rtol=0.05, atol=0.05)  # one token in 1,000 is clipped
 
 
 def test_a_metric_is_damped_towards_its_mean():
-    """Also of queries, where there are no gradients; nothing at all costs as much as any other."""
+    """Also of queries, without gradients; without any signal, all directions have equal cost."""
     g = np.zeros((1, 500, 4), np.float32)
     g[..., 0] = np.random.default_rng(0).choice([-2.0, 2.0], 500)
     queries = mx.array(g[None].repeat(2, axis=2).reshape(1, 2, 500, 4))
@@ -77,7 +77,7 @@ def test_a_metric_is_damped_towards_its_mean():
     assert np.allclose(metric_of(g, 0 * g, None)[0], 0.03 * np.eye(4))
 
 
-def test_gradients_and_calibrations_of_before_are_not_taken(tmp_path, monkeypatch):
+def test_gradients_and_calibrations_of_older_versions_are_not_used(tmp_path, monkeypatch):
     model, taken = tiny("llama"), []
 
     def counted(*given):
@@ -97,7 +97,7 @@ def test_gradients_and_calibrations_of_before_are_not_taken(tmp_path, monkeypatc
     with monkeypatch.context() as before:
         before.setitem(METHODS, "fisherquant", replace(method, version=6))
         old = calibrate("finished").save(tmp_path / "old")
-        with pytest.raises(KeyboardInterrupt):  # both windows are there
+        with pytest.raises(KeyboardInterrupt):  # both windows exist
             calibrate("stopped", progress=stop)
     with pytest.raises(InputError, match=f"codes of fisherquant of version 6, and here .* {method.version}"):
         vl.Calibration.load(old)

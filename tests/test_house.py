@@ -29,7 +29,7 @@ def room(module):
 
 
 def imports(nodes):
-    """Modules of the package that these nodes import; of a package the module that is named."""
+    """Return the modules of the package that these nodes import; for a name from a package, the named module."""
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "veloxlab":
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
@@ -38,7 +38,7 @@ def imports(nodes):
 def modules():
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
-        if name != "veloxlab":  # the public names come from everywhere
+        if name != "veloxlab":  # the public names come from all rooms
             yield name, path
 
 
@@ -57,9 +57,9 @@ def test_a_room_imports_only_rooms_below_it():
 
 
 def test_no_file_is_imported_in_a_circle():
-    """What is imported at the tops of files, but for types: imports of functions and of `lazy_loader` come later."""
+    """Imports at the tops of files, except for types: imports in functions and by `lazy_loader` come later."""
     files, tops = dict(modules()), {}
     for name, path in files.items():
         named = imports(ast.parse(path.read_text()).body)
         tops[name] = {each if each in files else each.rsplit(".", 1)[0] for each in named} & files.keys()
-    assert {*TopologicalSorter(tops).static_order()} == files.keys()  # raises CycleError where there is no order
+    assert {*TopologicalSorter(tops).static_order()} == files.keys()  # raises CycleError for a circle

@@ -1,4 +1,4 @@
-"""A model is told from another by what it is now, and not by what it was when it was first seen."""
+"""Models are told apart by their current state, not by their state when they were first used."""
 
 import time
 
@@ -15,7 +15,7 @@ from veloxlab.errors import InputError
 from veloxlab.mlxlm import identity, probe
 
 IDS = list(range(1, 90))
-SEED = 13  # no model of another test is alike
+SEED = 13  # different from all models of other tests
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def adapted(model):
 
 
 def fused(model):
-    """An adapter that changes something, made part of the weights it is for."""
+    """Return a model with an effective adapter merged into its weights."""
     adapted(model)
     adapters = [(name, module) for name, module in model.named_modules() if hasattr(module, "fuse")]
     for _, module in adapters:
@@ -58,8 +58,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_changed_model_is_another(model, change, tmp_path):
-    """Its old caches are refused, by both readers, and those that it makes now are read."""
+def test_a_changed_model_is_another_model(model, change, tmp_path):
+    """Its old caches are refused, by both readers, and its new ones are read."""
     before, after = tmp_path / "before.safetensors", tmp_path / "after.safetensors"
     save_prompt_cache(str(before), vl.make_cache(model))
     change(model)
@@ -76,8 +76,8 @@ def test_a_changed_model_is_another(model, change, tmp_path):
 @pytest.mark.parametrize(
     ("family", "method"), [("llama", "none"), ("mamba2", "turboquant"), ("falcon_h1", "none"), ("gemma3_text", "none")]
 )
-def test_a_file_of_another_model_is_refused_whatever_it_holds(family, method, tmp_path):
-    """Exact tokens alone, states alone, or states beside tokens: layers that nothing compresses say their model too."""
+def test_a_file_of_another_model_is_refused_for_every_kind_of_layer(family, method, tmp_path):
+    """Exact tokens alone, states alone, or states beside tokens: layers without codes name their model too."""
     file, model = tmp_path / "prompt.safetensors", tiny(family, seed=SEED)
     cache = vl.make_cache(model, method, window=1000)
     model(mx.array([IDS]), cache=cache)
@@ -89,7 +89,7 @@ def test_a_file_of_another_model_is_refused_whatever_it_holds(family, method, tm
         vl.load_cache(file, tiny(family, seed=SEED, num_hidden_layers=4))
 
 
-def test_a_change_that_is_undone_is_none(model, tmp_path):
+def test_a_change_that_is_undone_does_not_count(model, tmp_path):
     file = tmp_path / "prompt.safetensors"
     save_prompt_cache(str(file), vl.make_cache(model))
     scaled(model)
@@ -98,14 +98,14 @@ def test_a_change_that_is_undone_is_none(model, tmp_path):
     assert len(vl.load_cache(file, model)) == 2
 
 
-def test_a_model_with_fewer_layers_is_looked_at_anew(model):
+def test_a_model_with_fewer_layers_is_probed_again(model):
     assert len(probe.probe(model)) == 2
     model.model.layers = model.model.layers[:1]
     assert len(probe.probe(model)) == 1
     assert len(vl.make_cache(model)) == 1
 
 
-def test_the_order_in_which_parts_were_set_is_no_difference(model):
+def test_the_order_of_attributes_does_not_matter(model):
     other = tiny("llama", seed=SEED)
     attention = other.layers[0].self_attn
     attention["q_proj"] = attention.pop("q_proj")
@@ -113,7 +113,7 @@ def test_the_order_in_which_parts_were_set_is_no_difference(model):
     assert identity.fingerprint(other) == identity.fingerprint(model)
 
 
-def test_it_is_cheap(smollm2):
+def test_a_fingerprint_is_cheap(smollm2):
     model, _ = smollm2
     identity.fingerprint(model)
     seconds = []

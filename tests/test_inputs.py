@@ -1,4 +1,4 @@
-"""What every public name does with bad input, one sentence, and with good input of other types: it takes it."""
+"""Bad input of every public name gives one sentence; equivalent input of other types is accepted."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ BAD: dict[str, list[Any]] = {
     "window": COUNT,
     "windows": [*AMOUNT, 10**6],
 }
-"""Bad values by the names of arguments; None is one more where it is not the default."""
+"""Bad values by the names of arguments; None is another one if it is not the default."""
 
 OWN: dict[str, list[Any]] = {
     "AverageBits bits": POSITIVE,
@@ -216,7 +216,7 @@ OWN: dict[str, list[Any]] = {
     "BudgetTuner layer": WHOLE,
     "BudgetTuner tokenizer": [5, "x"],
 }
-"""Those of one function's argument, where its name alone does not say."""
+"""Bad values of one function's argument, if its name alone does not decide."""
 
 PASSED_ON = ("bits", "key_bits", "value_bits", "sinks", "window", "sliding", "calibration")
 CACHED = (*PASSED_ON, "seed", "outliers", "rotation", "no_such_option")
@@ -255,12 +255,12 @@ KEYWORDS: dict[str, Sequence[str]] = {
     "side_by_side": CACHED,
     "token_errors": CODED,
 }
-"""Names that extra keyword arguments may have."""
+"""Names that extra keyword arguments can have."""
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A small model, and what functions give for it."""
+    """Return a small model, and results of functions for it."""
     model, tokenizer, folder = tiny("llama"), Letters(), tmp_path_factory.mktemp("kept")
     seen = vl.capture(model, tokenizer, tokens=24)
     rates = vl.rate_budget(model, tokenizer, bits=[2, 3], sequences=1, tokens=32, sinks=2, folder=folder)
@@ -288,7 +288,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 def method(**fields: Any) -> Method:
-    """A method to be registered."""
+    """Return a method to register."""
     return Method(**{**vars(METHODS["none"]), "id": "mine", "codecs": (vl.allocate.Bounds,), **fields})
 
 
@@ -367,20 +367,20 @@ CALLS: dict[str, Callable[[SimpleNamespace], partial[Any]]] = {
     "token_errors": lambda h: partial(vl.measure.token_errors, capture=h.capture),
     "unregister": lambda h: partial(vl.codecs.unregister, name="x"),
 }
-"""A good call of everything public that takes something; methods of classes behind a dot."""
+"""A valid call of everything public that takes arguments; methods of classes after a dot."""
 
 NOTHING_TO_GIVE = {"detach", "doctor", "methods"}
-# users meet these, and do not make them; parts of pages have tests of their own
+# users see these, but do not make them; parts of pages have their own tests
 NOT_CALLED = {"InputError", "LayerCapture", "Reference", "first_parting", "Code", "Codec"} | {
     *("METHODS", "TENSORS", "Tensor"),
     *("Cancelled", "ChartView", "Progress", "ProgressBar", "Status", "VegaRuntime", "Worker", "link"),
 }
 PLACES = (vl, vl.allocate, vl.codecs, vl.measure, vl.mlxlm, vl.models, vl.widgets)
-OURS = {"self", "cls", "selection", "worker", "runs"}  # what only veloxlab itself hands in
+OURS = {"self", "cls", "selection", "worker", "runs"}  # arguments that only veloxlab itself gives
 
 
 def bad_inputs(label: str, function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """Names of arguments, each with its bad values."""
+    """Yield names of arguments, each with its bad values."""
     parameters = inspect.signature(function).parameters.values()
     for p in parameters:
         extra = p.kind is p.VAR_KEYWORD
@@ -433,7 +433,7 @@ VALUES_ALONE = [("qjl", "levels"), ("qjl", "group")]
 
 
 @pytest.mark.parametrize(("name", "option"), OPTIONS)
-def test_an_option_of_a_method_that_cannot_be_gets_one_sentence(name, option):
+def test_an_impossible_option_of_a_method_gets_one_sentence(name, option):
     own = METHODS[name]
     role = "values" if (name, option) in VALUES_ALONE else "keys"
     beside = {"variant": "prod"} if option == "sketch" and "variant" in own.options else {}
@@ -442,7 +442,7 @@ def test_an_option_of_a_method_that_cannot_be_gets_one_sentence(name, option):
             own.codec(64, own.bits[-1], role, **beside, **{option: value})
 
 
-def test_what_only_goes_wrong_together_is_refused(here):
+def test_arguments_that_contradict_each_other_are_refused(here):
     with pytest.raises(InputError, match="two points"):
         vl.measure.predicted_growth(here.growth.filter(tokens=16), 64)
     with pytest.raises(InputError, match="fewer points"):
@@ -452,19 +452,19 @@ def test_what_only_goes_wrong_together_is_refused(here):
 
 
 def content_of(plan: vl.Plan) -> dict[str, Any]:
-    """A plan's content without its checksum, as people may write it."""
+    """Return a plan's content without its checksum, as a person can write it."""
     content = json.loads(plan.to_json())
     del content["sha256"]
     return content
 
 
 def in_plan(**fields: Any) -> Callable[[dict[str, Any]], Any]:
-    """A plan's content with other fields."""
+    """Return a plan's content with other fields."""
     return lambda plan: plan | fields
 
 
 def in_layer(**fields: Any) -> Callable[[dict[str, Any]], Any]:
-    """A plan's content with other fields in its first layer."""
+    """Return a plan's content with other fields in its first layer."""
     return lambda plan: plan | {"layers": [plan["layers"][0] | fields, *plan["layers"][1:]]}
 
 
@@ -486,7 +486,7 @@ FILES: list[Callable[[dict[str, Any]], Any]] = [
 
 
 @pytest.mark.parametrize("number", range(len(FILES)))
-def test_a_file_that_is_no_plan_gets_one_sentence(here, tmp_path, number):
+def test_a_file_without_a_plan_gets_one_sentence(here, tmp_path, number):
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(FILES[number](content_of(here.plan))))
     with pytest.raises(InputError, match=r"The plan .*plan\.json cannot be read") as told:
@@ -554,11 +554,11 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("search", {"methods": ["turboquant"], "bits": [3], "most_kl": np.float32(100), "context": np.int64(16)}),
     ("side_by_side", {"prompt": np.arange(1, 9), "tokens": np.int64(2)}),
 ]
-"""Arguments that mean the same as Python's own."""
+"""Arguments that are equivalent to Python's own types."""
 
 
 @pytest.mark.parametrize("number", range(len(GOOD)), ids=lambda n: f"{n} {GOOD[n][0]} {' '.join(GOOD[n][1])}")
-def test_good_input_of_another_type_is_taken(here, number, monkeypatch, tmp_path):
+def test_good_input_of_another_type_is_accepted(here, number, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     label, given = GOOD[number]
     made = CALLS[label](here)(**given)
@@ -577,7 +577,7 @@ def test_numpy_s_numbers_in_a_plan_are_written_and_read_again(here, tmp_path):
     assert vl.Plan.load(plan.save(tmp_path / "plan.json")) == vl.Plan.uniform(here.model, bits=3, sinks=2, seed=1)
 
 
-def test_a_plan_is_taken_by_its_path(here, tmp_path):
+def test_a_plan_can_be_given_by_its_path(here, tmp_path):
     path = here.plan.save(tmp_path / "plan.json")
     by_path, by_plan = (vl.make_cache(here.model, plan) for plan in (path, here.plan))
     assert [c.key_codec for c in by_path] == [c.key_codec for c in by_plan]
@@ -585,19 +585,19 @@ def test_a_plan_is_taken_by_its_path(here, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_models_of_other_dtypes_are_taken(dtype):
+def test_models_of_other_dtypes_are_accepted(dtype):
     model = tiny("llama")
     model.set_dtype(dtype)
     assert vl.fidelity(model, Letters(), tokens=24, bits=np.int64(8))["kl_mean"].is_finite().all()
 
 
 @pytest.mark.parametrize("call", [vl.make_cache, vl.Plan.uniform])
-def test_the_pair_that_load_gives_is_no_model(here, call):
+def test_the_pair_of_load_is_refused_as_a_model(here, call):
     with pytest.raises(InputError, match=r"^model \(of the type tuple\).*the first of the two that vl\.load gives"):
         call(tuple(here.both.values()))
 
 
-def test_a_name_in_the_place_of_a_model_is_told_what_to_give(here):
+def test_a_name_instead_of_a_model_is_refused_with_the_way_out(here):
     with pytest.raises(InputError, match=r"^model='smollm2-135m' cannot be used: give a language model, the first of"):
         vl.Lab("smollm2-135m")
     with pytest.raises(InputError, match=r"^The tokenizer is missing: give both results of vl\.load"):
@@ -605,7 +605,7 @@ def test_a_name_in_the_place_of_a_model_is_told_what_to_give(here):
 
 
 @pytest.mark.parametrize("call", [vl.make_cache, partial(vl.load_cache, "x.safetensors")])
-def test_a_method_has_its_place_and_is_no_option(here, call, tmp_path, monkeypatch):
+def test_method_as_an_option_is_refused(here, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     vl.save_cache("x.safetensors", vl.make_cache(here.model))
     with pytest.raises(
@@ -614,7 +614,7 @@ def test_a_method_has_its_place_and_is_no_option(here, call, tmp_path, monkeypat
         call(model=here.model, method="rvq")
 
 
-def test_a_keyword_that_there_is_not_is_python_s_own_error(here):
+def test_an_unknown_keyword_is_python_s_own_error(here):
     with pytest.raises(TypeError, match=r"capture\(\) got an unexpected keyword argument 'word'"):
         vl.capture(here.model, here.tokenizer, word=1)  # type: ignore[call-arg]
 
@@ -624,7 +624,7 @@ def test_checked_functions_keep_their_signatures():
     assert "tokens" in inspect.signature(vl.widgets.CacheExplorer).parameters
 
 
-def test_knobs_read_what_arguments_may_be(here):
+def test_controls_accept_the_same_values_as_arguments(here):
     planner = vl.widgets.MemoryPlanner(here.shape)
     planner.key_bits, planner.memory_gb = np.int64(3), np.float32(4)
     assert (planner.key_bits, planner.memory_gb) == (3, 4)  # type: ignore[comparison-overlap]
