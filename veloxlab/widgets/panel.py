@@ -247,7 +247,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         control = kind(value=getattr(self, trait), description=words or trait, **settings)
         ends = [settings[end] for end in ("min", "max") if end in settings]
         tip = tip or own.help[:1].upper() + own.help[1:]
-        control.tooltip = f"{tip}, {ends[0]:,} to {ends[1]:,}" if len(ends) > 1 else tip
+        control.tooltip = f"{tip} ({ends[0]:,.12g} to {ends[1]:,.12g})" if len(ends) > 1 else tip
         link = t.link((self, trait), (control, "value"))
         self._bits_links += [link] if isinstance(own, ChosenBits) else []
         return control

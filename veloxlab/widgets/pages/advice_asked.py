@@ -25,7 +25,7 @@ class Constraints(t.HasTraits):
     context = Checked(whole(1), 32_768, help="tokens of each sequence that the cache has to hold")
     batch = Checked(whole(1), 1, help="sequences at once")
     memory_gb = Checked(real(above=0), help="memory of the whole machine, GB of 10^9 bytes; the system keeps a quarter")
-    weight_bits = Checked(whole(1, 32), 4, help="bits of a weight, 1 to 32; known for a loaded model")
+    weight_bits = Checked(whole(1, 32), 4, help="bits of a weight; known for a loaded model")
     goal = Checked(choice(*GOALS), "chat", help="the use of the model, which decides how many nats a token it may lose")
 
     @property

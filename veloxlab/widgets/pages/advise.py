@@ -53,7 +53,9 @@ class Advisor(Constraints, Panel):
     HELP = "13_memory_planner.ipynb#Which cache is best for my memory?"
     SETTINGS = (*ASKED, "prompt")
 
-    prompt = Checked(WORDS, PROMPT, help="a message, or a whole chat as text; of a longer text, more is in codes")
+    prompt = Checked(
+        WORDS, PROMPT, help="a message, or a whole chat as text; a longer text has a larger share in codes"
+    )
     picked = t.Unicode("", help="the cache of the table that the buttons act on")
 
     def __init__(

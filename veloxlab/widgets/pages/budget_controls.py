@@ -91,7 +91,7 @@ class SettingControl(ipw.Box):  # type: ignore[misc]  # ipywidgets has no types
         self.kind = _control(ipw.Dropdown, "budget", "What the budget is counted in", options=KINDS)
         limits = {"value": tokens, "min": 1, "max": 1_000_000, "step": 256}
         self.tokens = _control(
-            ipw.BoundedIntText, "tokens", "Tokens of the text that has to fit, 1 to 1,000,000", **limits
+            ipw.BoundedIntText, "tokens", "Tokens of the text that has to fit (1 to 1,000,000)", **limits
         )
         self.megabytes = _slider("megabytes", "Bytes that the compressed layers hold, including exact tokens", ".3f")
         most = "The greatest predicted loss of a token: the plan has the fewest bytes within it"
@@ -113,7 +113,7 @@ class SettingControl(ipw.Box):  # type: ignore[misc]  # ipywidgets has no types
             _control(
                 ipw.IntSlider,
                 f"{end} layers",
-                f"How many {end} layers are left out of the budget, 0 to {layers // 2}",
+                f"How many {end} layers are left out of the budget (0 to {layers // 2})",
                 min=0,
                 max=layers // 2,
             )
@@ -124,7 +124,7 @@ class SettingControl(ipw.Box):  # type: ignore[misc]  # ipywidgets has no types
         tip = "A layer's keys get at least as many bits as its values, on average over its heads"
         beside = {"indent": False}
         self.keys_first = _control(ipw.Checkbox, "keys no fewer than values", tip, **beside)
-        tip = "Weight of an error in keys against one in values, 1/16 to 16"
+        tip = "Weight of an error in keys against one in values (1/16 to 16)"
         scale = {"value": 1.0, "base": 2, "min": -4, "max": 4, "step": 0.25}
         self.key_weight = _slider("weight of keys", tip, ".2f", ipw.FloatLogSlider, **scale)
         bounds = [self.widths, self.first, self.last, self.protection, self.keys_first, self.key_weight]

@@ -82,7 +82,7 @@ class KeyExplorer(HeadPage):
             ("layer", "tensor"),
             views.spectrum,
             views.spectrum_caption,
-            why="In how many directions the energy is: if few, they can get most bits.",
+            why="How many directions have most of the energy: these can get most bits.",
         ),
         head_chart(
             "pairs",
@@ -90,7 +90,7 @@ class KeyExplorer(HeadPage):
             views.pair_energy,
             views.pair_caption,
             lambda frame, _: tuple(frame["wavelength"]),
-            why="Which pairs of coordinates, as RoPE rotates them, have the energy of the keys.",
+            why="Which of the pairs of coordinates that RoPE rotates have most energy.",
         ),
     )
     RARE = (

@@ -111,7 +111,7 @@ class MemoryPlanner(OfCache, ChartPage):
     kv_heads = Count(1, 1000, 8, "KV heads of a layer")
     head_dim = Count(1, 10_000, 128, "numbers of a key or value of one head")
     sliding_window = Count(0, 2**MOST, 0, "tokens that a sliding layer sees; 0: no layer slides")
-    full_every = Count(0, 1000, 0, "n: each n-th layer sees all tokens; 0: no layer does")
+    full_every = Count(0, 1000, 0, "each n-th layer sees all tokens; 0: no layer does")
     plan = _of_chart(0, "Bytes by part at this context: `veloxlab.measure.planned_memory.PLANNED`.")
     largest = _of_chart(1, "The largest contexts that fit: `veloxlab.measure.planned_memory.LARGEST`.")
     chart = property(lambda page: page._of_drawn(page.charts, "memory_plan"), doc="The chart of the plan.")
@@ -232,7 +232,7 @@ class MemoryPlanner(OfCache, ChartPage):
         context = ipywidgets.FloatLogSlider(
             value=self.context, base=2, min=LEAST, max=MOST, step=0.25, description="context", readout_format=",.0f"
         )
-        context.tooltip = f"Tokens of each sequence, {2**LEAST:,} to {2**MOST:,}"
+        context.tooltip = f"Tokens of each sequence ({2**LEAST:,} to {2**MOST:,})"
         t.link((self, "context"), (context, "value"), transform=(float, round))
 
         def box(trait: str, words: str) -> ipywidgets.Widget:

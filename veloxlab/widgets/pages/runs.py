@@ -76,7 +76,8 @@ class RunsPage(Seeded, OfExperiment):
     def __init__(self, experiment: Experiment, worker: Worker) -> None:
         super().__init__(experiment.selection, worker)
         self.experiment, self.points = experiment, experiment.points
-        self._lists = [ipywidgets.Dropdown(description=each, tooltip=self.traits()[each].help) for each in PAIR]
+        tips = [(each, self.traits()[each].help.capitalize()) for each in PAIR]
+        self._lists = [ipywidgets.Dropdown(description=each, tooltip=tip) for each, tip in tips]
         tip = "A name for the second run"
         self._name = ipywidgets.Text(description="name", tooltip=tip, continuous_update=False)
         self._said, self._pair, self._table = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
@@ -149,7 +150,7 @@ class RunsPage(Seeded, OfExperiment):
 
     def _controls(self) -> ipywidgets.Widget:
         windows = ipywidgets.IntSlider(description="windows", min=1, max=16, value=self.points.windows)
-        windows.tooltip = f"{self.points.traits()['windows'].help.capitalize()}, 1 to 16"
+        windows.tooltip = f"{self.points.traits()['windows'].help.capitalize()} (1 to 16)"
         t.link((self.points, "windows"), (windows, "value"))
         measure = button("Measure this cache", "Compare its predictions with those of the exact cache", self.measure)
         use = button("Use the second", "Choose its settings on all pages", partial(self._saying, self.use))

@@ -176,7 +176,9 @@ CHARTS = (
         views.alternatives_caption,
         data=alternatives_data,
     ),
-    _of_token("heads", "In which layers and heads the error of this token is.", views.token_heads, views.heads_caption),
+    _of_token(
+        "heads", "Which layers and heads have the largest errors at this token.", views.token_heads, views.heads_caption
+    ),
     _of_token(
         "keys",
         "Whether this token still attends to the same tokens.",
