@@ -239,7 +239,7 @@ def test_bad_input_is_refused(model, settings, sentence):
 def test_a_model_that_is_loaded_is_nothing_for_workers(model):
     with (
         ThreadPoolExecutor(1) as executor,
-        pytest.raises(InputError, match="beside an executor, .* give its name or path"),
+        pytest.raises(InputError, match="with an executor, .* give its name or path"),
     ):
         vl.search(model, Letters(), executor=executor)
     with pytest.raises(InputError, match="tokenizer is missing"):

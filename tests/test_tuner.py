@@ -302,7 +302,7 @@ def test_another_method_with_a_prediction_is_known_by_what_it_declares(rates, fi
     vl.register(replace(METHODS["fisherquant"], id="other", name="Other", codecs=(FisherQuant,)))
     try:
         both = [rates.with_calibration(replace(fitted, method=method)) for method in ("fisherquant", "other")]
-        with pytest.raises(InputError, match="These tables know fisherquant already"):
+        with pytest.raises(InputError, match="These tables have fisherquant already"):
             both[0].with_calibration(replace(fitted, method="other"))
         tuner = vl.widgets.BudgetTuner(both[1], budget=2.125, bounds=vl.allocate.Bounds(methods=("other",)))
         assert (

@@ -109,7 +109,7 @@ def either(*checks: Check) -> Check:
 
 
 def maybe(check: Check) -> Check:
-    """The same, or None."""
+    """A check that also accepts None."""
     return either(check, Check("None", lambda value: value is None))
 
 

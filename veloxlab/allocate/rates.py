@@ -94,7 +94,7 @@ class RateBudget:
             raise InputError(f"Losses of {method} are in nats, and these by {by.pop()!r} are not: take by='gradient'.")
         rows = spectra_of(calibration, {(size.layer, tensor) for size in self.sizes for tensor in TENSORS})
         if self.predicted_method not in (None, method):
-            raise InputError(f"These tables know {self.predicted_method} already: make others for {method}.")
+            raise InputError(f"These tables have {self.predicted_method} already: make others for {method}.")
         identities = {**self.calibrations, method: calibration.identity}
         return replace(self, spectra=rows, calibrations=identities)
 

@@ -253,7 +253,7 @@ def _model_name(model: Module | str | Path, tokenizer: object, executor: Executo
         path = Path(model).expanduser()
         return str(path.resolve()) if path.exists() else str(model)
     if executor is not None:
-        raise InputError("A loaded model was given beside an executor, which loads its own: give its name or path.")
+        raise InputError("A loaded model was given with an executor, which loads its own: give its name or path.")
     if tokenizer is None:
         raise InputError("The model's tokenizer is missing: give both, as vl.load gives them.")
     return name_of(model)

@@ -60,7 +60,7 @@ class Choice(NamedTuple):
 
     @property
     def predicted_loss(self) -> float:
-        """Of all heads."""
+        """The predicted loss of all heads."""
         return float(self.losses.sum())
 
     @property

@@ -74,7 +74,7 @@ class History(Handle):
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
-        """Of all tokens."""
+        """The segments of all tokens."""
         if self.newest is None:
             return self.past.segments
         keys, values = (x[:, :, : self.newest.tokens] for x in (self.newest.keys, self.newest.values))
@@ -265,7 +265,7 @@ def _like(q: mx.array, scale: float, cap: float | None) -> tuple[object, ...]:
 def _reference(
     segments: tuple[Segment, ...], scale: float, cap: float | None, no_mask: bool, no_logits: bool
 ) -> Callable[..., list[mx.array]]:
-    """Attention of queries by MLX operations, over such segments and what is new.
+    """Attention of queries by MLX operations, over these segments and the new tokens.
 
     Its arguments: the queries, mask and logits, `exact_arrays`, and the number of new tokens with their buffers.
     """

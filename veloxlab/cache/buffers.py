@@ -1,4 +1,4 @@
-"""The buffers that the sequences of a batch share: where their tokens lie, and what a kernel reads of them.
+"""The buffers that the sequences of a batch share: the positions of their tokens, and their description for kernels.
 
 Sinks and windows are entries of arrays ``[places, H, S, D]``. The newest tokens of all windows are in one column, so
 one slice adds a token to each sequence. Packed tokens are in arrays ``[1, H, S, ...]``, where each sequence has a range
@@ -43,7 +43,7 @@ class Buffers:
         self.exact = Exact(codecs[0].head_dim), Exact(codecs[1].head_dim)
         self.column, self.form = 0, places.form_of(windows.sinks, ())
         self.room = windows.most_recent + 1 + BLOCK  # columns of a window
-        self.calls: Calls = {}  # what attention prepared, for as long as no buffer is replaced
+        self.calls: Calls = {}  # prepared calls, valid until a buffer is replaced
         self._numbers: tuple[int, mx.array] | None = None  # the description for kernels, and the `padding` in it
         self._packed = named([empty_code(codec, 1, heads, dtype) for codec in codecs])
         dims = {f"{tensor}/values": codec.head_dim for tensor, codec in zip(TENSORS, codecs, strict=True)}
@@ -105,7 +105,7 @@ class Buffers:
         """Move the windows so that they end before this column."""
         by = column - self.column
         if by and self.form.parts:
-            for held in self._recent.values():  # what attention prepared reads these arrays
+            for held in self._recent.values():  # in place: prepared calls read these arrays
                 held[:] = mx.roll(held, by, 2)
             parts = tuple(part._replace(start=part.start + by) for part in self.form.parts)
             self.form = places.form_of(self.form.sinks, parts)

@@ -77,8 +77,8 @@ class CompressedKVCache(Runs, saved.Saved):
         self._values_per_token = 0  # batch · heads · (Dk + Dv), known from the first tokens on
         self._dtype = mx.float32  # of the keys
         self._lent: History | None = None
-        self._stays = path == "codes" and max_size is None and not lends  # what comes before the window,
-        self._past: Past | None = None  # which is this, while only the window changes,
+        self._stays = path == "codes" and max_size is None and not lends  # whether the past is used again:
+        self._past: Past | None = None  # the tokens before the window, while only the window changes,
         self._one: tuple[object, ...] = ()  # by keys and values of these shapes
         self._checks = Checks()
         if path == "codes":

@@ -189,7 +189,7 @@ def check_caches(model: Module, caches: Sequence[Any], wanted: Sequence[Any] | N
     for part in sequences_of(caches):
         said = getattr(part, "model", None)
         if said not in (None, name):
-            raise InputError(f"This prompt cache was made for the model {said}, and this is {name}: load the first.")
+            raise InputError(f"This prompt cache was made for the model {said}, and this is {name}: load that model.")
     misfit = _misfit(caches, probe.after_one_token(model), probe.probe(model))
     if misfit:
         raise InputError(

@@ -152,13 +152,13 @@ def with_exact_arrays(segments: Sequence[Segment], arrays: Iterator[mx.array]) -
 
 
 def exact_segment(codes: Codes) -> Segment:
-    """Tokens as they came."""
+    """A segment of exact tokens."""
     keys, values = (_exact(code.arrays["values"].shape[-1]) for code in codes)
     return Segment(keys, codes[0], values, codes[1])
 
 
 def exact_codes(keys: mx.array, values: mx.array, first: int = 0) -> Codes:
-    """Those from the ``first`` on."""
+    """The codes of exact tokens, from index ``first`` on."""
     if first:
         keys, values = keys[:, :, first:], values[:, :, first:]
     return Code({"values": keys}), Code({"values": values})

@@ -28,7 +28,7 @@ COPY_FOLDER = Path("veloxlab-notebooks")
 OF_MLX_LM = {"serve": "server", "generate": "generate", "cache-prompt": "cache_prompt"}  # our names, and mlx-lm's
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 TASKS = ("copy", "lookup", "arithmetic", "passkey")
-Argument = tuple[str, dict[str, Any]]  # name, and what `argparse` takes beside it
+Argument = tuple[str, dict[str, Any]]  # name, and other arguments of `argparse`
 
 
 def open_lab(passed_on: Sequence[str]) -> int:

@@ -44,7 +44,7 @@ def train_tables(points: Floats, stages: int, order: Indices, seed: int) -> Floa
     tables = np.empty((stages, ENTRIES, len(order)), np.float32)
     for stage in range(stages):
         start = residual[rng.choice(len(residual), ENTRIES, replace=False)]
-        table: Floats = (start - _turn(start)) / np.float32(2)  # (1 − i)/2 · z is what a = b needs to stand for z
+        table: Floats = (start - _turn(start)) / np.float32(2)  # with a = b, (1 − i)/2 · z approximates z
         a, b = by_loop("descend", _descend, residual, table, np.full(len(residual), -1))
         for _ in range(STEPS - 1):
             may_end()

@@ -23,7 +23,7 @@ class Prediction(NamedTuple):
     """The functions by which an allocation reads a calibration, for a method that plans rows of 32-bit words."""
 
     variances: Callable[[Any], Floats]  # σ² [H, D] of a fitted codec: twice the nats that a coordinate of 0 bits loses
-    rows: Callable[[], Rows]  # what each number of words then gives
+    rows: Callable[[], Rows]  # bits and losses of each number of words
 
 
 @dataclass(frozen=True, kw_only=True)

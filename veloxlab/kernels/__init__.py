@@ -1,1 +1,1 @@
-"""Kernels: one text for all GPUs, and compiled loops for a CPU. The codecs' MLX operations say what is right."""
+"""Kernels: one text for all GPUs, and compiled loops for a CPU. The references are the codecs' MLX operations."""

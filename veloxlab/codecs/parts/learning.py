@@ -19,7 +19,7 @@ def per_head(x: mx.array) -> Floats:
 
 
 def learnable(x: mx.array, method: str, least: int = _LEAST_TOKENS) -> Floats:
-    """The same; raises `InputError` unless each head has ``least`` tokens that are not zero, and these vary."""
+    """As `per_head`; raises `InputError` unless each head has ``least`` tokens that are not zero, and these vary."""
     array = per_head(x)
     tokens = int(array.any(axis=-1).sum(axis=-1).min()) if array.size else 0
     if tokens < least:

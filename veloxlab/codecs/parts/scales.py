@@ -32,7 +32,7 @@ def scale_factor(scale: ScaleName, y: mx.array, quantized: mx.array) -> mx.array
 
 
 def root_mean_square(x: mx.array) -> mx.array:
-    """Of each vector ``[..., D]``: ``[..., 1]``, float32."""
+    """The root-mean-square of each vector ``[..., D]``: ``[..., 1]``, float32."""
     return mx.linalg.norm(x.astype(mx.float32), axis=-1, keepdims=True) / math.sqrt(x.shape[-1])
 
 
