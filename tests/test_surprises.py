@@ -15,6 +15,7 @@ import veloxlab as vl
 from tests import surprises_in_use as in_use
 from tests import surprises_results as results
 from tests.cache_types import WIDTHS, codec, registered
+from tests.letters import Letters
 from tests.tiny_models import tiny
 from veloxlab.measure.generation import Reader
 from veloxlab.mlxlm.probe import own_cache
@@ -103,6 +104,17 @@ def test_a_cache_that_is_given_the_exact_keys_and_values_is_as_one_that_read_the
     Reader(model, read).read(ids)
     logits = [model(mx.array([[1, 2, 3]]), cache=cache) for cache in (read, given)]
     assert mx.array_equal(*logits)
+
+
+def test_a_text_that_is_read_in_two_calls_says_what_it_says_in_one(monkeypatch):
+    monkeypatch.setattr(in_use, "model", lambda: (tiny("llama"), Letters()))
+    found = []
+    for first_call in (500, 2048):
+        monkeypatch.setattr(in_use, "CHUNK", first_call)
+        in_use.with_passkey.cache_clear()
+        found.append(in_use.passkey(700, 5, "none", 16)["nll"])
+    in_use.with_passkey.cache_clear()
+    assert found[0] == pytest.approx(found[1], rel=1e-5)  # float32 sums in another order
 
 
 def test_the_plane_outlines_the_best_pair_of_each_sum_and_counts_what_is_not_finite():
