@@ -6,8 +6,7 @@ from multiprocessing import get_context
 
 import pytest
 
-from tests import long_runs
-from tests.long_runs import CHECKED, DECODED, FAMILIES, FILE, SCHEDULES, Schedule, decoded, tables
+from tests.long_runs import CHECKED, DECODED, FAMILIES, FILE, SCHEDULES, STEPS, Schedule, decoded, tables
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,7 +43,7 @@ def test_the_committed_runs_are_whole_and_within_their_bars():
         assert results[name]["schedules"] == SCHEDULES
         assert max(results[name]["worst"].values()) < 1e-4
     for name in DECODED:
+        assert results[name]["steps"] == STEPS == 20_000
         assert abs(results[name]["live_beyond"]) < 0.02
         assert abs(results[name]["resident_slope"]) < 100  # bytes a step: a page for 40 steps
     assert FILE.with_suffix(".md").read_text() == tables(results)
-    assert long_runs.STEPS == 20_000
