@@ -134,7 +134,7 @@ CHARTS = (
         ),
         _frontier_caption,
         _ends,
-        why="How much more bits reduce the loss, and whether measurements agree.",
+        why="How much additional bits reduce the loss, and whether measurements agree.",
         badge="predicted",
     ),
     Chart(
