@@ -64,6 +64,10 @@ def test_the_knobs_of_the_planner_and_a_slider_over_frames_move_their_charts(not
     page.locator(planner.charts, has_text="of 24 GB").wait_for()
 
     planner.turns_dark()
+    page.set_viewport_size({"width": 880, "height": 900})  # of which the page has about 500: its table of losses wraps
+    tables = f"[...document.querySelectorAll('{PLANNER} .widget-html-content')]"
+    narrow = f"document.querySelector('{PLANNER}').clientWidth < 560"
+    page.wait_for_function(f"() => {narrow} && {tables}.every((each) => each.scrollWidth <= each.clientWidth + 1)")
     page.set_viewport_size({"width": 640, "height": 900})  # the table of losses is wider, and has its own scroll bar
     inside = "(box) => { const out = box.closest('.jp-OutputArea-output'); return out.scrollWidth <= out.clientWidth; }"
     page.wait_for_function(inside, arg=page.locator(PLANNER).element_handle())
