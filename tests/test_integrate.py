@@ -1,4 +1,4 @@
-"""Caches get into mlx-lm's models by its own doors, layer by layer, and out again."""
+"""Caches get into mlx-lm's models through its own interfaces, layer by layer, and are removed again."""
 
 import inspect
 from dataclasses import dataclass, field
@@ -49,7 +49,7 @@ def test_with_the_exact_codec_generation_is_mlx_lms_own(smollm2):
 
 @pytest.fixture(scope="module")
 def native(smollm2):
-    """The ids of 60 tokens, and the model's logits with its own caches."""
+    """Return the ids of 60 tokens, and the model's logits with its own caches."""
     model, tokenizer = smollm2
     ids = tokenizer.encode(vl.texts.excerpt())[:60]
     return ids, stepwise(model, ids, make_prompt_cache(model), [60])
@@ -79,7 +79,7 @@ def test_at_four_bits_generation_says_paris(smollm2):
     assert "Paris" in "".join(piece.text for piece in pieces)
 
 
-def test_a_trimmed_cache_continues_as_if_the_rest_had_never_been(smollm2):
+def test_a_trimmed_cache_continues_as_without_the_dropped_tokens(smollm2):
     model, tokenizer = smollm2
     ids = tokenizer.encode(vl.texts.excerpt())[:60]
     cache = vl.make_cache(model, bits=4, sinks=0, window=0)
@@ -119,11 +119,11 @@ def test_attaching_twice_is_attaching_once_and_detaching_restores():
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_function_that_another_library_put_there_is_left_alone(monkeypatch, wrapped):
+def test_a_replacement_by_another_library_is_kept(monkeypatch, wrapped):
     model = tiny("llama")
     ids = list(range(30))
     native = stepwise(model, ids, make_prompt_cache(model), [20] + [1] * 10)
-    if wrapped:  # it came after us, and calls us
+    if wrapped:  # it was attached later, and calls our function
         hooks.attach()
     else:
         vl.mlxlm.detach()
@@ -146,8 +146,8 @@ def test_a_function_that_another_library_put_there_is_left_alone(monkeypatch, wr
     assert np.array_equal(stepwise(model, ids, make_prompt_cache(model), [20] + [1] * 10), native)
 
 
-def test_mlx_lm_still_routes_caches_with_bits_through_the_name_we_replace(monkeypatch):
-    """The canary: when it fails, mlx-lm has moved the functions that `hooks` relies on."""
+def test_mlx_lm_still_routes_caches_with_bits_through_the_replaced_name(monkeypatch):
+    """If this fails, mlx-lm has moved the functions that `hooks` relies on."""
     vl.mlxlm.detach()
     seen = []
     monkeypatch.setattr(base, HOOKS[1], lambda *args, **kw: seen.append(args[1]) or args[0])
@@ -162,7 +162,7 @@ def test_mlx_lm_still_routes_caches_with_bits_through_the_name_we_replace(monkey
     assert llama.scaled_dot_product_attention is base.scaled_dot_product_attention  # type: ignore[attr-defined] # imported by name
 
 
-def test_sliding_layers_are_compressed_unless_they_are_to_be_exact():
+def test_sliding_layers_are_compressed_unless_exact_is_set():
     model = tiny("gemma3_text")
     assert [type(layer) for layer in vl.make_cache(model)] == [CompressedKVCache] * 3
     cache = vl.make_cache(model, "none", sliding="exact")
@@ -180,7 +180,7 @@ def test_sliding_layers_are_compressed_unless_they_are_to_be_exact():
 
 @pytest.mark.parametrize("method", ["turboquant", "none"])
 @pytest.mark.parametrize(("name", "side"), [("bits", "Keys"), ("key_bits", "Keys"), ("value_bits", "Values")])
-def test_no_bits_are_out_of_range_and_not_the_usual_ones(name, side, method):
+def test_zero_bits_are_refused_and_do_not_mean_the_default(name, side, method):
     with pytest.raises(InputError, match=f"{side} at bits=0 are out of range"):
         vl.make_cache(tiny("llama"), method, **{name: 0})
 
@@ -188,7 +188,7 @@ def test_no_bits_are_out_of_range_and_not_the_usual_ones(name, side, method):
 @pytest.mark.parametrize("draft", [1, 4])
 @pytest.mark.parametrize("method", ["none", "turboquant"])
 def test_drafts_of_another_model_are_tried_and_trimmed(draft, method):
-    """Speculative decoding gives what decoding gives: it trims the drafts that were refused."""
+    """Speculative decoding gives the tokens of decoding; it trims the refused drafts."""
     model, drafting = tiny("llama"), tiny("llama", seed=1, num_hidden_layers=1)
     settings: dict[str, Any] = {"bits": 16 if method == "none" else 8, "sinks": 2, "window": 16}
     prompt = mx.array(list(range(50)))
@@ -206,8 +206,8 @@ def test_drafts_of_another_model_are_tried_and_trimmed(draft, method):
 
 
 @pytest.mark.parametrize(("family", "as_plain"), [("mistral", True), ("gpt_oss", False), ("gemma3_text", False)])
-def test_drafts_behind_a_full_sliding_window_give_mlx_lms_own_tokens(family, as_plain):
-    """Which are not those of decoding alone in some families: mlx-lm's window cannot give back what it dropped."""
+def test_drafts_after_a_full_sliding_window_give_mlx_lms_own_tokens(family, as_plain):
+    """In some families they differ from decoding alone: mlx-lm's window cannot restore dropped tokens."""
     model, drafting = tiny(family), tiny("llama", seed=1, num_hidden_layers=1)
     prompt = mx.array(list(range(2 * WINDOW)))
 
@@ -223,13 +223,13 @@ def test_drafts_behind_a_full_sliding_window_give_mlx_lms_own_tokens(family, as_
 
 
 @pytest.mark.parametrize("chunks", [[20, 33, *[1] * 40, 5, 3], [90, *[1] * 20], [1] * 60])
-def test_a_rotating_prompt_is_mlx_lms_own(chunks):
-    """With ``max_kv_size`` the first tokens stay and the newest ones, whatever the order they come in."""
+def test_a_rotating_cache_equals_mlx_lms_own(chunks):
+    """With ``max_kv_size`` the first and the newest tokens stay, for any chunks."""
     model = tiny("llama")
     ids = [7 * i % 90 for i in range(sum(chunks))]
     rotating = [
         RotatingKVCache(32, keep=4) for _ in model.layers
-    ]  # as mlx-lm makes for a model without caches of its own
+    ]  # as mlx-lm makes them for a model without its own caches
     native = stepwise(model, ids, rotating, chunks)
     cache = vl.make_cache(model, "none", sinks=4, window=8, max_kv_size=32)
     assert np.allclose(stepwise(model, ids, cache, chunks), native, atol=2e-4)
@@ -239,7 +239,7 @@ def test_a_rotating_prompt_is_mlx_lms_own(chunks):
     assert lossy[0].nbytes < cache[0].nbytes
 
 
-def test_generation_goes_on_past_the_trained_length():
+def test_generation_continues_past_the_trained_length():
     model = tiny("llama", max_position_embeddings=64)
     native, ours = (stepwise(model, [i % 90 for i in range(200)], c, [100] + [1] * 100) for c in (
         own_cache(model), vl.make_cache(model, "none", sinks=2, window=16)
@@ -261,7 +261,7 @@ def test_any_batch_and_length_of_one_call(batch, length):
 
 
 def test_thirty_two_thousand_tokens_in_one_layer():
-    """Too many for the model's own code on a CPU, which makes all scores of a chunk: 2,048 at a time."""
+    """Too many for the model's own code on a CPU, which computes all logits of a chunk: 2,048 at a time."""
     model = tiny("llama", num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
     count = 2**15
     ids = [(7 * i * i + i) % 90 for i in range(count + 3)]
@@ -309,7 +309,7 @@ def test_a_report_of_mlx_lms_caches_counts_their_bytes_and_sixteen_bits_beside(s
         assert report["tokens"].unique().to_list() == [256]
 
 
-def test_a_model_that_cannot_run_says_so():
+def test_a_model_that_cannot_run_is_refused_in_a_sentence():
     class Broken(nn.Module):
         layers = (1,)
 
@@ -350,12 +350,12 @@ class Numbers:
 
 
 def test_two_caches_of_a_layer_count_as_two_layers(tmp_path):
-    """Plans, calibrations and captures number them: each has codecs of its own."""
+    """Plans, calibrations and captures count each: each has its own codecs."""
     model, ids = TwoCaches(), list(range(1, 31))
     cache = vl.make_cache(model, "none")
     assert vl.report(cache)["layer"].to_list()[:2] == [0, 1]
     native = stepwise(model, ids, model.make_cache(), [30])
-    assert np.allclose(stepwise(model, ids, cache, [20, 10]), native, atol=1e-4)  # float32, in another order
+    assert np.allclose(stepwise(model, ids, cache, [20, 10]), native, atol=1e-4)  # float32 sums in another order
     first, second = capture_layers(model, ids)
     wanted = mx.unflatten(model.layers[0](model.embed(mx.array([ids]))), -1, (4, 16)).swapaxes(1, 2)
     assert np.allclose(first.keys, wanted, atol=1e-6)
@@ -367,20 +367,20 @@ def test_two_caches_of_a_layer_count_as_two_layers(tmp_path):
     assert [one.key_codec for one in own] == [fitted.codecs[layer, "keys", 2] for layer in (0, 1)]
 
 
-def test_of_a_model_without_batches_mlx_lms_server_makes_none():
-    """It asks each cache whether it has ``merge``: Llama 4's own have not, and its attention takes one position."""
+def test_mlx_lms_server_makes_no_batches_for_a_model_without_them():
+    """It checks each cache for ``merge``: Llama 4's own have none, and its attention takes one position."""
     batched = [[hasattr(cache, "merge") for cache in make(tiny("llama4"))] for make in (own_cache, vl.make_cache)]
     assert batched == [[False] * 3 + [True]] * 2
 
 
-def test_a_chunked_layer_makes_no_mask_that_another_could_not_use():
+def test_the_mask_of_a_chunked_layer_is_valid_for_other_layers():
     model = tiny("llama4")
     cache = vl.make_cache(model)
     stepwise(model, list(range(60)), cache, [60])
-    assert cache[0].make_mask(5) == cache[3].make_mask(5) == "causal"  # mlx-vlm's asks the first for the last
+    assert cache[0].make_mask(5) == cache[3].make_mask(5) == "causal"  # mlx-vlm takes the first layer's for the last
 
 
-def test_a_saved_cache_whose_parts_changed_places_is_refused(tmp_path):
+def test_a_saved_cache_with_exchanged_parts_is_refused(tmp_path):
     model, file = TwoCaches(), tmp_path / "two.safetensors"
     cache = vl.make_cache(model, bits=2)
     stepwise(model, list(range(1, 31)), cache, [30])
@@ -393,7 +393,7 @@ def test_a_saved_cache_whose_parts_changed_places_is_refused(tmp_path):
 
 @dataclass(frozen=True)
 class Foreign:
-    """A plan of someone's own, which has never looked at a model."""
+    """A user's own plan that does not check the model."""
 
     sinks: int = 2
     window: int = 8
@@ -405,6 +405,6 @@ class Foreign:
         return [LayerSettings("turboquant", 4, "turboquant", 2) for _ in model.layers]
 
 
-def test_a_plan_that_never_looked_at_the_model_makes_its_cache():
+def test_a_plan_without_a_check_of_the_model_makes_its_cache():
     cache = vl.make_cache(tiny("llama"), Foreign())
     assert [(one.key_codec.bits, one.value_codec.bits, one.window) for one in cache] == [(4, 2, 8)] * 2

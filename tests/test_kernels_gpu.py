@@ -25,15 +25,15 @@ pytestmark = [
     ),
 ]
 
-# levels, queries and weights are of half precision in the matrix unit; references multiply in TF32 on NVIDIA: 11 bits
+# levels, queries and weights are in half precision in the matrix unit; references multiply in TF32 on NVIDIA: 11 bits
 TOLERANCE = 3e-3
-# a coordinate on a boundary, to the rounding of either's transform, may be coded either way: a step off, in few of them
+# a coordinate at a boundary, within the rounding of both transforms, may have either code: a step off, in few of them
 CODED_APART = 1e-2
 
 
 @pytest.fixture(autouse=True)
 def _kernels_are_tried_and_agree(monkeypatch):
-    """A kernel that is switched off, or that is never asked, leaves its reference's work to be compared with itself."""
+    """Check that each kernel ran and agreed; otherwise the reference would be compared with itself."""
     monkeypatch.setattr(checked, "_states", {})
     yield
     assert set(checked.states()) == {"agrees"}
@@ -120,7 +120,7 @@ def test_angles(dim, bits, recursion):
 
 @pytest.mark.parametrize("bits", [1, 3])
 @pytest.mark.parametrize("rope", [Rope(128), Rope(64, traditional=True)], ids=["halves", "neighbours"])
-def test_sums_that_are_turned_to_their_positions(rope, bits):
+def test_sums_of_entries_that_rope_rotates(rope, bits):
     sample = Sample(normal(1, 2, 512, 128, seed=7), rope=rope)
     keys, values = (METHODS["commvq"].codec(128, bits, tensor).fit(sample) for tensor in ("keys", "values"))
     h = history(keys, values, packed=3001)
@@ -128,7 +128,7 @@ def test_sums_that_are_turned_to_their_positions(rope, bits):
     assert relative(*both(moved, normal(1, 8, 1, 128))) < TOLERANCE
 
 
-def test_codes_of_what_differs_from_a_mean():
+def test_codes_of_differences_from_a_mean():
     sample = Sample(normal(1, 2, 256, 128, seed=7) + 2)
     keys, values = (METHODS["rabitq"].codec(128, 4, tensor, centroid=True).fit(sample) for tensor in ("keys", "values"))
     assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, 128))) < TOLERANCE
@@ -155,13 +155,13 @@ def fisher(dim, bits, tensor, options, rope=True):
 
 
 @pytest.mark.parametrize(("dim", "bits", "options"), STRINGS)
-def test_strings_of_bits_about_means_before_rope(dim, bits, options):
+def test_trellis_codes_about_means_before_rope(dim, bits, options):
     h = history(*(fisher(dim, bits, tensor, options) for tensor in TENSORS), packed=3001)
     moved = History(tuple(replace(s, keys=replace(s.keys, start=s.keys.start + 5000)) for s in h.segments))
     assert relative(*both(moved, normal(1, 8, 1, dim))) < TOLERANCE
 
 
-def test_strings_of_bits_of_keys_without_rope():
+def test_trellis_codes_of_keys_without_rope():
     h = history(*(fisher(128, 2.25, tensor, {}, rope=False) for tensor in TENSORS), packed=3001)
     assert relative(*both(h, normal(1, 8, 5, 128), "causal")) < TOLERANCE
 
@@ -172,14 +172,14 @@ def test_a_long_context_in_many_splits():
     assert relative(in_kernel, in_graph) < TOLERANCE
 
 
-@pytest.mark.parametrize("method", ["turboquant", "qjl"])  # the codec of the other brings queries in and answers out
+@pytest.mark.parametrize("method", ["turboquant", "qjl"])  # the other codec transforms queries and outputs itself
 def test_sequences_of_a_batch_in_one_launch(method):
     codecs = [METHODS[method].codec(128, 4, tensor) for tensor in ("keys", "values")]
     rows = [CompressedKVCache(*codecs, layer=3) for _ in range(4)]
     for i, (row, count) in enumerate(zip(rows, (20, 5000, 300, 4), strict=True)):
         row.update_and_fetch(*[normal(1, 8, count, 128, seed=i + seed, dtype=mx.float16) for seed in (1, 9)])
     batch = CompressedKVCache.merge(rows)
-    for step in range(60):  # blocks leave the windows of three, of one its first
+    for step in range(60):  # three rows pack a block, one of them its first
         new = [normal(4, 8, 1, 128, seed=step + seed, dtype=mx.float16) for seed in (50, 99)]
         together, _ = batch.update_and_fetch(*new)
         alone = [row.update_and_fetch(*[x[i : i + 1] for x in new])[0] for i, row in enumerate(rows)]
@@ -204,15 +204,15 @@ def test_decoding(dim, bits, dtype):
 
 def check_encoding(codec, dtype, monkeypatch, heads=3):
     x = normal(2, 333, heads + 2, codec.head_dim, dtype=dtype)
-    x = x[:, :, 1:-1].swapaxes(1, 2)  # a view with strides of its own
+    x = x[:, :, 1:-1].swapaxes(1, 2)  # a strided view
     in_kernel = codec.encode(x)
     mx.eval(in_kernel.arrays)
-    monkeypatch.setattr(checked, "current_backend", lambda: None)  # decoding has tests of its own
+    monkeypatch.setattr(checked, "current_backend", lambda: None)  # decoding has its own tests
     assert relative(codec.decode(in_kernel), codec.decode(codec.encode(x))) < CODED_APART
 
 
-# A kernel takes seconds to compile: every width, dimension and type, not every combination of them; those run on the
-# host, in other tests.
+# A kernel takes seconds to compile: every width, dimension and type, not every combination; the combinations run on
+# the host, in other tests.
 FORMS = [
     (1, 64, mx.float32),
     (2, 80, mx.bfloat16),
@@ -258,7 +258,7 @@ def test_encoding_by_a_plan(dim, bits, options, monkeypatch):
     ("tensor", "dim", "bits", "options"),
     [*(("keys", *form) for form in STRINGS), *(("values", *form) for form in STRINGS[::3])],
 )
-def test_encoding_strings_of_bits(dim, bits, options, tensor, monkeypatch):
+def test_encoding_trellis_codes(dim, bits, options, tensor, monkeypatch):
     check_encoding(fisher(dim, bits, tensor, options), mx.float16, monkeypatch, heads=2)
 
 
@@ -276,7 +276,7 @@ def test_encoding_by_sums_loses_no_more_than_the_reference(dim, bits, stages):
     ("tensor", "dim", "bits", "options"),
     [*(("keys", *form) for form in STRINGS[::2]), *(("values", *form) for form in STRINGS[1::3])],
 )
-def test_strings_of_bits_that_a_prompt_reads(dim, bits, options, tensor):
+def test_trellis_codes_that_a_prompt_reads(dim, bits, options, tensor):
     codec = fisher(dim, bits, tensor, options)
     code = codec.encode(normal(2, 2, 1333, dim, dtype=mx.float16), 7)
     found = expanded([(codec, code)], mx.float16, slice(None), None)

@@ -22,8 +22,8 @@ from veloxlab.kernels.text import Source
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to check and run Metal text")
 
-# Weights are kept in half precision, off by up to 2⁻¹¹ of each and in either direction. In a sum of independent values
-# such errors add up as the values do: to 2⁻¹¹ of the sum at most, in the root mean square. All else is float32.
+# Weights are kept in half precision, with an error of up to 2⁻¹¹ each, in both directions. In a sum of independent
+# values such errors add up as the values do: to at most 2⁻¹¹ of the sum, in RMS. All else is float32.
 HALF = 2.0**-11
 # packed tokens: around the 16 and 32 of a simdgroup, and over several splits; and sinks, recent ones
 RUNS = ((1, 0, 0), (31, 4, 17), (32, 0, 40), (33, 3, 0), (200, 0, 0), (600, 130, 129))
@@ -47,7 +47,7 @@ class Codes:
         return mx.array(np.concatenate([table[low], table[high]], axis=1) if self.joined else table)
 
     def reader(self, rng, table, shape, dim, scaled, signs):
-        """A reader of random codes, in a slice of heads of a larger array: its rows are not in one piece."""
+        """Return a reader of random codes, in a slice of heads of a larger array: its rows are not contiguous."""
         batch, heads, tokens = shape
         codes = rng.integers(0, 2**self.bits, (batch, heads + 2, tokens, dim // self.width), np.uint32)
         return TableReader(
@@ -61,21 +61,21 @@ class Codes:
 
 
 def roots(rng, shape, count=1):
-    """Roots of scales ``[B, H, S, count]``, some of them 0, in a slice of heads of a larger array."""
+    """Return roots of scales ``[B, H, S, count]``, some of them 0, in a slice of heads of a larger array."""
     batch, heads, tokens = shape
     root = rng.uniform(0.5, 1.5, (batch, heads + 2, tokens, count))
     return mx.array((root * (rng.random(root.shape) < 0.95)).astype(np.float16))[:, 1:-1]
 
 
 def packed(codes, bits):
-    """Codes ``[..., n]``, LSB first and without gaps, in rows of uint32 words."""
+    """Return codes ``[..., n]``, LSB first and without gaps, in rows of uint32 words."""
     string = (codes[..., None] >> np.arange(bits, dtype=np.uint32) & 1).astype(np.uint8).reshape(*codes.shape[:-1], -1)
     string = np.pad(string, [(0, 0)] * (string.ndim - 1) + [(0, -string.shape[-1] % 32)])
     return np.packbits(string, axis=-1, bitorder="little").view(np.uint32)
 
 
 def exact(rng, shape, dims, dtype):
-    """Exact tokens from the middle of longer buffers, or None for none."""
+    """Return exact tokens from the middle of longer buffers, or None for no token."""
     batch, heads, tokens = shape
     if tokens == 0:
         return None
@@ -84,7 +84,7 @@ def exact(rng, shape, dims, dtype):
 
 
 def biases(rng, shape):
-    """A mask: biases, and tokens not to be seen, whole splits of them among others. One is left in each row."""
+    """Return a mask of biases and hidden tokens, also whole splits of them. One token of each row is visible."""
     hidden = rng.random(shape) < 0.2
     hidden[..., : shape[-1] // 2] = True
     hidden[..., -1] = False
@@ -100,7 +100,7 @@ def assert_close(found, expected, tolerance):
 @dataclasses.dataclass(frozen=True)
 class Case:
     keys: Codes
-    values: Codes  # the same object as ``keys``: with the same table, too
+    values: Codes  # the same object as ``keys`` means the same table too
     dim: int
     shared: int  # query heads of a KV head
     length: int = 1
@@ -127,7 +127,7 @@ CASES = [
     Case(Codes(5), Codes(6), 112, 7, masked=True, rotated=True, cap=1.5),
     Case(Codes(8), Codes(7), 192, 8, scaled=False),
     Case(Codes(6), Codes(5), 256, 2, masked=True, dtype=mx.bfloat16),
-    # more rows than one threadgroup takes
+    # more rows than one threadgroup handles
     Case(Codes(7), Codes(8), 64, 7, length=2, masked=True, logits=True, value_dim=128),
     Case(PAIRS, Codes(4, joined=True), 256, 8, rotated=True),  # little threadgroup memory is left for two tables
     Case(VECTORS, VECTORS, 128, 4),
@@ -137,12 +137,12 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention_over_codes_is_as_by_its_definition(case):
+def test_attention_over_codes_agrees_with_its_definition(case):
     assert_attention_is_as_by_its_definition(case)
 
 
-def test_kernels_of_one_name_are_the_same(monkeypatch):
-    """MLX keeps compiled kernels by name, and would run one for the other."""
+def test_kernels_with_one_name_have_one_text(monkeypatch):
+    """MLX caches compiled kernels by name, and would run one for the other."""
     names = []
     monkeypatch.setattr(mx.fast, "metal_kernel", lambda *, name, **_: names.append(name))
     sources = [
@@ -156,7 +156,7 @@ def test_kernels_of_one_name_are_the_same(monkeypatch):
 
 
 class Call(NamedTuple):
-    """What attention is called with."""
+    """Arguments of attention."""
 
     queries: Queries
     tokens: Tokens
@@ -168,14 +168,14 @@ class Call(NamedTuple):
 
 
 def calls(case, runs):
-    """One call for each of ``runs``, numbers of packed tokens, sinks and recent tokens, all with the same tables."""
+    """Yield a call for each of ``runs`` (numbers of packed tokens, sinks and recent tokens), with the same tables."""
     rng = np.random.default_rng(0)
     dims = case.dim, case.value_dim or case.dim
     key_table = case.keys.table(rng, dims[0], case.kv_heads)
     tables = key_table, key_table if case.values is case.keys else case.values.table(rng, dims[1], case.kv_heads)
     rotations = [SignedHadamard(dim, seed) for seed, dim in enumerate(dims)]
     signs = [
-        # the Hadamard matrix has ones in its first row, so that of the rotation shows the signs
+        # the Hadamard matrix has ones in its first row, so the rotation's first row has the signs
         rotation.forward(mx.eye(dim))[:, 0] * dim**0.5 if case.rotated else None
         for rotation, dim in zip(rotations, dims, strict=True)
     ]
@@ -191,7 +191,7 @@ def calls(case, runs):
         q = q.astype(case.dtype)
         grouped = q.astype(mx.float32).reshape(*lead, -1, case.dim)
         q_coded = rotations[0].forward(grouped) if case.rotated else mx.roll(grouped, 1, axis=-1)  # type: ignore[call-arg]
-        if beside := readers[0].dim - case.dim:  # what a key says of its position
+        if beside := readers[0].dim - case.dim:  # a key's part for its position
             more = rng.standard_normal((*q_coded.shape[:3], beside), np.float32)
             q_coded = mx.concatenate([q_coded, mx.array(more)], axis=-1)
         mask = None
@@ -228,7 +228,7 @@ RECENT_END = 180  # of 200
 
 
 @pytest.mark.parametrize("case", [CASES[i] for i in (1, 3, 7, 9)], ids=str)
-def test_sequences_of_a_batch_have_tokens_of_their_own_in_shared_arrays(case):
+def test_sequences_of_a_batch_have_separate_tokens_in_shared_arrays(case):
     (call,) = calls(dataclasses.replace(case, batch=len(PLACES)), [(700, 5, 200)])
     given = dataclasses.replace(call.queries, coded=None) if case.rotated else call.queries
     kernel = attend_kernel(given, call.tokens, HOST)
@@ -245,7 +245,7 @@ def test_sequences_of_a_batch_have_tokens_of_their_own_in_shared_arrays(case):
 
 
 def of_sequence(call, i, at):
-    """Queries and tokens of one sequence, by themselves."""
+    """Return queries and tokens of one sequence alone."""
 
     def packed(reader):
         rows, scales = (

@@ -1,4 +1,4 @@
-"""Charts of keys, values and their errors: what they say, mark, pool and refuse."""
+"""Charts of keys, values and their errors: captions, marks, pooling and refused input."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def spread(zero: int = 0) -> pl.DataFrame:
 
 
 def _with_first(frame: pl.DataFrame, replaced: dict[str, float]) -> pl.DataFrame:
-    """The frame with other values in its first row."""
+    """Return the frame with other values in its first row."""
     first = pl.int_range(pl.len()) == 0
     return frame.with_columns(pl.when(first).then(v).otherwise(k).alias(k) for k, v in replaced.items())
 
@@ -214,7 +214,7 @@ BY_LAYER = ("outliers_by_layer", "dimensions_by_layer")
 
 @functools.cache
 def spec_of(name: str) -> Spec:
-    """The spec of a chart of its frame, made once; nobody changes it."""
+    """Return the spec of a chart of its frame, made once; tests must not change it."""
     draw, frame = FRAMES[name]
     return draw(frame()).to_dict()
 
@@ -225,12 +225,12 @@ def test_a_chart_has_a_heading_units_and_draws_the_caption_it_is_given_later(nam
     said = words(drawn(spec, caption="said later"))
     assert spec["title"]["text"] in said
     assert "said later" in said
-    assert spec["params"][0]["value"] not in ("", None)  # a caption of its own
+    assert spec["params"][0]["value"] not in ("", None)  # a default caption
     assert not re.search(r"NaN|undefined|null", drawn(spec))
 
 
 @pytest.mark.parametrize("name", FRAMES)
-def test_every_column_that_a_chart_needs_is_asked_for(name):
+def test_every_column_that_a_chart_needs_is_checked(name):
     draw, frame = FRAMES[name]
     needed = [column for column in frame().columns if _refused(draw, frame().drop(column))]
     used = set(re.findall(r"datum\.(\w+)|\"field\": \"(\w+)\"", str(spec_of(name)).replace("'", '"')))
@@ -306,11 +306,11 @@ def many_panels() -> alt.VConcatChart:
 def test_at_most_two_thousand_marks_are_drawn(chart):
     drawing = drawn(chart())
     marks = re.findall(r'aria-roledescription="(?:point|circle|(?:rect|rule|area|line|text) mark)"', drawing)
-    marks += re.findall(r"<path (?:d|transform)=", drawing)  # those that a screen reader passes over
+    marks += re.findall(r"<path (?:d|transform)=", drawing)  # marks that a screen reader skips
     assert 0 < len(marks) <= 2_000
 
 
-def test_channels_of_many_panels_are_grouped_and_say_so():
+def test_channels_of_many_panels_are_grouped_and_labelled():
     assert "channels, by 6" in words(drawn(many_panels()))
     assert "channel" in words(drawn(views.channel_ranges(channels(64, spaces=("raw",)))))
 
@@ -325,7 +325,7 @@ def test_channels_of_many_panels_are_grouped_and_say_so():
         (lambda **more: views.errors_along_position(profile(**more)), {"not_finite": 3}),
     ],
 )
-def test_what_is_not_finite_is_crossed_and_counted(chart, count):
+def test_values_that_are_not_finite_have_a_cross_and_are_counted(chart, count):
     said = words(drawn(chart(**count)))
     assert said.count("×") == 1
     assert any(re.search(r"× \d not finite", line) for line in said)
@@ -333,12 +333,12 @@ def test_what_is_not_finite_is_crossed_and_counted(chart, count):
     assert "×" not in words(drawn(chart()))
 
 
-def test_a_density_says_what_lies_beyond_its_ends():
+def test_a_density_states_the_share_outside_its_range():
     assert "Beyond the ends lie 0.07 % of coordinates at most" in views.density_caption(coordinates())
     assert "× 4 not finite" in views.density_caption(coordinates(tensors=("keys",)).with_columns(not_finite=pl.lit(4)))
 
 
-def test_the_largest_channel_is_said():
+def test_the_caption_has_the_largest_channel():
     said = views.channel_map_caption(by_layer())
     assert said == "KV head 1. Largest: layer 2, channel 5, 6.0 times the median channel"
     assert "over the median one: keys as cached 6.0, values as cached 6.0" in views.channel_caption(channels())
@@ -350,7 +350,7 @@ def test_the_largest_channel_is_said():
 
 
 @pytest.mark.parametrize(("bits", "shown"), [(2, "25%"), (3, "13%"), (4, None)])
-def test_levels_are_drawn_and_few_have_their_share_beside_them(bits, shown):
+def test_levels_are_drawn_and_a_few_have_their_share(bits, shown):
     drawing = drawn(views.levels_on_density(levels(bits), method="rvq"))
     assert len(re.findall(r'aria-label="[^"]*level: ', drawing)) == 2 * 2**bits
     percents = [word for word in words(drawing) if word.endswith("%") and word[0].isdigit()]
@@ -366,7 +366,7 @@ def test_a_vector_code_is_a_line():
     assert "keys: no common levels, a line" in views.levels_caption(levels(4, count=40))
 
 
-def test_effective_dimensions_are_said():
+def test_the_caption_has_effective_dimensions():
     flat, first = 8, 1 / (0.25 + 7 * (0.5 / 7) ** 2)
     assert f"keys {first:.1f} with the mean, {flat:.1f} without it" in views.spectrum_caption(shares(8))
     assert "keys 3.0 with the mean, 24.0 without" in views.dimensions_caption(counts())
@@ -378,7 +378,7 @@ def test_the_strongest_pair_is_named():
     assert "Pair 5 (channels 5 and 13) holds 30 %, 90 % of it its mean; the slower half 60 %" in said
 
 
-def test_how_far_angles_are_from_expected_is_said():
+def test_the_caption_has_the_share_of_unexpected_angles():
     said = views.angle_caption(angles().with_columns(expected=pl.lit(0.5) + pl.col("level").cast(pl.Float64) / 4))
     assert said.endswith("by level: keys 12, 0 %; values 12, 0 %")
 
@@ -388,10 +388,10 @@ def test_attention_that_moved_is_weighted_by_queries():
     assert said == "15.0 % of attention moves to other keys; most, 40.0 %, for queries 20 to 23"
 
 
-def test_a_screen_reader_is_told_what_maps_show_and_not_each_cell():
+def test_a_screen_reader_gets_the_content_of_maps_and_not_each_cell():
     drawing = drawn(views.attention_maps(attention()))
     assert "of attention moves to other keys" in drawing
-    assert 'aria-roledescription="rect mark"' not in drawing  # to write these anew takes a third of a redraw
+    assert 'aria-roledescription="rect mark"' not in drawing  # writing these takes a third of a redraw
 
 
 def test_the_three_maps_share_one_scale():
@@ -400,7 +400,7 @@ def test_the_three_maps_share_one_scale():
     assert words(drawing).count("attention weight") == 1  # one legend
 
 
-def test_vectors_without_error_are_said():
+def test_vectors_without_error_are_counted():
     assert views.distribution_caption(spread(zero=3)) == "12 vectors without error are not drawn"
     assert views.distribution_caption(spread()) == "Every vector of the capture is counted"
 

@@ -31,19 +31,19 @@ def packed(cache: list[Any]) -> list[CompressedKVCache]:
 
 
 def test_latents_are_read_packed_and_logits_stay(model):
-    """A prompt in two pieces, single tokens, and drafts of several."""
+    """A prompt in two parts, single tokens, and drafts of several."""
     native = stepwise(model, IDS, own_cache(model), CHUNKS)
     exact = vl.make_cache(model, "none", **SOME_EXACT)
     assert {slot.path for slot in packed(exact)} == {"latents"}
     unit = native.std()
-    assert np.abs(stepwise(model, IDS, exact, CHUNKS) - native).max() < 1e-4 * unit  # float32, in another order
+    assert np.abs(stepwise(model, IDS, exact, CHUNKS) - native).max() < 1e-4 * unit  # float32 sums in another order
     errors = {}
     for bits in (8, 4):
         coded = stepwise(model, IDS, vl.make_cache(model, bits=bits, sinks=0, window=0, chunk="codes"), CHUNKS)
         decoded = as_arrays(vl.make_cache(model, bits=bits, sinks=0, window=0, chunk="codes"))
         assert np.abs(coded - stepwise(model, IDS, decoded, CHUNKS)).max() < 1e-2 * unit  # a step of a later code
         errors[bits] = np.sqrt(np.mean((coded - native) ** 2)) / unit
-    assert errors[8] < 0.06  # as of all families: 0.5 % of a vector
+    assert errors[8] < 0.06  # as for all families: 0.5 % of a vector
     assert errors[4] < 0.6  # a step is 16 times wider
 
 
@@ -54,7 +54,7 @@ def test_each_sequence_of_a_batch_gets_the_tokens_it_gets_alone(model):
     assert together(model, prompts, WANTED, caches[len(prompts) :]) == expected
 
 
-def test_a_file_continues_alike(model, tmp_path):
+def test_a_saved_cache_continues_the_same(model, tmp_path):
     cache = vl.make_cache(model, **SOME_EXACT)
     stepwise(model, IDS[:40], cache, [40])
     save_prompt_cache(str(tmp_path / "latents.safetensors"), cache)
@@ -86,7 +86,7 @@ def test_four_bits_take_less_than_three_tenths_of_the_models_own_bytes():
     assert report.select("key_bits", "value_bits").row(0) == (4 + 16 / 512, 4 + 16 / 64)
 
 
-def test_what_is_measured_of_them_says_what_it_is():
+def test_measurements_of_latents_are_labelled():
     model = tiny("deepseek_v3")
     seen = vl.capture(model, Letters(), tokens=64)
     assert [(s.queries, s.rope, s.keys.shape[1:], s.values.shape[-1]) for s in seen.layers] == [

@@ -1,4 +1,4 @@
-"""No chart hands a log scale what has no logarithm: what is no number is left out and counted, zero is at the floor."""
+"""No chart puts a value without a logarithm on a log scale: NaN is left out and counted, zero is at the floor."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ STRIP = pl.DataFrame(
 )
 PLANE = pl.DataFrame({"key_bits": [2, 2, 3, 3], "value_bits": [2, 3, 2, 3], "kl": [0.9, 0.5, 0.3, 0.1]})
 Draw = Callable[[pl.DataFrame], alt.TopLevelMixin]
-# what draws a frame, what says its caption, the frame, and the column that a log scale shows
+# chart, caption function, frame, and the column on a log scale
 CHARTS: dict[str, tuple[Draw, Callable[[pl.DataFrame], str], pl.DataFrame, str]] = {
     **{
         f"error_map {m}": (
@@ -82,7 +82,7 @@ EACH = pytest.mark.parametrize("name", CHARTS)
 
 
 def replaced(frame: pl.DataFrame, column: str, *values: float | None) -> pl.DataFrame:
-    """The frame with other values in its last rows but one."""
+    """Return the frame with other values in its last rows but one."""
     first = frame.height - 1 - len(values)
     column_type = pl.Float64 if any(isinstance(value, float) for value in values) else frame.schema[column]
     new = pl.Series(column, values, column_type, strict=False)
@@ -92,14 +92,14 @@ def replaced(frame: pl.DataFrame, column: str, *values: float | None) -> pl.Data
 
 @cache
 def spoilt(name: str) -> dict:
-    """The spec of a chart of which several rows hold, each in its place, what has no logarithm."""
+    """Return the spec of a chart whose rows have values without a logarithm, each in one place."""
     draw, _, frame, column = CHARTS[name]
     rows = pl.concat([frame] * math.ceil(12 / frame.height))
     return draw(replaced(rows, column, *NOT_FINITE, 0.0, -1.0)).to_dict()
 
 
 def scales(node: object) -> Iterator[str]:
-    """The fields that a spec puts on log scales."""
+    """Yield the fields that a spec puts on log scales."""
     if isinstance(node, list):
         for child in node:
             yield from scales(child)
@@ -112,7 +112,7 @@ def scales(node: object) -> Iterator[str]:
 
 
 @EACH
-def test_every_log_scale_shows_what_the_shared_function_gives(name):
+def test_every_log_scale_uses_the_shared_function(name):
     fields = set(scales(spoilt(name)))
     assert fields
     made = set(re.findall(r'"as": "(\w+_drawn)"', json.dumps(spoilt(name))))
@@ -120,7 +120,7 @@ def test_every_log_scale_shows_what_the_shared_function_gives(name):
 
 
 @EACH
-def test_what_has_no_logarithm_is_not_drawn_or_is_at_the_floor_and_the_chart_says_so(name):
+def test_values_without_a_logarithm_are_left_out_or_at_the_floor_and_counted(name):
     said = picture.svg(spoilt(name))
     assert not re.search(r"NaN|Infinity|undefined", said)
     assert any(re.search(COUNTED, line) for line in words(said))
@@ -128,18 +128,18 @@ def test_what_has_no_logarithm_is_not_drawn_or_is_at_the_floor_and_the_chart_say
 
 @EACH
 @pytest.mark.parametrize("value", [*NOT_FINITE, 0.0, -1.0, "good"])
-def test_a_caption_counts_what_is_no_number_and_of_good_numbers_none(name, value):
+def test_a_caption_counts_nan_and_no_finite_number(name, value):
     _, caption, frame, column = CHARTS[name]
     said = caption(frame if value == "good" else replaced(frame, column, value))
     assert "nan" not in said
     if value == "good":
         assert not re.search(COUNTED, said)
-    elif value in NOT_FINITE and not (name == "strip" and value is None):  # nothing was predicted there
+    elif value in NOT_FINITE and not (name == "strip" and value is None):  # no prediction there
         assert re.search(COUNTED, said)
 
 
 @pytest.mark.parametrize("name", ["error_map rel_mse", "frontier", "budget"])
-def test_zero_is_drawn_where_the_floor_is(name):
+def test_zero_is_drawn_at_the_floor(name):
     draw, _, frame, column = CHARTS[name]
 
     def marks(value: float | None) -> int:
@@ -150,7 +150,7 @@ def test_zero_is_drawn_where_the_floor_is(name):
     assert marks(0.0) == marks(0.1) > marks(None)
 
 
-def test_a_row_of_nulls_is_no_hindrance_to_a_frontier():
+def test_a_frontier_accepts_a_row_of_nulls():
     nulls = dict.fromkeys(fidelity_frame().columns)
     frame = pl.concat([fidelity_frame(), pl.DataFrame([nulls], schema=fidelity_frame().schema)])
     said = words(drawn(views.frontier(frame)))
@@ -160,13 +160,13 @@ def test_a_row_of_nulls_is_no_hindrance_to_a_frontier():
     assert "Not drawn" not in views.fidelity_caption(costless, "held_bytes")
 
 
-def test_a_cosine_that_is_missing_is_no_error_of_one():
+def test_a_missing_cosine_is_not_an_error_of_one():
     said = drawn(views.error_map(replaced(error_frame(), "cosine", None), metric="cosine"))
     assert any("× 1 not finite" in line for line in words(said))
     assert not re.search(r"cosine: 1[;\"]", said)
 
 
-def test_what_is_left_out_is_counted_in_words():
+def test_rows_that_are_left_out_are_counted_in_words():
     values = pl.Series([1.0, None, math.nan, math.inf, 0.0, -1.0])
     assert not_drawn(values) == ["3 not drawn: not finite"]
     assert not_drawn(values, zero=True) == ["5 not drawn: not above zero, or not finite"]

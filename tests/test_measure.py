@@ -1,4 +1,4 @@
-"""Measurements measure: identities that a formula could not fake, and the figures that the README states."""
+"""Measurements: identities that a wrong formula would break, and the figures in the README."""
 
 from typing import Any
 
@@ -48,8 +48,8 @@ def test_layer_errors_of_the_exact_codec_are_zero(capture):
     assert errors["output_error"].max() == 0
 
 
-def test_layer_errors_are_what_a_plain_computation_gives(capture):
-    """One layer and head, again in numpy."""
+def test_layer_errors_agree_with_a_plain_computation(capture):
+    """One layer and head, again in NumPy."""
     errors = vl.measure.layer_errors(capture, bits=3)
     layer, head = capture.layers[11], 1
     k, v, q = (np.array(x[0], np.float64) for x in (layer.keys, layer.values, layer.queries))
@@ -100,12 +100,12 @@ def test_memory_growth_is_read_from_real_caches(capture):
         ours = growth.filter(cache="turboquant K4 V4", layer=5, tensor=side).sort("tokens")
         assert ours["tokens"].to_list() == [256, 512, 768, 1024]
         true = np.array([256, 512, 768, 1024]) * 3 * 64 * 4.25 / 8
-        assert np.allclose(ours["bytes"], true, rtol=0.05)  # growth slack of short appends
+        assert np.allclose(ours["bytes"], true, rtol=0.05)  # free space after short appends
         fp16 = growth.filter(cache="fp16", layer=5, tensor=side).sort("tokens")
         assert fp16["bytes"].to_list() == [n * 3 * 64 * 2 for n in (256, 512, 768, 1024)]
 
 
-def test_a_prediction_goes_on_along_the_last_measured_line_and_says_so(capture):
+def test_a_prediction_continues_the_last_measured_line_and_is_labelled(capture):
     growth = vl.measure.memory_growth(capture, bits=4, sinks=4, window=64, upto=1024, points=4)
     ahead = vl.measure.predicted_growth(growth, 4096)
     real = vl.measure.memory_growth(capture, bits=4, sinks=4, window=64, upto=4096, points=1)
@@ -114,7 +114,7 @@ def test_a_prediction_goes_on_along_the_last_measured_line_and_says_so(capture):
     assert len(predicted) == len(real)
     keys = ["cache", "layer", "tensor"]
     both = predicted.join(real, on=keys, suffix="_real")
-    # mlx-lm's cache grows by 256 tokens, and one appended 200 at a time has one step to spare: 4 % of these lengths
+    # mlx-lm's cache grows by 256 tokens, and with 200 at a time one step can be unused: 4 % of these lengths
     assert np.allclose(both["bytes"], both["bytes_real"], rtol=0.05)
     assert vl.measure.predicted_growth(growth, 1024).equals(growth)
 
@@ -125,7 +125,7 @@ def test_code_bits_are_the_codecs_true_bits(capture):
         bits.group_by("layer", "tensor").agg(pl.col("bits_per_value").sum())["bits_per_value"].unique().item() == 3.25
     )
     assert bits.filter(part="codes")["bits_per_value"].unique().to_list() == [3.0]
-    exact = vl.measure.code_bits(capture, "none", bits=32)  # whose numbers are floating point, and no scales
+    exact = vl.measure.code_bits(capture, "none", bits=32)  # its numbers are floating point, without scales
     assert exact.group_by("part").agg(pl.col("bits_per_value").mean()).sort("part").rows() == [
         ("codes", 32.0),
         ("scales", 0.0),
@@ -155,7 +155,7 @@ def test_fidelity_at_four_bits_meets_the_bar_and_beats_mlx_lms_cache(smollm2):
     assert theirs.select("name", "chunk", "key_bits").row(0) == ("mlx-lm 4", None, 5.0)
 
 
-def test_a_divergence_is_never_below_zero_and_stays_nan_where_a_prediction_is():
+def test_a_divergence_is_never_below_zero_and_is_nan_for_a_nan_prediction():
     exact = log_probabilities(mx.random.normal((64, 500), key=mx.random.key(1)))
     assert (mx.exp(exact) * (exact - exact.astype(mx.float16).astype(mx.float32))).sum(-1).min() < 0
     nearby = divergence(exact, exact.astype(mx.float16).astype(mx.float32))
@@ -163,7 +163,7 @@ def test_a_divergence_is_never_below_zero_and_stays_nan_where_a_prediction_is():
     assert mx.isnan(divergence(exact, exact * mx.nan)).all()
 
 
-def test_the_summary_of_predictions_that_are_not_numbers_says_so(smollm2):
+def test_the_summary_of_nan_predictions_is_nan(smollm2):
     class Poisoned(KVCache):
         def update_and_fetch(self, keys, values):
             keys, values = super().update_and_fetch(keys, values)
@@ -181,7 +181,7 @@ def test_one_reference_serves_many_caches(smollm2):
 
 
 def test_decoding_token_by_token_is_as_good_as_one_shot(smollm2):
-    """The two read codes of the same tokens; a drift between them would be a defect of the decode path.
+    """Both read codes of the same tokens; a drift between them would be a defect of the decode path.
 
     They are not equal to the last bit: a rounding error in one layer moves a code by one level in a later one.
     """
@@ -195,8 +195,8 @@ def test_decoding_token_by_token_is_as_good_as_one_shot(smollm2):
     assert one_shot["position"].to_list() == decoded["position"].to_list()
 
 
-def test_progress_is_told_and_can_stop_the_work(smollm2, capture):
-    class Stopped(Exception):  # noqa: N818 - it is no error
+def test_progress_is_reported_and_can_stop_the_work(smollm2, capture):
+    class Stopped(Exception):  # noqa: N818 - it is not an error
         pass
 
     def stop_at_ten(done, total, label):
@@ -242,7 +242,7 @@ def test_bad_settings_are_refused_before_the_model_runs(smollm2):
         (lambda m, t: vl.fidelity(m, t, make_prompt_cache, bits=3), "takes no settings, but 'bits' was given"),
     ],
 )
-def test_bad_input_gets_a_sentence(smollm2, call, sentence):
+def test_bad_input_is_refused_in_a_sentence(smollm2, call, sentence):
     with pytest.raises(InputError, match=sentence):
         call(*smollm2)
 
@@ -250,8 +250,8 @@ def test_bad_input_gets_a_sentence(smollm2, call, sentence):
 @pytest.mark.parametrize("width", [1, 2])
 def test_predictions_that_do_not_fit_are_refused_before_they_are_made(monkeypatch, tmp_path, width):
     model, ids = tiny("llama"), [1, 2, 3] * 20
-    needed = 4 * (96 * 60 * width + 4 * 60**2)  # bytes: predictions, and the scores of a layer's four heads
-    room = mx.get_active_memory() + 2 * needed  # more than fits exactly, for what other threads take meanwhile
+    needed = 4 * (96 * 60 * width + 4 * 60**2)  # bytes: predictions, and the logits of a layer's four heads
+    room = mx.get_active_memory() + 2 * needed  # more than the exact size, because other threads allocate too
     monkeypatch.setattr("veloxlab.runtime.device", lambda: Device("cpu", "it", room, 1))
     assert predicted_bytes(model, [60] * width) == needed
     assert len(Reference.of(model, [ids] * width).log_probs) == width
@@ -262,8 +262,8 @@ def test_predictions_that_do_not_fit_are_refused_before_they_are_made(monkeypatc
         vl.allocate.sensitivities(model, Letters(), TEXT, sequences=1, tokens=40, folder=tmp_path)
 
 
-def test_memory_of_predictions_is_no_more_than_is_taken(smollm2):
-    """It is a bound from below: what it refuses could not have been run."""
+def test_predicted_memory_is_not_above_the_real_one(smollm2):
+    """It is a lower bound: refused work could not have run."""
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -273,14 +273,14 @@ def test_memory_of_predictions_is_no_more_than_is_taken(smollm2):
     assert 0.7 < predicted_bytes(exact.model, [128, 128]) / taken < 1
 
 
-def test_a_last_stretch_that_is_short_is_said():
+def test_a_short_last_window_is_reported():
     model = tiny("llama")
     with pytest.warns(UserWarning, match="The text ends early: the last of 2 windows has 20 tokens, and not 60"):
         exact = vl.measure.reference(model, Letters(), text="abcd" * 20, tokens=60, windows=2)
     assert list(map(len, exact.stretches)) == [60, 20]
 
 
-def test_the_report_of_a_short_text_says_why_it_is_no_smaller():
+def test_the_report_of_a_short_text_states_why_it_is_not_smaller():
     model = tiny("llama")
     cache = vl.make_cache(model)
     for count, words in ((3, "no token is in codes yet"), (197, "attention reads the codes")):

@@ -1,4 +1,4 @@
-"""The chart of a memory plan says what fits, in words and in bars."""
+"""The chart of a memory plan shows in words and bars what fits."""
 
 import re
 
@@ -23,7 +23,7 @@ def words(chart) -> list[str]:
     return re.findall(r"<(?:text|tspan)\b[^>]*>([^<]+)<", picture.svg(chart.to_dict()))
 
 
-def test_totals_the_limit_and_the_largest_contexts_are_written_down():
+def test_totals_the_limit_and_the_largest_contexts_are_labelled():
     planned, largest = frames()
     said = words(memory_plan(planned, largest))
     assert {"4.44 GB, fits", "17.2 GB, does not fit", "9.13 GB, does not fit", "8 GB of memory"} <= {*said}
@@ -32,13 +32,13 @@ def test_totals_the_limit_and_the_largest_contexts_are_written_down():
     assert f"{held / 1e9:.3g}" == "4.44"
 
 
-def test_the_caption_is_of_the_cache_that_was_asked_for():
+def test_the_caption_is_of_the_requested_cache():
     said = "2 sequences of 131,072 tokens as turboquant K4 V4: 8.88 GB of 8 GB. At most 118,016 fit, in 16 bits 30,464."
     assert views.plan_caption(*frames(batch=2)) == said
     assert "caption of mine" in words(memory_plan(*frames(), caption="caption of mine"))
 
 
-def test_a_legend_names_the_parts_that_are_there():
+def test_a_legend_has_only_existing_parts():
     said = words(memory_plan(*frames()))
     assert "exact window" in said
     assert "states" not in said
@@ -46,7 +46,7 @@ def test_a_legend_names_the_parts_that_are_there():
 
 
 def test_bars_of_a_part_are_as_long_as_its_bytes():
-    """The widths of a cache's bars add up to its total, in the scale of the longest."""
+    """The widths of a cache's bars add up to its total, on the scale of the longest."""
     planned, largest = frames()
     drawing = picture.svg(memory_plan(planned, largest).to_dict())
     widths = {}
@@ -63,7 +63,7 @@ def test_bars_of_a_part_are_as_long_as_its_bytes():
         assert width == pytest.approx(scale * sizes[key], abs=0.01)  # pixels, which SVG rounds
 
 
-def test_sizes_are_said_in_three_digits():
+def test_sizes_have_three_digits():
     assert [amount(n) for n in (999, 1_000, 1_234_567, 2e12)] == ["999 B", "1 kB", "1.23 MB", "2 TB"]
 
 

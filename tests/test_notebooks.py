@@ -1,4 +1,4 @@
-"""The shipped notebooks are saved executed, whole and small; and the tool that saves them does so."""
+"""The shipped notebooks are saved executed, complete and small, and so are those that the tool saves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGEST_BYTES = 2**20
 
 
 def faults(notebook: nbformat.NotebookNode) -> list[str]:
-    """List what is wrong with a saved notebook; nbval passes a cell that was never run, whatever it prints."""
+    """Return the faults of a saved notebook; nbval accepts any output of a cell without a saved output."""
     found = ["it stores widget state"] if "widgets" in notebook.metadata else []
     for number, cell in enumerate(cell for cell in notebook.cells if cell.cell_type == "code"):
         if cell.execution_count is None:
@@ -30,7 +30,7 @@ def faults(notebook: nbformat.NotebookNode) -> list[str]:
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    """A folder of notebooks for the tool to work on."""
+    """Return a folder of notebooks for the tool."""
     monkeypatch.setattr(execute_notebooks, "NOTEBOOKS", tmp_path)
     return tmp_path
 
@@ -94,7 +94,7 @@ def test_tool_saves_an_executed_notebook(folder, capsys):
     assert [entry.name for entry in folder.iterdir()] == ["sums.ipynb"]
 
 
-def test_tool_leaves_a_failing_notebook_as_it_was(folder, capsys):
+def test_tool_does_not_change_a_failing_notebook(folder, capsys):
     path = folder / "wrong.ipynb"
     write(path, "1 / 0")
     before = path.read_bytes()
@@ -108,7 +108,7 @@ def test_tool_names_a_missing_notebook(folder, capsys):
     assert "gone.ipynb: " in capsys.readouterr().err
 
 
-def test_dead_widgets_are_taken_out_where_something_else_is_shown():
+def test_dead_widgets_are_removed_if_there_is_another_output():
     cell = new_code_cell("chart", outputs=[widget_output("text/plain", "image/svg+xml"), widget_output()])
     cell.metadata["execution"] = {"iopub.status.busy": "2025-01-01T00:00:00Z"}
     notebook = cleaned(new_notebook(cells=[cell], metadata={"widgets": {"state": {}}}))

@@ -1,4 +1,4 @@
-"""``VELOXLAB_OFFLINE=1`` forbids every socket but loopback, and tells the libraries below."""
+"""``VELOXLAB_OFFLINE=1`` forbids every socket but loopback, and sets the switches of libraries."""
 
 import os
 import socket
@@ -61,7 +61,7 @@ def test_addresses_of_this_machine_are_allowed(host):
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "", "0.0.0.0", "::", "localhost.example.org"])
-def test_all_others_are_not(host):
+def test_all_other_addresses_are_refused(host):
     for event, given in (("socket.connect", (None, (host, 80))), ("socket.getaddrinfo", (host, 80))):
         with pytest.raises(OfflineError, match="allows connections to this machine alone"):
             _refuse(event, given)

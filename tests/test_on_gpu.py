@@ -1,4 +1,4 @@
-"""The script for a GPU: what passes, fails and is skipped is counted, in whatever process it ran."""
+"""The script for a GPU counts passed, failed and skipped tests, in any process."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_a_process_that_dies_is_a_failure_of_its_tests(suite):
     assert found["failed"] == ["ERROR 6 tests of this process gave no outcome (exit code 1)"]
 
 
-def test_every_comparison_is_counted_once_and_a_failure_is_told(suite, tmp_path, monkeypatch, capsys):
+def test_every_comparison_is_counted_once_and_a_failure_is_reported(suite, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(on_gpu, "SUITE", suite)
     monkeypatch.setattr(on_gpu.os, "cpu_count", lambda: 6)  # type: ignore[attr-defined]  # two processes
     monkeypatch.setenv(on_gpu.COMMIT, "abc")

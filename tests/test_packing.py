@@ -1,4 +1,4 @@
-"""Packing is tight and loses nothing, at any width, count and grouping."""
+"""Packing is tight and lossless, for any width, count and grouping."""
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +11,7 @@ from veloxlab.kernels.vectors import words_per_row
 
 
 def bits_of(row: np.ndarray, bits: int) -> str:
-    """The bit string that the packing promises: code after code, low bits first."""
+    """Return the bit string that packing must make: code after code, low bits first."""
     return "".join(f"{code:0{bits}b}"[::-1] for code in row)
 
 

@@ -1,4 +1,4 @@
-"""Other projects' caches: rows are those of the same cache in this process, and what a cache serves exact is seen."""
+"""Other projects' caches: rows equal those of the same cache in this process; exact tokens in a call are found."""
 
 import shutil
 import sys
@@ -30,7 +30,7 @@ def quantized(model, bits=4):
 
 @pytest.fixture
 def toys(monkeypatch, tmp_path):
-    """A peer's environment is this process, and its cache what is set here."""
+    """Use this process as a peer's environment, and the caches set here as its caches."""
     monkeypatch.setattr(peers, "PEERS", TOY)
     monkeypatch.setattr(peers, "environment", lambda _: tmp_path / "bin" / "python")
     monkeypatch.setattr(peers, "_run", lambda command, _: in_peer.main(Path(command[-1])))
@@ -57,7 +57,7 @@ def test_a_row_is_that_of_the_same_cache_in_this_process(toys, model):
     assert "| toy 4 bit |" in tables.peers_table(frame)
 
 
-def test_a_cache_that_serves_exact_tokens_within_a_call_is_read_token_by_token(toys, model):
+def test_a_cache_with_exact_tokens_within_a_call_is_read_token_by_token(toys, model):
     toys(lambda model, bits: vl.make_cache(model, "turboquant", bits=bits, sinks=0, window=0, chunk="exact"))
     frame, _ = compare_peers(model, Letters(), **WINDOWS)
     assert frame["mode"].item() == "decode"
@@ -74,7 +74,7 @@ def test_a_cache_that_cannot_be_made_is_left_out_with_its_reason(toys, model):
     assert left_out == {"toy 4 bit": "ValueError: no codebook of 4 bits"}
 
 
-def test_another_model_than_ours_is_noticed(toys, model, monkeypatch):
+def test_a_model_that_differs_from_ours_is_detected(toys, model, monkeypatch):
     toys(quantized)
     monkeypatch.setattr(peers, "save_model", lambda _, folder: SAVE(tiny("llama", seed=1), folder))
     _, left_out = compare_peers(model, Letters(), **WINDOWS)
@@ -100,7 +100,7 @@ def test_each_peer_has_its_cache(peer):
     assert peer.package in in_peer.CACHES
 
 
-def test_an_environment_that_cannot_be_made_says_what_to_do(monkeypatch, tmp_path):
+def test_the_message_on_a_failed_environment_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(peers, "kept_in", lambda _: tmp_path)
     monkeypatch.setenv(offline.SWITCH, "1")
     with pytest.raises(vl.InputError, match="is not installed: unset it once"):
@@ -110,7 +110,7 @@ def test_an_environment_that_cannot_be_made_says_what_to_do(monkeypatch, tmp_pat
         environment(PEERS[0])
 
 
-def test_a_command_that_fails_says_why():
+def test_the_message_on_a_failed_command_has_the_reason():
     with pytest.raises(vl.InputError, match="failed: it is not so"):
         peers._run([sys.executable, "-c", "import sys; sys.exit('it is not so')"])
 
@@ -119,7 +119,7 @@ def rows(*named):
     return pl.DataFrame(named, schema=["name", "held_bits", "held_bytes", "kl_mean"], orient="row")
 
 
-def test_beside_each_peer_is_what_loses_least_in_no_more_bytes():
+def test_each_peer_is_paired_with_our_least_loss_in_no_more_bytes():
     theirs = rows(("peer 4 bit", 4, 400, 0.2), ("peer 2 bit", 2, 200, 0.5), ("peer 1 bit", 1, 99, 2.0))
     ours = rows(("a 2 bit", 2, 200, 0.4), ("b 2 bit", 2, 201, 0.1), ("c 1 bit", 1, 100, 0.8))
     found = peers.beside(theirs, ours)

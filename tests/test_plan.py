@@ -1,4 +1,4 @@
-"""A plan is a readable file that attaches as it says, to the model it was made for and no other."""
+"""A plan is a readable file that makes the planned cache, for its model and no other."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def test_a_plan_survives_its_file(model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_a_cache_is_what_its_plan_says(model):
+def test_a_cache_follows_its_plan(model):
     plan = vl.Plan.uniform(model, bits=3, sinks=1, window=5, chunk="codes").with_layer(1, key_bits=8, value_bits=2)
     first, second = vl.make_cache(model, plan)
     assert (first.key_codec.bits, first.value_codec.bits) == (3, 3)
@@ -36,7 +36,7 @@ def test_a_cache_is_what_its_plan_says(model):
     assert plan.frame["key_bits"].to_list() == [3, 8]
 
 
-def test_a_uniform_plan_attaches_as_the_method_does(model):
+def test_a_uniform_plan_makes_the_method_s_cache(model):
     ids = mx.arange(40)[None]
     by_plan = model(ids, cache=vl.make_cache(model, vl.Plan.uniform(model, bits=2)))
     by_name = model(ids, cache=vl.make_cache(model, "turboquant", bits=2))
@@ -56,7 +56,7 @@ def test_fidelity_measures_a_plan_as_it_measures_the_method(smollm2):
     assert row.equals(vl.fidelity(*smollm2, bits=6, sinks=0, window=0, tokens=32))
 
 
-def test_bits_beside_a_plan_are_refused_and_exact_tokens_may_be_changed(model):
+def test_bits_beside_a_plan_are_refused_and_exact_tokens_can_be_changed(model):
     plan = vl.Plan.uniform(model)
     for name, value in (("bits", 3), ("key_bits", 3), ("rotation", "haar")):
         with pytest.raises(InputError, match=f"{name} was given together with a plan"):
@@ -64,7 +64,7 @@ def test_bits_beside_a_plan_are_refused_and_exact_tokens_may_be_changed(model):
     assert vl.make_cache(model, plan, sinks=0, window=9)[0].window == 9
 
 
-def test_a_plan_of_before_there_were_allocations_is_read(model, tmp_path):
+def test_a_plan_of_a_version_before_allocations_is_read(model, tmp_path):
     plan = vl.Plan.uniform(model, "ratequant", bits=3).with_layer(0, options={"head_bits": {"keys": [4, 2]}})
     content = json.loads(plan.save(tmp_path / "plan.json").read_text())
     for name in ("model", "allocation", "calibrations", "sha256"):
@@ -77,7 +77,7 @@ def test_a_plan_of_before_there_were_allocations_is_read(model, tmp_path):
     assert [loaded.widths(0, side) for side in ("keys", "values")] == [(4, 2), (3,)]
 
 
-def test_options_of_one_side_are_not_the_others(model):
+def test_options_of_one_tensor_do_not_apply_to_the_other(model):
     plan = vl.Plan.uniform(model, "none", bits=32).with_layer(
         0, key_method="ratequant", key_bits=3, key_options={"head_bits": [4, 3]}
     )
@@ -100,7 +100,7 @@ def test_options_of_one_side_are_not_the_others(model):
         ('{"format": "veloxlab plan 1"}', "cannot be read .it has no 'layers'"),
     ],
 )
-def test_a_file_that_is_no_plan_is_refused(tmp_path, content, sentence):
+def test_a_file_without_a_plan_is_refused(tmp_path, content, sentence):
     path = tmp_path / "plan.json"
     if content is not None:
         path.write_text(content)
@@ -137,12 +137,12 @@ ZERO_BITS = {
 
 @pytest.mark.parametrize("side", ["bits", "key_bits", "value_bits"])
 @pytest.mark.parametrize("call", ZERO_BITS.values(), ids=ZERO_BITS)
-def test_no_bits_are_no_default(model, call, side):
+def test_zero_bits_do_not_mean_the_default(model, call, side):
     with pytest.raises(InputError, match=f"{'Values' if side == 'value_bits' else 'Keys'} at bits=0 are out of range"):
         call(model, **{side: 0})
 
 
-def test_outlier_channels_of_no_bits_are_refused():
+def test_outlier_channels_of_zero_bits_are_refused():
     with pytest.raises(InputError, match="bits=0 cannot be used"):
         find_method("turboquant").codec(64, 3, "keys", outliers=8, outlier_bits=0)
 

@@ -1,4 +1,4 @@
-"""What is planned is what real caches hold, to the byte, and what fits fits."""
+"""Planned bytes are those of real caches, to the byte, and a context that fits by plan really fits."""
 
 import json
 from dataclasses import replace
@@ -36,7 +36,7 @@ def model():
 
 
 def read(model, cache, tokens=TOKENS, decoded=DECODED, batch=1):
-    """Feed a model as mlx-lm's generator does: a prompt in chunks but for its last token, then token by token."""
+    """Feed a model as mlx-lm's generator does: a prompt in chunks except for its last token, then token by token."""
     ids = mx.arange(batch * tokens).reshape(batch, tokens) * 7 % 90
     start = 0
     for count in calls(tokens, decoded):
@@ -47,7 +47,7 @@ def read(model, cache, tokens=TOKENS, decoded=DECODED, batch=1):
 
 
 def parts_of(cache) -> dict[str, int]:
-    """Bytes of the live buffers of a prompt cache by part, as the plan names them."""
+    """Return bytes of the live buffers of a prompt cache by part, with the plan's names."""
     sizes = dict.fromkeys(PARTS, 0)
     for layer in slots_of(cache):
         if not isinstance(layer, CompressedKVCache):
@@ -76,7 +76,7 @@ def planned_parts(frame: pl.DataFrame) -> dict[str, int]:
     max_size=st.one_of(st.none(), st.integers(7, 160)),
     chunk=st.integers(1, 90),
 )
-def test_room_is_that_of_a_real_caches_buffers(tokens, decoded, sinks, window, max_size, chunk):
+def test_the_predicted_room_is_that_of_real_buffers(tokens, decoded, sinks, window, max_size, chunk):
     decoded = min(decoded, tokens)
     cache = CompressedKVCache(Exact(4), Exact(4), sinks=sinks, window=window, max_size=max_size)
     for count in calls(tokens, decoded, chunk):
@@ -96,7 +96,7 @@ def test_room_is_that_of_a_real_caches_buffers(tokens, decoded, sinks, window, m
     max_size=st.one_of(st.none(), st.integers(2, 300)),
     chunk=st.integers(2, 400),
 )
-def test_room_of_mlx_lms_own_caches_is_that_of_real_ones(tokens, decoded, max_size, chunk):
+def test_the_predicted_room_of_mlx_lms_caches_is_the_real_one(tokens, decoded, max_size, chunk):
     decoded = min(decoded, tokens)
     sliding = [RotatingKVCache(max_size), ChunkedKVCache(max_size - 1)] if max_size else []
     for cache in sliding or [KVCache(), QuantizedKVCache(group_size=32, bits=4)]:
@@ -113,7 +113,7 @@ def test_room_of_mlx_lms_own_caches_is_that_of_real_ones(tokens, decoded, max_si
     layer=st.integers(0, 40),
     counts=st.lists(st.one_of(st.just(1), st.integers(1, 200)), min_size=1, max_size=80),
 )
-def test_which_tokens_are_packed_does_not_depend_on_how_they_come(window, layer, counts):
+def test_which_tokens_are_packed_does_not_depend_on_the_chunks(window, layer, counts):
     windows = Windows.of(4, window, None, layer)
     at_once, in_turn = Runs(windows), Runs(windows)
     for runs, some in ((at_once, [sum(counts)]), (in_turn, counts)):
@@ -135,7 +135,7 @@ def test_no_step_encodes_blocks_of_two_layers():
 
 @pytest.mark.parametrize("decoded", [0, DECODED])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_what_is_planned_is_what_mlx_lms_generator_leaves(family, decoded):
+def test_planned_bytes_are_those_after_mlx_lms_generator(family, decoded):
     model = tiny(family)
     prompt = mx.arange(TOKENS - decoded) * 7 % 90
     ours, own = vl.make_cache(model, bits=3, **SOME_EXACT), make_prompt_cache(model)
@@ -162,11 +162,11 @@ def test_every_methods_plan_is_its_caches_bytes(model, method, decoded, calibrat
     fitted = planned_parts(vl.measure.plan_memory(model, method, calibration=calibration, **asked))
     assert fitted == parts_of(cache)
     before = planned_parts(vl.measure.plan_memory(model, method, **asked))
-    if method == "spectralquant":  # the levels of widths that differ: at most those of 1 to 8 bits, and 8 more words
+    if method == "spectralquant":  # levels of different widths: at most those of 1 to 8 bits, and 8 more words
         slack = before.pop("tables") - fitted.pop("tables")
         codecs = 2 * len(cache)
         assert -codecs * 4 * 511 <= slack <= 0
-    if method == "fisherquant":  # a layer with more bits than another holds up to a block of packed tokens more or less
+    if method == "fisherquant":  # a layer with more bits holds up to a block of packed tokens more or less
         assert before.pop("codes") == pytest.approx(fitted.pop("codes"), rel=0.01)
     assert before == fitted
 
@@ -205,7 +205,7 @@ def test_mlx_lms_quantized_caches_are_planned(model, bits):
     assert frame.filter(pl.col("cache") == f"mlx-lm {bits} bit")["bytes"].sum() == sum(c.nbytes for c in cache)
 
 
-def test_there_is_no_quantized_cache_beside_a_model_that_mlx_lm_cannot_quantize():
+def test_a_model_that_mlx_lm_cannot_quantize_has_no_quantized_layout():
     for family in ("gemma3_text", "deepseek_v3"):
         assert vl.measure.plan_memory(tiny(family))["cache"].unique().sort().to_list() == ["fp16", "turboquant K4 V4"]
 
@@ -224,10 +224,10 @@ def test_head_bits_and_options_are_planned(model):
         assert planned_parts(frame) == parts_of(cache)
 
 
-# what is known of a model
+# shapes of models
 
 
-def test_a_configuration_on_disk_says_what_its_model_says(tmp_path, model):
+def test_a_configuration_on_disk_has_the_shape_of_its_model(tmp_path, model):
     (tmp_path / "tiny").mkdir()
     file = tmp_path / "tiny" / "config.json"
     file.write_text(json.dumps(LLAMA))
@@ -248,7 +248,7 @@ def test_a_configuration_on_disk_says_what_its_model_says(tmp_path, model):
     assert sum(cache.values_per_token for cache in typed.caches) == 2 * 2 * 128
 
 
-def test_a_typed_shape_slides_where_it_is_said_to():
+def test_a_typed_shape_has_the_given_sliding_layers():
     config = config_of("gemma3_text")
     typed = vl.models.ModelShape.typed(
         layers=3, kv_heads=2, head_dim=64, sliding_window=config["sliding_window"], full_every=3
@@ -256,16 +256,16 @@ def test_a_typed_shape_slides_where_it_is_said_to():
     assert vl.measure.plan_memory(typed, context=5000).equals(vl.measure.plan_memory(config, context=5000))
 
 
-def test_a_large_models_weights_are_never_made():
+def test_a_large_models_weights_are_never_computed():
     before = mx.get_active_memory()
     config = LLAMA | {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672}
     mx.reset_peak_memory()
     shape = shape_of(config | {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128})
     assert sum(cache.values_per_token for cache in shape.caches) == 80 * 8 * 256
-    assert mx.get_peak_memory() - before < 1_000_000  # bytes, of weights of 10^11
+    assert mx.get_peak_memory() - before < 1_000_000  # bytes, for weights of 10^11
 
 
-def test_a_repository_is_found_in_the_local_cache_alone(tmp_path, monkeypatch):
+def test_a_repository_is_found_only_in_the_local_cache(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -280,7 +280,7 @@ def test_a_repository_is_found_in_the_local_cache_alone(tmp_path, monkeypatch):
         shape_of("someone/other")
 
 
-# what fits
+# largest contexts
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "falcon_h1"])
@@ -295,12 +295,12 @@ def test_the_largest_context_fits_and_a_little_more_does_not(family, batch):
     assert layouts[0].largest_context(1, batch) == 0
 
 
-def test_what_never_grows_fits_without_end(model):
+def test_a_cache_that_never_grows_fits_any_context(model):
     shape = vl.models.ModelShape.typed(layers=2, kv_heads=2, head_dim=64, sliding_window=128)
     assert cache_layouts(shape)[0].largest_context(1e9) == MOST_TOKENS
 
 
-def test_frames_have_their_columns_and_say_that_they_are_predictions(model):
+def test_frames_have_their_columns_and_the_kind_predicted(model):
     frame = vl.measure.plan_memory(model, context=[1000, 2000])
     assert frame.schema == PLANNED
     assert frame["kind"].unique().to_list() == ["predicted"]
@@ -326,22 +326,22 @@ def test_frames_have_their_columns_and_say_that_they_are_predictions(model):
         ("/nowhere/config.json", {}, "There is no file or folder /nowhere/config.json"),
     ],
 )
-def test_bad_input_gets_a_sentence(given_as, settings, sentence):
+def test_bad_input_is_refused_in_a_sentence(given_as, settings, sentence):
     with pytest.raises(InputError, match=sentence):
         vl.measure.plan_memory(given_as, **settings)
 
 
-def test_a_shape_that_cannot_be_is_refused():
+def test_an_impossible_shape_is_refused():
     with pytest.raises(InputError, match="full_every=6 has no meaning without sliding_window"):
         vl.models.ModelShape.typed(layers=2, kv_heads=2, head_dim=64, full_every=6)
 
 
-def test_a_folder_without_a_configuration_is_called_that(tmp_path):
+def test_a_folder_without_a_configuration_is_named(tmp_path):
     with pytest.raises(InputError, match=f"The folder {tmp_path} has no config.json, and no"):
         shape_of(tmp_path)
 
 
-def test_an_mlx_lm_that_shows_no_classes_of_models_is_a_sentence(monkeypatch):
+def test_an_mlx_lm_without_classes_of_models_is_refused_in_a_sentence(monkeypatch):
     monkeypatch.delattr("mlx_lm.utils._get_classes")
     with pytest.raises(InputError, match="mlx-lm cannot make a model of this configuration .*ImportError"):
         shape_of(LLAMA)

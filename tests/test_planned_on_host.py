@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISS
 
 
 def fitted(dim, bits, plan=(), **options):
-    """A codec of three KV heads, each with a spectrum of its own, and perhaps another plan."""
+    """Return a codec of three KV heads, each with its own spectrum, and optionally another plan."""
     rng = np.random.default_rng(dim)
     mixing = rng.standard_normal((3, dim, dim)) * 0.9 ** np.arange(dim)
     x, q = (mx.array((rng.standard_normal((1, 3, 4 * dim, dim)) @ mixing + 0.3).astype(np.float32)) for _ in range(2))
@@ -29,7 +29,7 @@ def fitted(dim, bits, plan=(), **options):
     return dataclasses.replace(codec, plan=plan) if plan else codec
 
 
-# what `fitted` is given, and a dtype
+# arguments of `fitted`, and a dtype
 CASES = [
     ({"dim": 64, "bits": 1}, mx.float32),
     ({"dim": 80, "bits": 3, "scale": "unbiased"}, mx.bfloat16),
@@ -37,7 +37,7 @@ CASES = [
     ({"dim": 128, "bits": 8, "basis": "hadamard", "scale": "norm"}, mx.float16),
     ({"dim": 256, "bits": 2, "centred": False, "scale": "unbiased"}, mx.float32),
     ({"dim": 96, "bits": 5, "plan": (3, 7, 0, 8, 6, 5, 8, 3) * 12}, mx.float16),
-    # two words, and no bits behind the middle of the second
+    # two words, and no bits after the middle of the second
     ({"dim": 20, "bits": 3, "plan": (8, 8, 8, 8, 7, 6, 5, 4, 3, 2, 1, *[0] * 9)}, mx.float16),
 ]
 
@@ -57,7 +57,7 @@ def test_codes_and_scales_are_the_references(given, dtype):
         codes, expected = unpacked(codec.plan, found["codes"]), unpacked(codec.plan, reference["codes"])
         assert mx.array_equal(quantizer.pack(codes), found["codes"]), "the end of a row is padded with zeros"
 
-        # codes: one apart where a coordinate is at the boundary between two cells but for rounding, else the same
+        # codes: one apart if a coordinate is at the boundary between two cells within rounding; otherwise equal
         rms = mx.linalg.norm(x.astype(mx.float32), axis=-1, keepdims=True) / dim**0.5
         unit = y / mx.where(rms == 0, 1.0, rms)
         apart = np.abs(np.array(codes, np.int64) - np.array(expected, np.int64))
@@ -79,7 +79,7 @@ def test_codes_and_scales_are_the_references(given, dtype):
 
 
 def unpacked(plan, words):
-    """Codes ``[..., D]`` of a string of bits, LSB first."""
+    """Return codes ``[..., D]`` of a string of bits, LSB first."""
     bits = np.unpackbits(np.array(words).view(np.uint8), axis=-1, bitorder="little").astype(np.uint32)
     ends = np.cumsum(plan)
     parts = [bits[..., e - w : e] @ (1 << np.arange(w, dtype=np.uint32)) for w, e in zip(plan, ends, strict=True)]

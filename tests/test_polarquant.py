@@ -47,7 +47,7 @@ def relative_error(codec, x: mx.array) -> float:
 
 
 @pytest.mark.parametrize("level", ANGLE_VARIANCE)
-def test_angles_have_the_variance_and_mean_that_theory_says(level, vectors):
+def test_angles_have_the_variance_and_mean_of_theory(level, vectors):
     angles, _ = PolarTree(DIM, (1,) * 7).angles(vectors)
     seen = np.array(angles[level - 1]).ravel()
     # n angles: the variance of a variance is at most 2/n of its square (the tails are short), the mean's is 1/n of it
@@ -56,8 +56,8 @@ def test_angles_have_the_variance_and_mean_that_theory_says(level, vectors):
     assert abs(seen.mean() - mean) < 4 * math.sqrt(ANGLE_VARIANCE[level] / seen.size)
 
 
-def test_angles_and_radius_say_all(vectors):
-    """Cosines and sines multiplied down the tree give the vector back."""
+def test_angles_and_radius_restore_the_vector(vectors):
+    """Products of cosines and sines down the tree give the vector."""
     tree = PolarTree(DIM, (8,) * 7)
     angles, radius = tree.angles(vectors)
     y = np.array(radius)
@@ -66,8 +66,8 @@ def test_angles_and_radius_say_all(vectors):
     assert np.allclose(y, vectors, atol=1e-5)  # float32, seven levels
 
 
-def test_angles_and_radius_say_all_to_machine_precision():
-    """The same in double precision, which MLX has on the CPU only."""
+def test_angles_and_radius_restore_the_vector_to_machine_precision():
+    """The same in double precision, which MLX has only on the CPU."""
     x = np.random.default_rng(1).standard_normal((100, DIM))
     with mx.stream(mx.cpu):
         angles, radius = PolarTree(DIM, (8,) * 7).angles(mx.array(x, mx.float64))
@@ -82,8 +82,8 @@ def test_angles_and_radius_say_all_to_machine_precision():
 @pytest.mark.parametrize("level", TWO_BITS)
 def test_two_bit_codebooks(level):
     angles, _ = angle_codebook(level, 2)
-    assert angles == pytest.approx(TWO_BITS[level], abs=1.5e-3)  # the sampled ones are off by as much
-    assert angles + angles[::-1] == pytest.approx(math.pi / 2, abs=1e-12)  # even about π/4
+    assert angles == pytest.approx(TWO_BITS[level], abs=1.5e-3)  # error of the sampled ones
+    assert angles + angles[::-1] == pytest.approx(math.pi / 2, abs=1e-12)  # symmetric about π/4
 
 
 @pytest.mark.parametrize("level", [2, 3, 4, 5])
@@ -103,11 +103,11 @@ def test_distortion(levels, vectors):
     assert expected == pytest.approx(error, rel=0.005)  # the table has three digits
     # the error of a vector varies by 40 % or less, and 4,000 are averaged
     assert relative_error(codec, vectors) == pytest.approx(expected, rel=3 * 0.4 / math.sqrt(VECTORS))
-    assert bits - 0.005 <= codec.bits_per_value <= bits + 0.04  # whole bytes, where the table counts bits
+    assert bits - 0.005 <= codec.bits_per_value <= bits + 0.04  # whole bytes; the table counts bits
 
 
 def test_the_first_level_is_a_circle():
-    """An angle just below 2π is next to one just above 0: no centroid is farther than half a cell."""
+    """An angle just below 2π is next to one just above 0: no centroid is farther away than half a cell."""
     tree = PolarTree(2, (3,))
     around = mx.array(np.linspace(-math.pi, math.pi, 1001, dtype=np.float32))
     points = mx.stack([mx.cos(around), mx.sin(around)], axis=-1)
@@ -123,14 +123,14 @@ def test_presets():
     for dim in (64, 80, 96, 112, 128, 192, 256):
         widths = [build(dim, bits, "keys").bits_per_value for bits in range(2, 9)]
         assert widths == sorted(widths)
-        # a preset takes b − 1/8 bits a value, and each row of equal width ends in a whole byte
+        # a preset has b − 1/8 bits for each value, and each row of equal width ends in a whole byte
         assert all(w <= b + 2 * 8 / dim for b, w in zip(range(2, 9), widths, strict=True))
     assert build(80, 4, "keys", levels=(5, 3)).levels == (5, 3)
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6])
 def test_full_recursion_comes_close_to_turboquant(bits, vectors):
-    """And blocks do not: at one code bit less than that and more bits in all they lose three times as much."""
+    """Blocks do not: at one code bit less than that, and more bits in all, their loss is three times as large."""
     turbo = quantizer_for(DIM, bits).table.distortion
     full = PolarQuant(DIM, preset(DIM, bits, "full"), scale="norm")
     assert 2 * (1 - full.tree.expected_cosine) == pytest.approx(turbo, rel=0.02)
@@ -140,7 +140,7 @@ def test_full_recursion_comes_close_to_turboquant(bits, vectors):
 
 @pytest.mark.parametrize("levels", [(2, 2, 2, 2), (4, 2, 2, 2)])
 def test_scales(levels, vectors):
-    """Keys: ⟨x, x̂⟩ = ‖x‖² for each vector, to float16. Values: less squared error than with the norm."""
+    """Keys: ⟨x, x̂⟩ = ‖x‖² for each vector, within float16. Values: less squared error than with the norm."""
     unbiased = PolarQuant(DIM, levels, scale="unbiased")
     inner = (unbiased.decode(unbiased.encode(vectors)) * vectors).sum(axis=-1) / mx.square(vectors).sum(axis=-1)
     assert np.allclose(inner, 1, atol=2e-3)
@@ -157,13 +157,13 @@ def test_scales(levels, vectors):
 def test_fitted_codebooks_of_random_vectors_are_the_offline_ones(vectors):
     codec = PolarQuant(DIM, codebook="fitted").fit(Sample(vectors))
     offline = np.concatenate([angle_codebook(level, 2)[0] for level in (2, 3, 4)])
-    # level 4 has 32,000 angles with a deviation of 0.18: a mean of a quarter of them is right to 0.002
+    # level 4 has 32,000 angles with a deviation of 0.18: a mean of a quarter of them is accurate to 0.002
     assert np.array(codec.centroids) == pytest.approx(offline, abs=0.01)
     assert codec == PolarQuant(DIM, codebook="fitted").fit(Sample(vectors))
 
 
 def near_one_direction(dim: int) -> tuple[mx.array, mx.array]:
-    """Vectors ``[1, 1, 800, dim]``, twice: the rotation does not spread them anew each time."""
+    """Return two sets of vectors ``[1, 1, 800, dim]`` near one direction, so that their angles are not random."""
     rng = np.random.default_rng(3)
     near = rng.standard_normal(dim) + 0.3 * rng.standard_normal((2, 1, 1, 800, dim))
     seen, new = (mx.array(x.astype(np.float32)) for x in near)
@@ -184,7 +184,7 @@ def test_a_sample_of_many_vectors_is_read_in_part():
     assert codec.fit(Sample(x)) != codec.fit(Sample(x[:, :, ::4]))
 
 
-def test_an_online_codec_codes_as_offline_until_it_is_fitted():
+def test_an_online_codec_uses_offline_tables_until_it_is_fitted():
     online, x = PolarQuant(64, codebook="online"), near_one_direction(64)[0]
     offline, fitted = PolarQuant(64), online.fit(Sample(x))
     assert (online.online, fitted.online, offline.online) == (True, False, False)
@@ -194,7 +194,7 @@ def test_an_online_codec_codes_as_offline_until_it_is_fitted():
     assert relative_error(fitted, x) < relative_error(offline, x)
 
 
-def test_an_online_codec_keeps_the_offline_angles_of_a_level_of_which_it_sees_too_few():
+def test_an_online_codec_keeps_the_offline_angles_of_a_level_with_too_few_angles():
     codec, x = PolarQuant(64, codebook="online"), near_one_direction(64)[0]
     fitted = codec.fit(Sample(x[:, :, :5]))  # 80, 40 and 20 angles of levels 2 to 4, where 32 are needed
     angles = np.split(np.array(fitted.centroids), 3)
@@ -205,7 +205,7 @@ def test_an_online_codec_keeps_the_offline_angles_of_a_level_of_which_it_sees_to
     assert mx.array_equal(nothing.decode(nothing.encode(x)), PolarQuant(64).decode(PolarQuant(64).encode(x)))
 
 
-def test_one_level_has_nothing_to_learn():
+def test_a_codec_of_one_level_needs_no_fit():
     x = near_one_direction(64)[0]
     for codebook in ("online", "fitted"):
         codec = PolarQuant(64, (4,), codebook=codebook)
@@ -241,6 +241,6 @@ def test_fitted_codebooks_need_a_sample():
         (lambda: build(64, 4, "keys", recursion="half"), "recursion='half' cannot be used"),
     ],
 )
-def test_what_it_cannot_do_is_refused_at_once(make, sentence):
+def test_impossible_settings_are_refused_at_once(make, sentence):
     with pytest.raises(InputError, match=sentence):
         make()

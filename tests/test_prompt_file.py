@@ -1,4 +1,4 @@
-"""A file is read as a whole: every layer of it, exact ones too, has to be one of this model and as it was written."""
+"""A prompt cache file is checked as a whole: every layer, exact ones too, must be of this model and unchanged."""
 
 import mlx.core as mx
 import numpy as np
@@ -42,7 +42,7 @@ EXACT = [
 
 
 @pytest.mark.parametrize(("family", "settings"), EXACT)
-def test_no_byte_of_an_exact_layer_can_change_unseen(family, settings, file):
+def test_every_changed_byte_of_an_exact_layer_is_detected(family, settings, file):
     model = tiny(family)
     cache = read_by(model, vl.make_cache(model, sinks=2, window=8, **settings))
     save_prompt_cache(str(file), cache)
@@ -61,12 +61,12 @@ def test_no_byte_of_an_exact_layer_can_change_unseen(family, settings, file):
             vl.load_cache(file, model)
         with pytest.raises(
             (InputError, ValueError), match=r"cannot be read|chr\(\) arg not in range"
-        ):  # mlx-lm's words
+        ):  # mlx-lm's message
             load_prompt_cache(str(file))
 
 
 @pytest.mark.parametrize(("family", "settings"), EXACT)
-def test_exact_layers_say_whose_they_are(family, settings, file):
+def test_exact_layers_name_their_model(family, settings, file):
     model, other = tiny(family), tiny(family, seed=1)
     cache = read_by(model, vl.make_cache(model, **settings))
     save_prompt_cache(str(file), cache)
@@ -74,25 +74,25 @@ def test_exact_layers_say_whose_they_are(family, settings, file):
         vl.load_cache(file, other)
 
 
-def test_layers_in_one_entry_are_sealed_too(file):
+def test_layers_in_one_entry_have_checksums_too(file):
     model = tiny("falcon_h1")
     cache = read_by(model, vl.make_cache(model))
     assert isinstance(cache[0], CacheList)
     assert [type(slot).__name__ for slot in cache[0].caches] == ["SealedArraysCache", "CompressedKVCache"]
 
 
-def test_a_sealed_cache_that_is_read_says_why_it_is_exact(file):
+def test_a_restored_exact_cache_states_its_reason(file):
     model = tiny("lfm2")
     cache = vl.make_cache(model)
     save_prompt_cache(str(file), cache)
     assert vl.report(vl.load_cache(file, model))["reason"].to_list() == vl.report(cache)["reason"].to_list()
 
 
-# what mlx-lm makes itself
+# caches that mlx-lm makes itself
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "falcon_h1", "mamba2", "deepseek_v3", "gemma3n", "gpt_oss"])
-def test_caches_that_mlx_lm_made_are_read_as_they_are(family, file):
+def test_caches_of_mlx_lm_are_read_unchanged(family, file):
     model = tiny(family)
     cache = read_by(model, make_prompt_cache(model))
     save_prompt_cache(str(file), cache)
@@ -133,7 +133,7 @@ def test_batches_are_read(model, file):
         (lambda: tiny("falcon_h1"), "layer 0 holds states and keys and values, and the model's keys and values"),
     ],
 )
-def test_what_another_model_of_mlx_lm_wrote_is_refused(other, misfit, model, file):
+def test_a_file_of_another_model_of_mlx_lm_is_refused(other, misfit, model, file):
     other = other()
     save_prompt_cache(str(file), read_by(other, make_prompt_cache(other)))
     with pytest.raises(InputError, match=misfit):
@@ -150,7 +150,7 @@ def test_a_state_of_another_shape_and_another_dtype_are_refused(file):
         vl.load_cache(file, model)
 
 
-# the layers together
+# all layers together
 
 
 def swapped(model):
@@ -184,7 +184,7 @@ def test_layers_that_do_not_belong_together_are_refused(layers, misfit, model, f
         vl.load_cache(file, model)
 
 
-def test_exact_layers_are_not_taken_where_compressed_ones_are_wanted(model, file):
+def test_exact_layers_are_refused_if_compressed_ones_are_requested(model, file):
     save_prompt_cache(str(file), read_by(model, make_prompt_cache(model)))
     with pytest.raises(InputError, match="layers of other kinds than what was asked for"):
         vl.load_cache(file, model, bits=4)

@@ -1,4 +1,4 @@
-"""QJL's own numbers: variance and mean of its estimate, on random pairs of unit vectors, and its grouped values."""
+"""QJL's own numbers: variance and mean of its estimate on random pairs of unit vectors, and its grouped values."""
 
 import math
 
@@ -16,8 +16,8 @@ DIM = 128
 
 
 def pairs(rho: float, dim: int = DIM, count: int = PAIRS) -> tuple[np.ndarray, np.ndarray]:
-    """Random unit vectors with the inner product ``rho``."""
-    k, other = np.random.default_rng(77).standard_normal((2, count, dim))  # no sketch's own seed
+    """Return random unit vectors with the inner product ``rho``."""
+    k, other = np.random.default_rng(77).standard_normal((2, count, dim))  # not the seed of a sketch
     k /= np.linalg.norm(k, axis=1, keepdims=True)
     other -= (other * k).sum(axis=1, keepdims=True) * k
     other /= np.linalg.norm(other, axis=1, keepdims=True)
@@ -29,8 +29,8 @@ def estimates(codec, k: np.ndarray, q: np.ndarray) -> np.ndarray:
     return (decoded * q).sum(axis=1)
 
 
-# m·Var of the estimate for a sketch that is drawn anew for each pair. Ours is drawn once, and the pairs are random:
-# that is the same for an orthogonal sketch of D rows, a rotation, and nearly so for others.
+# m·Var of the estimate for a sketch that is drawn again for each pair. Ours is drawn once, and the pairs are random:
+# this is equal for an orthogonal sketch of D rows, a rotation, and nearly equal for others.
 @pytest.mark.parametrize("rows", [1, 2, 4])
 @pytest.mark.parametrize(
     ("sketch", "rho", "variance"),
@@ -78,16 +78,16 @@ def test_the_error_is_within_the_papers_lemma():
 
 
 def test_at_one_bit_an_orthogonal_sketch_is_rabitq_up_to_the_scale():
-    """Both keep the signs of a rotated key; RaBitQ's scale is made for each key, QJL's constant for the mean of all."""
+    """Both keep the signs of a rotated key; RaBitQ's scale is for each key, QJL's constant for the mean of all."""
     k, _ = pairs(0.0, count=500)
     x = mx.array(k)[None, None]
     qjl, rabitq = QJL(DIM, 1, seed=7), RaBitQ(DIM, 1, rotation="haar", seed=7)
     codes = qjl.encode(x), rabitq.encode(x)
     assert mx.array_equal(codes[0].arrays["signs"], codes[1].arrays["codes"])
     ratio = np.array(rabitq.decode(codes[1])) / np.array(qjl.decode(codes[0]))
-    # one factor for each key, to what float32 leaves of the smallest of 128 coordinates
+    # one factor for each key, within float32 of the smallest of 128 coordinates
     assert np.median(np.ptp(ratio, axis=-1) / ratio.mean(axis=-1)) < 1e-3
-    # ‖k‖²/⟨k, k̂⟩ of the one is c₁/cos, the other's constant is c₁/E cos: 2.3 % deviation of the cosine at D = 128
+    # ‖k‖²/⟨k, k̂⟩ of one is c₁/cos, the other's constant is c₁/E cos: 2.3 % deviation of the cosine at D = 128
     assert np.median(ratio, axis=-1).mean() == pytest.approx(1, abs=3 * 0.0233 / math.sqrt(500))
 
 
@@ -130,7 +130,7 @@ def test_outliers_reach_scores_mixes_and_bits():
     codec = with_outliers().fit(Sample(x))
     code, q = codec.encode(x), mx.random.normal((1, 4, 3, 64), key=mx.random.key(1))
     exact = mx.repeat(codec.decode(code), 2, axis=1)
-    assert np.allclose(codec.scores(q, code), q @ exact.swapaxes(-1, -2), atol=2e-2)  # of 64 products up to 200
+    assert np.allclose(codec.scores(q, code), q @ exact.swapaxes(-1, -2), atol=2e-2)  # sums of 64 products up to 200
     p = mx.softmax(mx.random.normal((1, 4, 3, 1500), key=mx.random.key(2)), axis=-1)
     assert np.allclose(codec.mix(p, code), p @ exact, atol=1e-3)
     assert codec.bits_per_value == 2 + 1 + 32 / 64
@@ -159,7 +159,7 @@ def test_grouped_values_are_within_half_a_step(bits, dim, levels):
         group, back = x[..., first : first + 32], decoded[..., first : first + 32]
         spread = np.ptp(group, axis=-1, keepdims=True)
         step = spread / (2**bits - (levels == "ends"))
-        kept = 2**-9 * (spread + np.abs(group).max())  # what float16 rounds off the squares of two roots
+        kept = 2**-9 * (spread + np.abs(group).max())  # float16 rounding of the squares of two roots
         assert (np.abs(group - back) <= step / 2 + kept).all()
 
 
@@ -170,7 +170,7 @@ def test_grouped_values_count_both_numbers_of_each_group():
 
 
 def test_levels_in_the_middle_of_steps_lose_a_third_less_at_two_bits():
-    """As plain arithmetic on the same groups says, to what float16 rounds off the ends."""
+    """As in plain arithmetic on the same groups, within float16 rounding of the ends."""
     x = np.random.default_rng(0).standard_normal((1, 1, 2000, 128)).astype(np.float32)
     groups = x.reshape(-1, 32)
     least, spread = groups.min(axis=1, keepdims=True), np.ptp(groups, axis=1, keepdims=True)
@@ -184,7 +184,7 @@ def test_levels_in_the_middle_of_steps_lose_a_third_less_at_two_bits():
         assert np.mean((decoded - x) ** 2) == pytest.approx(expected, rel=0.01)
 
 
-def test_roles_and_options():
+def test_options_of_keys_and_of_values():
     assert METHOD.codec(64, 2, "keys") == QJL(64, 2)
     assert METHOD.codec(64, 2, "keys", outliers=0) == QJL(64, 2)
     assert METHOD.codec(64, 2, "keys", sketch="gaussian", levels="ends") == QJL(64, 2, "gaussian")
@@ -208,6 +208,6 @@ def test_roles_and_options():
         ),
     ],
 )
-def test_what_it_cannot_do_is_refused(make, sentence):
+def test_impossible_settings_are_refused(make, sentence):
     with pytest.raises(InputError, match=sentence):
         make()

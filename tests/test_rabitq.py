@@ -28,7 +28,7 @@ def decoded(codec, x: np.ndarray) -> np.ndarray:
 
 
 def walked(magnitude: np.ndarray, bits: int) -> float:
-    """The best cosine there is, by walking through all steps one at a time, in double precision."""
+    """Return the best possible cosine, by a walk through all steps one at a time, in double precision."""
     top = 2 ** (bits - 1)
     steps = sorted((j / a, i) for i, a in enumerate(magnitude) for j in range(1, top))
     u = np.full(len(magnitude), 0.5)
@@ -50,14 +50,14 @@ def test_the_exact_encoder_finds_the_best_direction(bits, dim):
 
 
 def test_a_vector_on_the_grid_is_kept_to_the_precision_of_its_scale():
-    """Rotated, these are multiples of the grid's own points: a whole number of equal coordinates steps at once."""
+    """Rotated, these are multiples of the grid's own points: several equal coordinates step at the same time."""
     u = np.random.default_rng(0).choice([-3.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5], (6, 64)).astype(np.float32)
     codec = RaBitQ(64, 3, encoder="exact")
     x = np.array(codec._rotation.inverse(mx.array(u)))
     assert decoded(codec, x) == pytest.approx(x, abs=2**-9 * float(np.abs(x).max()))
 
 
-# mean 1 − cos², and d·Var of the unbiased estimate; one bit is the signs, whose 1 − cos² is Lloyd–Max's on the sphere
+# mean 1 − cos², and d·Var of the unbiased estimate; one bit is the signs, with Lloyd–Max's 1 − cos² on the sphere
 DISTORTION = {
     (128, 1): (0.36089, 0.555),
     (64, 2): (0.1126, 0.1276),
@@ -85,7 +85,7 @@ def test_distortion_and_variance_are_the_papers(dim, bits, encoder):
 
 
 @pytest.mark.parametrize(("bits", "distortion"), [(2, 0.1165), (3, 0.0360), (4, 0.0110), (5, 0.0035)])
-def test_the_fast_encoder_loses_what_the_paper_says(bits, distortion):
+def test_the_fast_encoder_has_the_paper_s_error(bits, distortion):
     x = unit_vectors(128)
     least = decoded(RaBitQ(128, bits, scale="mse", encoder="fast"), x)
     # its one constant comes from 100 vectors, which alone moves the error by about 1 %
@@ -93,12 +93,12 @@ def test_the_fast_encoder_loses_what_the_paper_says(bits, distortion):
 
 
 @pytest.mark.parametrize(("bits", "stretch"), [(2, 0.984), (3, 1.699), (4, 3.04), (5, 5.75)])
-def test_the_usual_stretch(bits, stretch):
+def test_the_default_scale_of_the_grid(bits, stretch):
     assert usual_stretch(128, bits) == pytest.approx(stretch, rel=0.03)  # t varies by 10 %, over 100 vectors
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
-def test_trying_a_few_stretches_loses_next_to_nothing(bits):
+def test_a_search_of_a_few_scales_has_nearly_the_best_error(bits):
     a = mx.array(np.abs(unit_vectors(64, 128)))
 
     def error(t: mx.array) -> float:
@@ -134,7 +134,7 @@ def test_one_bit_is_the_signs_and_its_cosine_is_the_papers(dim, mean, deviation)
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_the_variance_follows_from_the_cosine(dim):
-    """D·Var = (1 − c²)/c² · D/(D − 1), with each vector's own c: what is missing lies in a random direction."""
+    """D·Var = (1 − c²)/c² · D/(D − 1), with each vector's own c: the error is in a random direction."""
     x, q = unit_vectors(dim), unit_vectors(dim, seed=1)
     codec = RaBitQ(dim, 1, bounds=True)
     code = codec.encode(mx.array(x)[None, None])
@@ -152,7 +152,7 @@ def test_the_bound_holds_as_often_as_for_a_gaussian(dim, half_width):
     codec = RaBitQ(dim, 1, bounds=True)
     code = codec.encode(mx.array(x * lengths)[None, None])
     widths = np.array(codec.half_widths(code))[0, 0] / lengths
-    # the mean of a convex function of the cosine is a little above its value at the mean cosine; and half of the last
+    # the mean of a convex function of the cosine is slightly above its value at the mean cosine; half of the last
     # digit of 0.045 is 1 % of it
     assert widths.mean() == pytest.approx(half_width, rel=0.012)
     errors = (q * (np.array(codec.decode(code))[0, 0] / lengths - x)).sum(axis=1, keepdims=True)
@@ -164,7 +164,7 @@ def test_the_bound_holds_as_often_as_for_a_gaussian(dim, half_width):
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_the_estimate_is_unbiased(bits):
-    """Over rotations of one pair, where the average is to be right: within 3 standard errors, and float16."""
+    """Over rotations of one pair, the average must be right: within 3 standard errors, and float16."""
     x, q = unit_vectors(64, 2)
     q = (x + q) / np.linalg.norm(x + q)
     estimates = [float(q @ decoded(RaBitQ(64, bits, seed=seed), x[None])[0]) for seed in range(400)]
@@ -202,7 +202,7 @@ def test_a_centroid_reaches_scores_and_mixes():
     assert np.allclose(codec.scores(q, code), q @ exact.swapaxes(-1, -2), atol=2e-3)
     p = mx.softmax(mx.random.normal((1, 4, 3, 1500), key=mx.random.key(2)), axis=-1)
     assert np.allclose(codec.mix(p, code), p @ exact, atol=1e-4)
-    # the bound is of what is coded, which is the difference from the mean
+    # the bound is for the coded vector, which is the difference from the mean
     widths = codec.half_widths(code)
     errors = mx.abs(
         (q[:, ::2] @ (codec.decode(code) - x).swapaxes(-1, -2)) / mx.linalg.norm(q[:, ::2], axis=-1)[..., None]
@@ -210,7 +210,7 @@ def test_a_centroid_reaches_scores_and_mixes():
     assert 0.9 < (errors <= widths.swapaxes(-1, -2)).mean().item() < 0.98
 
 
-def test_a_fitted_codec_is_itself_alone():
+def test_a_fitted_codec_equals_only_itself():
     x = mx.random.normal((1, 2, 40, 64), key=mx.random.key(0))
     first, second = centred().fit(Sample(x)), centred().fit(Sample(x))
     assert first != second
@@ -257,6 +257,6 @@ def test_keys_get_the_unbiased_scale_and_values_the_mse_scale():
         ),
     ],
 )
-def test_what_it_cannot_do_is_refused(make, sentence):
+def test_impossible_settings_are_refused(make, sentence):
     with pytest.raises(InputError, match=sentence):
         make()

@@ -23,7 +23,7 @@ def vectors(*shape: int, seed: int = 0) -> mx.array:
 
 
 @pytest.mark.parametrize("role", ["keys", "values"])
-def test_every_head_is_what_turboquant_makes_of_it(role):
+def test_every_head_equals_turboquant(role):
     x = vectors(2, len(HEAD_BITS), 33, 64)
     codec = build(64, 3, role, head_bits=HEAD_BITS)
     decoded = codec.decode(codec.encode(x))
@@ -31,7 +31,7 @@ def test_every_head_is_what_turboquant_makes_of_it(role):
         alone = build(64, bits, role)
         assert isinstance(alone, TurboQuant)
         one = x[:, head : head + 1]
-        # a code may differ by one level where a sum rounds differently for another number of rows
+        # a code can differ by one level if a sum rounds differently for another number of rows
         assert np.isclose(decoded[:, head], alone.decode(alone.encode(one))[:, 0], atol=1e-3).mean() > 0.99
 
 
@@ -61,7 +61,7 @@ def test_scores_and_mix_are_decode_then_matmul(tokens):
     assert np.allclose(codec.mix(p, code), mixed, atol=1e-4)
 
 
-def test_a_cut_code_is_the_code_of_the_cut():
+def test_a_slice_of_a_code_is_the_code_of_the_slice():
     codec = build(64, 3, "keys", head_bits=HEAD_BITS)
     x = vectors(1, len(HEAD_BITS), 40, 64)
     whole, part = codec.encode(x)[7:], codec.encode(x[:, :, 7:], 7)
@@ -85,7 +85,7 @@ def test_without_widths_it_is_turboquant():
     assert METHOD.codec(64, 3, "values", head_bits={"keys": [2, 3]}) == TurboQuant(64, 3, scale="mse")
 
 
-def test_keys_and_values_of_one_plan_have_their_own_widths():
+def test_keys_and_values_of_one_plan_have_separate_widths():
     plan = {"keys": [3, 2], "values": [2, 2]}
     keys, values = (METHOD.codec(64, 3, role, head_bits=plan) for role in ("keys", "values"))
     assert keys == build(64, 3, "keys", head_bits=(3, 2))
@@ -121,7 +121,7 @@ def test_widths_that_do_not_fit_are_refused(call, sentence):
 
 
 def test_a_plan_with_widths_for_heads_runs():
-    """Attached, the cache of that layer holds the mean of its heads' widths."""
+    """The cache of that layer holds the mean of its heads' widths."""
     llama = tiny("llama")
     plan = vl.Plan.uniform(llama, "ratequant", bits=3)
     plan = plan.with_layer(0, options={"head_bits": {"keys": [4, 2], "values": [3, 2]}})

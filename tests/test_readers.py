@@ -1,4 +1,4 @@
-"""What codecs hand to kernels: readers that expand to what the codec does, for every algorithm that has one."""
+"""Readers, which codecs give to kernels, expand to the codec's vectors, for every algorithm with a reader."""
 
 import mlx.core as mx
 import pytest
@@ -12,7 +12,7 @@ from veloxlab.kernels.readers import Reader
 DIM, HEADS = 64, 3
 ROPE = Rope(DIM)
 
-# options of every algorithm that change what is stored; an algorithm that is not here fails below
+# options of every algorithm that change the stored arrays; a missing algorithm fails below
 OPTIONS = {
     "turboquant": [{}, {"rotation": "haar"}],
     "rvq": [{}, {"variant": "refined"}, {"rotation": "haar"}],
@@ -30,7 +30,7 @@ OPTIONS = {
     "fisherquant": [{}, {"code": "scalar"}, {"entries": 1024}],
     "none": [],
 }
-# what no kernel reads: MLX operations do
+# codes without a kernel: MLX operations read them
 WITHOUT = {
     "turboquant": [{"variant": "prod"}, {"outliers": 8}],
     "rvq": [],
@@ -52,7 +52,7 @@ def normal(*shape, seed=0):
 
 def fitted(method, options, tensor, bits):
     codec = METHODS[method].build(DIM, bits, tensor, **options)
-    uneven = mx.exp(normal(HEADS, 1, DIM, seed=8))  # channels differ, as those of models do
+    uneven = mx.exp(normal(HEADS, 1, DIM, seed=8))  # channels differ, as in models
     x = normal(1, HEADS, 1024, DIM, seed=7) * uneven + normal(1, HEADS, 1, DIM, seed=6)
     return codec.fit(Sample(x, queries=normal(1, 2 * HEADS, 1024, DIM, seed=9), rope=ROPE))
 
@@ -63,18 +63,18 @@ def cases(table):
         for method, options in table.items()
         for given in options
         for tensor in ("keys", "values")
-        if not (method == "qjl" and tensor == "values" and "outliers" in given)  # an option of keys
+        if not (method == "qjl" and tensor == "values" and "outliers" in given)  # an option of keys only
     ]
 
 
 def in_a_buffer(code):
-    """The code as a cache holds it: views of larger buffers."""
+    """Return the code as a cache holds it: views of larger buffers."""
     padded = {n: mx.pad(a, [(0, 0), (0, 0), (3, 5), (0, 0)])[:, :, 3:-5] for n, a in code.arrays.items()}
     return Code(padded, code.start)
 
 
 @pytest.mark.parametrize(("method", "options", "tensor"), cases(OPTIONS))
-def test_a_reader_expands_to_what_its_codec_does(method, options, tensor):
+def test_a_reader_expands_to_its_codec_s_vectors(method, options, tensor):
     widths = METHODS[method].bits
     for bits in sorted({widths[0], widths[len(widths) // 2], widths[-1]}) if "head_bits" not in options else [4]:
         codec = fitted(method, options, tensor, bits)
@@ -89,7 +89,7 @@ def test_a_reader_expands_to_what_its_codec_does(method, options, tensor):
 
 
 @pytest.mark.parametrize(("method", "options", "tensor"), cases(WITHOUT))
-def test_what_no_kernel_reads_is_known(method, options, tensor):
+def test_codes_without_a_kernel_are_listed(method, options, tensor):
     codec = fitted(method, options, tensor, METHODS[method].bits[1])
     code = codec.encode(normal(1, HEADS, 21, DIM))
     assert codec.reader(code) is None

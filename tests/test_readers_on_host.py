@@ -1,4 +1,4 @@
-"""Readers of every layout, run on the CPU as Metal text: attention through them is as by their definition."""
+"""Readers of every layout, run on the CPU as Metal text: attention through them agrees with their definition."""
 
 import dataclasses
 import shutil
@@ -29,14 +29,14 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISS
 
 
 def words(rng, shape, count):
-    """Random words ``[B, H, S, count]`` in a slice of heads of a larger array: its rows are not in one piece."""
+    """Return random words ``[B, H, S, count]`` in a slice of heads of a larger array: its rows are not contiguous."""
     batch, heads, tokens = shape
     return mx.array(rng.integers(0, 2**32, (batch, heads + 2, tokens, count), np.uint32))[:, 1:-1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shifted(Codes):
-    """Codes of one width, and what each head adds to its vectors."""
+    """Codes of one width, with a vector that each head adds."""
 
     def __str__(self):
         return f"shifted{super().__str__()}"
@@ -51,7 +51,7 @@ class Shifted(Codes):
 
 @dataclasses.dataclass(frozen=True)
 class Widths:
-    """Scalar codes of a width for each head."""
+    """Scalar codes with a width for each head."""
 
     bits: tuple[int, ...]
 
@@ -71,7 +71,7 @@ class Widths:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Scalar codes of a width for each coordinate, of ``bits`` bits on average."""
+    """Scalar codes with a width for each coordinate, of ``bits`` bits on average."""
 
     bits: int
     descending: bool = True
@@ -97,7 +97,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """Codes of two stages of ``bits`` bits each, for ``width`` coordinates at once."""
+    """Codes of two stages of ``bits`` bits each, for ``width`` coordinates together."""
 
     bits: int
     width: int = 1
@@ -131,7 +131,7 @@ class Groups:
     def reader(self, rng, table, shape, dim, scaled, signs):
         half_step, least = (roots(rng, shape, -(-dim // self.group)) for _ in range(2))
         rows = words(rng, shape, -(-self.bits * dim // 32))
-        # as of real groups: steps of a fraction of what they go through, which begins below 0
+        # as in real groups: steps are a fraction of the range, which begins below 0
         return GroupsReader(
             dim, rows, None, signs, half_step * 0.5**self.bits, -least, self.bits, self.group, self.centred
         )
@@ -139,7 +139,7 @@ class Groups:
 
 @dataclasses.dataclass(frozen=True)
 class Polar:
-    """Angles of trees of coordinates, of these bits by level."""
+    """Angles of trees of coordinates, with these bits by level."""
 
     widths: tuple[int, ...]
 
@@ -163,7 +163,7 @@ class Polar:
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """Sums of two entries of each stage, turned or not; of ``rotated`` coordinates, or all."""
+    """Sums of two entries of each stage, with or without RoPE; on ``rotated`` coordinates, or all."""
 
     stages: int
     rotated: int = 0
@@ -188,7 +188,7 @@ class Sums:
 
 @dataclasses.dataclass(frozen=True)
 class Trellis:
-    """Strings of bits of each head, of widths of its own of ``bits`` on average, with ``beside`` of keys or values."""
+    """Strings of bits of each head, with widths of ``bits`` on average, and ``beside`` for keys or values."""
 
     bits: float
     entries: int = 256
@@ -211,7 +211,7 @@ class Trellis:
         rows, shifts, angles = table
         batch, heads, tokens = shape
         held = mx.array(rng.integers(0, 2**32, (batch, 3, tokens + 4, rows.words), np.uint32))[:, 1:-1, 3:-1]
-        # scales of 1 to 2: of what is as loud as 13 times others little is to be seen
+        # scales of 1 to 2: beside a token that is 13 times as large, others would hardly count
         held[..., : -(-heads // 8)] &= 0x33333333
         given = shifts if self.beside == "shifted" else None, angles if self.beside == "turned" else None
         return rows.reader(dim * (2 if self.beside == "turned" else 1), held, *given)
@@ -221,7 +221,7 @@ BLOCKS = Polar((4, 2, 2, 2))
 TWO_STAGES = Stages(2, 2)
 CASES = [
     Case(Widths((3, 1, 2, 3)), Widths((2, 4, 4, 1)), 64, 1, kv_heads=4, batch=1),
-    Case(Widths((3,)), Polar((1,)), 64, 2, kv_heads=1),  # arrays so small that Metal has them elsewhere
+    Case(Widths((3,)), Polar((1,)), 64, 2, kv_heads=1),  # arrays so small that Metal puts them in another address space
     Case(Widths((4, 2)), Widths((2, 3)), 80, 3, masked=True, rotated=True),
     Case(Widths((8, 3)), Widths((1, 5)), 96, 2, rotated=True, dtype=mx.float16),
     Case(Widths((5, 6)), Widths((7, 8)), 112, 7, length=2, masked=True, scaled=False),
@@ -260,24 +260,24 @@ TRELLISES = [
     Case(Trellis(1.25, 1024, beside="turned"), Trellis(2.25, 1024, beside="shifted"), 80, 7, length=2, masked=True),
     Case(Trellis(6.0, beside="shifted"), Trellis(7.0), 96, 2, masked=True, logits=True),
     Case(Trellis(2.25, code="scalar", beside="turned"), Trellis(4.0, code="scalar", beside="shifted"), 112, 3),
-    Case(Trellis(4.25, beside="turned"), Trellis(2.25, 1024), 256, 8, dtype=mx.bfloat16),  # tables stay where they are
+    Case(Trellis(4.25, beside="turned"), Trellis(2.25, 1024), 256, 8, dtype=mx.bfloat16),  # tables in device memory
     Case(Trellis(0.3, descending=False, beside="turned"), Trellis(3.0, descending=False), 128, 2, value_dim=64),
     Case(Codes(3), Trellis(2.25, beside="shifted"), 128, 4),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention_through_a_reader_is_as_by_its_definition(case):
+def test_attention_through_a_reader_agrees_with_its_definition(case):
     assert_attention_is_as_by_its_definition(case)
 
 
 @pytest.mark.parametrize("case", TRELLISES, ids=str)
-def test_attention_over_strings_of_bits_is_as_by_its_definition(case):
-    """Levels are in half precision, off by 2⁻¹² of each: of keys, whose scores are of size 1, and of values."""
+def test_attention_over_trellis_codes_agrees_with_its_definition(case):
+    """Levels are in half precision, with an error of 2⁻¹² each, for keys (scores have size 1) and for values."""
     assert_attention_is_as_by_its_definition(case, more=2 * 2.0**-12)
 
 
-def test_a_table_with_a_copy_for_every_lane_is_read_alike():
+def test_a_table_with_a_copy_for_every_lane_gives_the_same_result():
     case = TRELLISES[1]
     large = dataclasses.replace(HOST, large_bytes=lambda: 12 << 10)  # two copies: Metal has 32 KB
     (kernel,) = {attend_kernel(call.queries, call.tokens, large) for call in calls(case, RUNS[:1])}
@@ -286,7 +286,7 @@ def test_a_table_with_a_copy_for_every_lane_is_read_alike():
 
 
 def test_long_vectors_leave_no_room_for_a_large_table():
-    """Of 256 coordinates an H200 has too few registers for so many threads, and too little memory beside the table."""
+    """For 256 coordinates an H200 has too few registers for so many threads, and too little memory beside the table."""
     large = dataclasses.replace(HOST, large_bytes=lambda: 200 << 10)
     case = Case(Trellis(4.25, beside="turned"), Trellis(4.25, beside="shifted"), 256, 4)
     call = next(calls(case, RUNS[:1]))

@@ -1,4 +1,4 @@
-"""Figures of the README are those of the committed results, and files that it and CONTRIBUTING name are there."""
+"""Figures in the README are those of the committed results, and files named in it and in CONTRIBUTING exist."""
 
 import json
 import math
@@ -59,12 +59,12 @@ def test_the_readme_is_short():
 def test_every_method_is_listed_and_has_its_notebook():
     names = [name for name in METHODS if name != "none"]
     assert [name for name in names if f"| `{name}` |" in README] == names
-    for number, name in enumerate((name for name in names if "20" in METHODS[name].paper), start=1):  # in a year
+    for number, name in enumerate((name for name in names if "20" in METHODS[name].paper), start=1):  # with a year
         assert (ROOT / "notebooks" / f"{number:02}_{name}.ipynb").is_file()
 
 
 def test_allocated_bits_lose_less_than_uniform_ones_in_the_committed_sweep():
-    """At 2.5 bits and more, by more than chance has it; by keys' length always less so than by gradients."""
+    """At 2.5 bits and more, beyond chance; by the length of keys always less than by gradients."""
     frame = swept(pl.read_parquet(ROOT / "data" / "results" / "ratequant_smollm2-135m.parquet"))
     assert frame.group_by("bits").agg(pl.col("held_bytes").n_unique())["held_bytes"].to_list() == [1] * 5
     for bits in (2.5, 3.0, 3.5, 4.0):
@@ -73,7 +73,7 @@ def test_allocated_bits_lose_less_than_uniform_ones_in_the_committed_sweep():
         assert gradient["kl_mean"] < proxy["kl_mean"]
 
 
-def test_the_committed_tables_predict_what_the_committed_sweep_says():
+def test_the_committed_tables_predict_the_committed_sweep():
     results = ROOT / "data" / "results"
     rates = RateBudget.load(results / "rates_smollm2-135m.json")
     bytes_of_widths = rates.frontier().filter(kind="uniform").sort("true_bits")["bytes_per_token"].to_list()
@@ -85,7 +85,7 @@ def test_the_committed_tables_predict_what_the_committed_sweep_says():
             ("gradient", rates.plan(budget, usual_bounds(bits))),
         ):
             expected = frame.filter(bits=bits, allocation=allocation)["predicted_loss"].item()
-            # the two were measured apart: gradients of float32 differ in their last digits
+            # the two were measured separately: gradients in float32 differ in their last digits
             assert rates.predicted_loss(plan) == pytest.approx(expected, rel=1e-3)
 
 
@@ -100,8 +100,8 @@ def test_the_committed_sensitivities_are_those_of_the_committed_tables():
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
-def test_a_file_that_is_named_is_there(document):
-    """Paths in code marks; ``<name>`` stands for any."""
+def test_named_files_exist(document):
+    """Paths in code marks; ``<name>`` matches any name."""
     path = r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|h|ipynb)|(?:[\w.-]+/)+)`"
     named = re.findall(path, (ROOT / document).read_text())
     folders = [ROOT, ROOT / "notebooks", *(ROOT / "veloxlab" / part for part in ("", "kernels", "kernels/source"))]
@@ -109,7 +109,7 @@ def test_a_file_that_is_named_is_there(document):
     assert [name for name in named if not any((folder / name).exists() for folder in folders)] == []
 
 
-def test_keys_get_the_odd_bit_by_the_committed_search():
+def test_keys_get_the_odd_bit_in_the_committed_search():
     frame = pl.read_parquet(RESULTS / "search_smollm2-135m.parquet").filter(pl.col("protected").list.len() == 0)
     assert "K4 V3 loses half of what K3 V4 does" in " ".join(README.split())
     for method in ("turboquant", "rabitq"):
@@ -119,7 +119,7 @@ def test_keys_get_the_odd_bit_by_the_committed_search():
             assert more < 0.55 * fewer
 
 
-def test_keys_take_a_bit_of_the_values_by_the_committed_stretches():
+def test_keys_take_a_bit_of_the_values_in_the_committed_windows():
     rows = pl.read_ndjson(RESULTS / "surprises.ndjson").unnest("cache").filter(method="turboquant", sinks=4, text="256")
     losses = rows.select("part", "key_bits", "value_bits", kl=pl.col("found").struct.field("kl"))
     more, same = (losses.filter(key_bits=k, value_bits=8 - k).sort("part") for k in (5, 4))

@@ -1,4 +1,4 @@
-"""The reference notebook names every public name, as its docstring is now."""
+"""The reference notebook has every public name with its current docstring."""
 
 import json
 
@@ -13,6 +13,6 @@ def test_every_public_name_is_in_the_reference(prefix, room):
     assert [name for name in names(room) if f"### `{prefix}.{name}`" not in said] == []
 
 
-def test_the_reference_is_what_the_docstrings_say():
+def test_the_reference_equals_the_docstrings():
     """Run ``python -m tests.reference`` if this fails."""
     assert json.loads(NOTEBOOK.read_text()) == json.loads(notebook())

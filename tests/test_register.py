@@ -1,4 +1,4 @@
-"""A method from elsewhere is a method like ours until it is taken back, and one that cannot be is refused."""
+"""A registered method works like ours until it is unregistered, and an invalid one is refused."""
 
 import dataclasses
 import importlib
@@ -29,7 +29,7 @@ IDS = [i * i % 90 for i in range(80)]
 
 @dataclass(frozen=True)
 class Absmax(Codec):
-    """Round to the nearest of 2**bits - 1 steps between plus and minus a vector's largest number."""
+    """Round to the nearest of 2**bits - 1 steps between plus and minus a vector's largest magnitude."""
 
     head_dim: int
     bits: int
@@ -58,7 +58,7 @@ class Absmax(Codec):
 
 @dataclass(frozen=True, eq=False)
 class Centred(Absmax):
-    """Around a mean that is learned."""
+    """As `Absmax`, about a mean that is learned."""
 
     mean: mx.array | None = None
 
@@ -69,7 +69,7 @@ class Centred(Absmax):
         return super().encode(x - self.mean, start)
 
     def from_codes(self, y):
-        raise NotImplementedError  # not read here
+        raise NotImplementedError  # not used here
 
 
 def method(**changes) -> Method:
@@ -100,7 +100,7 @@ def model():
     return tiny("llama")
 
 
-def test_it_is_listed_and_found_and_gone_again(model):
+def test_a_method_is_listed_and_found_until_it_is_unregistered(model):
     before = vl.methods()
     vl.register(method())
     try:
@@ -112,7 +112,7 @@ def test_it_is_listed_and_found_and_gone_again(model):
         vl.make_cache(model, "absmax")
 
 
-def test_a_number_that_is_said_to_scale_nothing_is_refused():
+def test_an_array_without_the_values_it_scales_is_refused():
     @dataclass(frozen=True)
     class Silent(Absmax):
         scales = Codec.scales
@@ -133,7 +133,7 @@ def test_a_number_that_is_said_to_scale_nothing_is_refused():
     assert mx.allclose(Said(16, 8).decode(code), Absmax(16, 8).decode(code)).item()
 
 
-def test_caches_plans_reports_and_measurements_take_it(absmax, model, tmp_path):
+def test_caches_plans_reports_and_measurements_accept_it(absmax, model, tmp_path):
     cache = vl.make_cache(model, "absmax", bits=4, sinks=2, window=8)
     for part in (IDS[:-1], IDS[-1:]):  # as mlx-lm's generator does
         model(mx.array([part]), cache=cache)
@@ -148,7 +148,7 @@ def test_caches_plans_reports_and_measurements_take_it(absmax, model, tmp_path):
     assert text["kl"].max() < 1e-3
 
 
-def test_a_saved_cache_comes_back_while_it_is_registered(model, tmp_path):
+def test_a_saved_cache_is_restored_while_its_method_is_registered(model, tmp_path):
     vl.register(method())
     try:
         cache = vl.make_cache(model, "absmax", bits=4, sinks=2, window=8)
@@ -167,7 +167,7 @@ def test_a_saved_cache_comes_back_while_it_is_registered(model, tmp_path):
 
 
 def cell() -> Method:
-    """What a notebook's cell gives when it runs: a class that is new each time, of the same name and fields."""
+    """Return the method of a notebook's cell: a class that is new at each run, with the same name and fields."""
 
     @dataclass(frozen=True)
     class Rounded(Absmax):
@@ -219,7 +219,7 @@ METHOD = Method(
 
 
 def test_an_eleventh_method_is_one_file_and_one_line(model, tmp_path, monkeypatch):
-    """What it declares is all that caches, plans, the laboratory's list, charts and comparisons need."""
+    """Its declarations are enough for caches, plans, the laboratory's list, charts and comparisons."""
     (tmp_path / "halves.py").write_text(ELEVENTH)
     monkeypatch.syspath_prepend(tmp_path)
     vl.register(importlib.import_module("halves").METHOD)
@@ -240,7 +240,7 @@ def test_an_eleventh_method_is_one_file_and_one_line(model, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("meanwhile", ["replaced", "taken back"])
-def test_a_cache_of_a_method_that_went_is_saved_under_its_id_and_read_again(meanwhile, model, tmp_path):
+def test_a_cache_of_an_unregistered_method_is_saved_under_its_id_and_read_again(meanwhile, model, tmp_path):
     vl.register(cell())
     try:
         cache = vl.make_cache(model, "absmax", bits=4, sinks=2, window=8)
@@ -292,8 +292,8 @@ class Plain:
         return "".join(chr(32 + i) for i in ids)
 
 
-def test_what_it_learns_is_learned_anew_each_time(model, tmp_path):
-    """A file of an older calibration could not tell that the cell was changed since."""
+def test_a_registered_method_is_fitted_each_time(model, tmp_path):
+    """A file of an older calibration could not record a change of the cell."""
     learned = method(calibrated=True, build=lambda head_dim, bits, role: Centred(head_dim, bits), codecs=(Centred,))
     vl.register(learned)
     try:
@@ -305,7 +305,7 @@ def test_what_it_learns_is_learned_anew_each_time(model, tmp_path):
         vl.codecs.unregister("absmax")
 
 
-def test_a_cell_that_runs_again_replaces_what_it_registered(absmax):
+def test_a_cell_that_runs_again_replaces_its_method(absmax):
     with pytest.raises(InputError, match=r"'absmax' is registered already: vl.codecs.unregister"):
         vl.register(method())
     assert vl.register(method(name="Absmax again"), replace=True) is METHODS["absmax"]
@@ -323,7 +323,7 @@ def test_a_cell_that_runs_again_replaces_what_it_registered(absmax):
         ({"bits": range(0)}, "'absmax' takes no bits"),
     ],
 )
-def test_a_method_that_cannot_be_is_refused(changes, sentence):
+def test_an_invalid_method_is_refused(changes, sentence):
     before = list(METHODS)
     for replaced in (False, True):
         with pytest.raises(InputError, match=sentence):
@@ -331,14 +331,14 @@ def test_a_method_that_cannot_be_is_refused(changes, sentence):
     assert list(METHODS) == before
 
 
-def test_what_was_never_registered_is_not_taken_back():
+def test_a_method_that_was_not_registered_cannot_be_unregistered():
     with pytest.raises(InputError, match="Unknown method 'absmax'"):
         vl.codecs.unregister("absmax")
     with pytest.raises(InputError, match="'none' comes with veloxlab and stays"):
         vl.codecs.unregister("none")
 
 
-def test_measurements_of_it_are_made_again_as_its_code_may_have_changed(absmax, model, tmp_path):
+def test_its_measurements_are_repeated_because_its_code_can_change(absmax, model, tmp_path):
     measured = {"methods": ["absmax"], "text": TEXT, "sequences": 1, "tokens": 32, "bits": (3,), "folder": tmp_path}
     first = kept_rate_budget(model, Letters(), **measured)
     vl.register(method(build=lambda head_dim, bits, role: Absmax(head_dim, bits + 1)), replace=True)
