@@ -74,7 +74,7 @@ def real(*, above: float = -INF, below: float = INF, least: float = -INF, most: 
 
 
 def choice(*words: str) -> Check:
-    """One of some words."""
+    """One of the given words."""
     *first, last = map(repr, words)
     said = f"{', '.join(first)} or {last}" if first else last
     return Check(said, lambda value: isinstance(value, str) and value in words)
@@ -114,7 +114,7 @@ def maybe(check: Check) -> Check:
 
 
 def instance(kind: type | tuple[type, ...], words: str) -> Check:
-    """An object of a class."""
+    """An object of a given class."""
     return Check(words, lambda value: isinstance(value, kind))
 
 

@@ -129,7 +129,7 @@ class Spectra(NamedTuple):
 
     @classmethod
     def of(cls, method: str, frame: pl.DataFrame) -> Self:
-        """From `SPECTRA`."""
+        """The spectra of a method, from a frame of `SPECTRA`."""
         found = {}
         for (layer, tensor), own in frame.group_by("layer", "tensor", maintain_order=True):
             heads = own["head"].n_unique()

@@ -57,7 +57,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name in messages and tables."""
         said = f"{self.method} K{self.key_bits} V{self.value_bits}, {self.sinks} sinks, window {self.window}"
         if self.protected:
             *first, last = map(str, self.protected)

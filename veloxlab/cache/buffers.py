@@ -59,7 +59,7 @@ class Buffers:
 
     @property
     def offsets(self) -> mx.array:
-        """The same ``[B]``."""
+        """`lengths` as an array ``[B]``."""
         return places.offsets(self.form, self.column)
 
     @property
@@ -79,7 +79,7 @@ class Buffers:
 
     @property
     def held(self) -> tuple[Arrays, Arrays, Arrays]:
-        """As `Runs.runs`."""
+        """The buffers of sinks, packed tokens and windows, as `Runs.runs`."""
         return self._sinks, self._packed, self._recent
 
     def _spans(self, part: Part) -> tuple[tuple[slice, slice], ...]:

@@ -45,7 +45,7 @@ class Room(NamedTuple):
 
     @property
     def exact(self) -> int:
-        """Exact tokens."""
+        """The number of exact tokens."""
         return self.sinks + self.recent
 
 

@@ -72,9 +72,7 @@ def _by_graph(parts: Parts, dtype: mx.Dtype, heads: slice, after: mx.array | Non
                 before = mx.stop_gradient(after)  # an order has no derivatives
                 arrays = {name: mx.depends(array, before) for name, array in arrays.items()}
             after = decode(codec, Code(arrays, tile.start), dtype)
-            if dtype == mx.float16 and not isinstance(
-                codec, Exact
-            ):  # the error of a code may exceed the range of float16
+            if dtype == mx.float16 and not isinstance(codec, Exact):  # a decoded number may exceed float16's range
                 after = mx.clip(after, -LARGEST_HALF, LARGEST_HALF)
             tiles.append(after)
     return mx.concatenate(tiles, axis=2)

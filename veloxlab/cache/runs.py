@@ -148,12 +148,12 @@ class Runs:
 
     @property
     def runs(self) -> tuple[Run, Run, Run]:
-        """Oldest first."""
+        """The three runs, oldest first."""
         return self.sinks, self.packed, self.recent
 
     @property
     def held(self) -> int:
-        """Tokens held."""
+        """The number of held tokens."""
         return self.sinks.tokens + self.packed.tokens + self.recent.tokens
 
     @property

@@ -123,12 +123,7 @@ class Checksummed:
         return self
 
 
-_KINDS = (
-    KVCache,
-    RotatingKVCache,
-    ChunkedKVCache,
-    ArraysCache,
-)  # that models make; mlx-vlm has classes of the same names
+_KINDS = KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache  # of models; mlx-vlm has classes of these names
 _NAMES = {"mlx_lm.models.cache": "Sealed", "mlx_vlm.models.cache": "SealedVlm"}  # in files
 _checksummed: dict[type, type] = {}
 

@@ -43,7 +43,7 @@ class Code:
 
     @property
     def tokens(self) -> int:
-        """Tokens held."""
+        """The number of tokens."""
         return next(iter(self.arrays.values())).shape[TOKENS]
 
     @property

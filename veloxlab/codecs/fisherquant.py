@@ -155,13 +155,13 @@ class FisherQuant(Codec):
         return replace(sample, x=rope.inverse(x, sample.start), gradients=gradients, queries=queries)
 
     def _with(self, axes: Axes) -> Self:
-        """The same with other axes."""
+        """The codec with other axes."""
         unit = constant(axes.forward / fitting.deviations(axes.variances)[:, None] * self.size, mx.float16)
         back = constant(np.linalg.inv(np.array(unit, np.float64)), mx.float16)  # of the rounded matrix
         return replace(self, forward=unit, backward=back, mean=constant(axes.mean), variances=constant(axes.variances))
 
     def switched(self, **options: Any) -> Self:
-        """The same with other ``options``; raises `InputError` if these need another fit."""
+        """The codec with other ``options``; raises `InputError` if these need another fit."""
         asked = replace(self, widths=(), **options)
         for name in ("basis", "positions"):
             had, wanted = vars(self)[name], vars(asked)[name]

@@ -74,7 +74,7 @@ class VecInfer(Codec):
 
     @property
     def parts(self) -> int:
-        """D/d, the indices of one vector."""
+        """D/d, the number of indices of one vector."""
         return self.head_dim // self.sub_dim
 
     @property

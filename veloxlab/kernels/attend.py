@@ -64,7 +64,7 @@ Defines = dict[str, int | str]
 class AttendKernel(Threadgroups):
     """Softmax attention over sinks, packed and recent tokens, in that order, by two kernels."""
 
-    name: str  # for people
+    name: str  # in messages
     backend: Backend
     attend: Source
     combine: Source

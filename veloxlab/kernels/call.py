@@ -58,7 +58,7 @@ class Tokens:
 
 @dataclass(eq=False)
 class Queries:
-    """What attends."""
+    """The queries of attention, and how their scores are computed."""
 
     q: mx.array  # [B, Hq, L, Dk]
     scale: float  # factor of the scores
@@ -90,7 +90,7 @@ class AttentionKernel(Protocol):
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The name in messages."""
 
     def __hash__(self) -> int:
         """The hash of the kind of call."""

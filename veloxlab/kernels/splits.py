@@ -57,7 +57,7 @@ class Places(NamedTuple):
 
     @property
     def lasting(self) -> tuple[int, ...]:
-        """The others."""
+        """The numbers that another block does not change."""
         return self.sinks, self.packed_entry, self.first_packed, self.exact_entry, self.column
 
 

@@ -93,12 +93,12 @@ class Reader(ABC):
 
     @property
     def tokens(self) -> int:
-        """S."""
+        """S, the number of tokens."""
         return self.rows.shape[2]
 
     @property
     def kv_heads(self) -> int:
-        """H."""
+        """H, the number of KV heads."""
         return self.rows.shape[1]
 
     @property
