@@ -102,7 +102,7 @@ class ChartView(Ending, anywidget.AnyWidget):
     picked_head = t.Int(None, allow_none=True, help="the picked KV head").tag(sync=True)
     picked_token = t.Int(None, allow_none=True, help="the picked token, by its position").tag(sync=True)
     picked_point = t.Int(None, allow_none=True, help="the picked cache, by its number").tag(sync=True)
-    note = t.Dict(help="the line above the chart: its question, and the kind of its numbers").tag(sync=True)
+    note = t.Dict(help="the line above the chart: its purpose, and the kind of its numbers").tag(sync=True)
 
     _numbers: ClassVar[itertools.count[int]] = itertools.count(1)
 

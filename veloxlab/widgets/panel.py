@@ -37,7 +37,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     NAME: ClassVar[str]
     IS_PAGE: ClassVar[bool] = True  # a laboratory holds pages, and is not a page
     HELP: ClassVar[str] = "00_tour.ipynb#5. Set the controls"  # a notebook that explains the page, and a heading there
-    WHY: ClassVar[Mapping[str, str]] = {}  # by chart: the line above it, with its question
+    WHY: ClassVar[Mapping[str, str]] = {}  # by chart: its purpose, for the line above it
     SETTINGS: ClassVar[tuple[str, ...]] = ()  # traits that ``settings`` may have, and on which its charts depend
     children: Any
     active = True  # whether it draws the present choice; hidden pages of a laboratory do not

@@ -23,7 +23,7 @@ from veloxlab.views.marks import bits_said
 
 EXACT = "none"  # the method that compresses nothing
 Bits = tuple[float, float]  # of keys and of values
-NAMED = 2  # up to so many layers with bits of their own are listed in a name
+NAMED = 2  # most layers with bits of their own that a name lists
 MOST_SEED = 2**31 - 1  # greatest seed in the controls of a page
 STEP = 0.25  # bits between widths, where a method allows fractions
 CACHE = ("method", "key_bits", "value_bits", "sinks", "window")  # parts that describe a cache of equal layers

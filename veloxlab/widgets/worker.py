@@ -81,7 +81,7 @@ class Request:
 
 
 class Line:
-    """The jobs that wait for one thread. All methods but `next` need the lock ``changed``."""
+    """The jobs that wait for one thread. Callers of `forget`, and of the attributes, hold the lock ``changed``."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -146,7 +146,7 @@ class Worker:
         self._started = False
         self._listeners: list[Callable[[Status], None]] = []
         self._stopped: dict[str, tuple[Job, Callable[[Any], None], Callable[[str], None]]] = {}
-        finalize(self, self._line.close).atexit = False  # the end of Python ends every thread
+        finalize(self, self._line.close).atexit = False  # at the end of Python, `_end_threads` closes all lines
 
     def submit(
         self,

@@ -38,9 +38,9 @@ METRICS = {
 }
 PATHS = {"own": "keep the model's own cache, exact", "arrays": "are decoded to arrays before attention"}
 ALL = -1  # means all layers in a dropdown, which cannot show None
-GREATEST = 9  # least end of the axis of bits
-MEASURED_UPTO = 4096  # tokens: to here caches are filled and measured
-DRAWN_UPTO = 16384  # tokens: to here the memory chart predicts
+GREATEST = 9  # the axis of bits ends here, or higher
+MEASURED_UPTO = 4096  # tokens up to which caches are filled and measured
+DRAWN_UPTO = 16384  # tokens up to which the memory chart predicts
 
 
 def unusual(layers: Sequence[LayerFacts]) -> list[str]:

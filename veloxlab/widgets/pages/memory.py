@@ -164,7 +164,7 @@ class MemoryPlanner(OfCache, ChartPage):
         return UNKNOWN if choice.own_bits else expected_loss(choice.method, choice.key_bits, choice.value_bits)
 
     def leave_room(self) -> None:
-        """Set the memory for the cache: that of the machine, less a quarter for the system and the weights."""
+        """Set the memory for the cache: three quarters of the machine's memory, less the bytes of the weights."""
         if not self.charts:
             self.say("There is no plan yet: wait for its chart, and press the button again.")
             return
