@@ -81,7 +81,7 @@ class Request:
 
 
 class Line:
-    """The jobs that wait for one thread. Callers of `forget`, and of the attributes, hold the lock ``changed``."""
+    """The jobs that wait for one thread. Callers of `forget` hold the lock ``changed``."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
