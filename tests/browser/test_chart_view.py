@@ -317,6 +317,16 @@ def test_a_legend_keeps_its_colours_beside_a_chart_of_another_vega(bare):
     assert bare.page.evaluate(mine)
 
 
+def test_a_legend_keeps_its_bar_beside_the_same_chart_on_a_hidden_page(bare):
+    """As in two laboratories: each chart has its own copy of the code, and a hidden gradient draws nothing."""
+    for name in ("one", "two"):
+        open_chart(bare, ChartView(bars(5, 10).encode(color=alt.Color("error:Q"))), name)
+    bare.page.evaluate("document.querySelector('#one').style.display = 'none'")
+    mine = """() => [...document.querySelectorAll("#two [fill^='url']")].map((bar) =>
+      document.querySelector(bar.getAttribute("fill").match(/#[^)"]*/)[0]).closest("#two") !== null)"""
+    assert bare.page.evaluate(mine) == [True]
+
+
 def test_a_legend_keeps_its_colours_after_any_redraw(bare):
     """Vega restores its own names whenever it draws, and the page may start a redraw at any time."""
     view = ChartView(bars(5, 10).encode(color=alt.Color("error:Q")))

@@ -144,8 +144,9 @@ function sizesIn({ signals = [], width, height }) {
 
 // Vega numbers gradients from 0, and JupyterLab's own Vega does so on the same page: without unique names the legend of
 // one chart would show the colours of another. Each redraw may restore Vega's names or set new ones, so the present
-// names are read from the filled elements first.
-let gradients = 0;
+// names are read from the filled elements first. The number is the page's: each chart runs its own copy of this file, and
+// a browser draws nothing for the name of a gradient that is hidden with another chart.
+const GRADIENTS = Symbol.for("veloxlab.gradients");
 
 function ownGradients(plot) {
   for (const filled of plot.querySelectorAll("[fill*='#gradient_']")) {
@@ -153,7 +154,8 @@ function ownGradients(plot) {
   }
   for (const gradient of plot.querySelectorAll("linearGradient[id^='gradient_']")) {
     gradient.dataset.name = gradient.id;
-    gradient.id = `veloxlab-${gradients++}`;
+    globalThis[GRADIENTS] = (globalThis[GRADIENTS] ?? 0) + 1;
+    gradient.id = `veloxlab-${globalThis[GRADIENTS]}`;
   }
   for (const gradient of plot.querySelectorAll("linearGradient[data-name]")) {
     const own = `url(#${gradient.id})`;
