@@ -1,4 +1,4 @@
-"""The page about one cache: what it says is what its notebook's code gives, and it asks no network."""
+"""The page about one cache: its numbers are those of its notebook's code, and it needs no network."""
 
 import ast
 import base64
@@ -28,7 +28,7 @@ TEXT = "so it goes, one letter after another, and </script><!-- nobody minds. " 
 
 @pytest.fixture(scope="module")
 def loaded():
-    """A small model in the place of what ``vl.load`` loads."""
+    """A small model instead of the result of ``vl.load``."""
     both = tiny("llama"), Readable()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vl, "load", lambda name: both, raising=False)
@@ -50,7 +50,7 @@ def held_notebook(text):
     return nbformat.reads(base64.b64decode(re.search(r"x-ipynb\+json;base64,([^\"]*)", text)[1]).decode(), as_version=4)
 
 
-def test_a_report_says_what_its_notebook_gives_again(loaded, page):
+def test_a_report_has_the_numbers_of_its_notebook(loaded, page):
     text, printed = page
     book = held_notebook(text)
     nbformat.validate(book)
@@ -95,13 +95,13 @@ def test_a_report_is_named_by_its_plan_and_the_layers_that_differ(loaded):
     assert name_of(replace(plan, name="")) == ""
 
 
-def test_the_answer_of_a_report_says_of_how_many_tokens_it_is(page):
+def test_the_answer_of_a_report_states_its_number_of_tokens(page):
     _, printed = page
     assert printed.startswith("Texts of 96 tokens are read, of which 2 sinks and a window of 8 stay exact. Predictions")
     assert "After 96 tokens the cache holds " in printed
 
 
-def test_a_cache_that_holds_more_says_why(loaded):
+def test_a_cache_that_holds_more_than_exact_states_why(loaded):
     cache = vl.make_cache(loaded[0])
     said = []
     for count in (8, 600):
@@ -111,7 +111,7 @@ def test_a_cache_that_holds_more_says_why(loaded):
     assert " times less than exact in 16 bits" in said[1]
 
 
-def test_a_text_with_marks_in_it_stays_a_text(loaded):
+def test_a_text_with_markup_stays_a_text(loaded):
     plan = vl.Plan.uniform(loaded[0], bits=4)
     cells = [*steps("x'\"", plan, text=TEXT, tokens=64, windows=1)]
     shown, space = run(cells)
@@ -129,7 +129,7 @@ def test_a_text_with_marks_in_it_stays_a_text(loaded):
     assert all(ast.parse(each) for each in code)
 
 
-def test_a_plan_that_needs_a_calibration_says_how_it_is_had(loaded, tmp_path):
+def test_a_plan_that_needs_a_calibration_has_the_code_for_it(loaded, tmp_path):
     plan = vl.Plan.uniform(loaded[0], "commvq", bits=2)
     assert calibration_code(plan, []) == "[vl.calibrate(model, tokenizer, 'commvq', bits=[2])]"
     file = tmp_path / "it's.safetensors"

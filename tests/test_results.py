@@ -1,4 +1,4 @@
-"""Every figure of the README and the notebooks has a source, and one command measures all again."""
+"""Every figure of the README and the notebooks has a source, and one command measures all of them again."""
 
 import json
 import subprocess
@@ -62,7 +62,7 @@ def sources(root):
     return {f.number: f.source for f in figures(Index.read(root), root / "README.md")}
 
 
-def test_every_figure_here_has_a_source(capsys):
+def test_every_figure_of_the_repository_has_a_source(capsys):
     assert main(["results", "--check"]) == 0, capsys.readouterr().err
     lines = capsys.readouterr().out.splitlines()
     said = (
@@ -73,13 +73,13 @@ def test_every_figure_here_has_a_source(capsys):
     assert len(lines) > 100
 
 
-def test_a_figure_comes_from_a_row_a_table_or_a_reason_or_from_nowhere(root):
+def test_a_figure_has_a_row_a_table_or_a_reason_as_source_or_none(root):
     found = sources(root)
     assert found == {"0.125": "table.md", "1.5": "a title", "0.25": "times.json", "3.75": "", "0.5": ""}
     assert list(problems(Index.read(root))) == []
 
 
-def test_a_figure_from_nowhere_is_told_and_is_a_failure(root, monkeypatch, capsys):
+def test_a_figure_without_a_source_is_reported_and_fails(root, monkeypatch, capsys):
     monkeypatch.setattr(results, "shipped_folder", lambda name: root / name)
     assert main(["results", "--check"]) == 1
     told = capsys.readouterr().err
@@ -87,7 +87,7 @@ def test_a_figure_from_nowhere_is_told_and_is_a_failure(root, monkeypatch, capsy
     assert told.endswith("5 figures, 2 problems\n")
 
 
-def test_a_result_that_was_measured_again_is_seen(root):
+def test_a_changed_result_is_detected(root):
     path = root / "data" / "results" / "times.json"
     path.write_text(path.read_text().replace("0.2501", "0.31"))
     assert list(problems(Index.read(root))) == [
@@ -105,7 +105,7 @@ def test_files_and_the_index_name_each_other(root):
     ]
 
 
-def test_a_notebook_s_figures_may_come_from_its_outputs(root):
+def test_a_notebook_s_figures_can_come_from_its_outputs(root):
     cells = [
         {"cell_type": "markdown", "source": ["It takes 1.32 ms, or 45 % of it, or 9.99."]},
         {"cell_type": "code", "source": ["show()"], "outputs": [{"text": ["1.3204"]}, {"data": {"text/plain": "45"}}]},
@@ -118,7 +118,7 @@ def test_a_notebook_s_figures_may_come_from_its_outputs(root):
     assert found == {"1.32": execute, "45": execute, "9.99": ""}
 
 
-def test_all_commands_are_run_and_a_stopped_run_goes_on(root, monkeypatch, tmp_path, capsys):
+def test_all_commands_are_run_and_a_stopped_run_continues(root, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(results, "shipped_folder", lambda name: root / name)
     ran, status = [], {"compare": 1}
@@ -144,7 +144,7 @@ def test_commands_of_some_files_are_run_alone(root, monkeypatch, tmp_path, capsy
     assert "There is no result 'tables.md'" in capsys.readouterr().err
 
 
-def test_costs_are_told(root, monkeypatch, capsys):
+def test_costs_are_reported(root, monkeypatch, capsys):
     path = root / "data" / "results" / "index.toml"
     path.write_text(path.read_text().replace('command = "veloxlab', 'cpu_minutes = 12.5\ncommand = "veloxlab'))
     monkeypatch.setattr(results, "shipped_folder", lambda name: root / name)
@@ -154,6 +154,6 @@ def test_costs_are_told(root, monkeypatch, capsys):
     assert err.startswith(" 12.5  CPU minutes in all")
 
 
-def test_it_wants_to_know_what_to_do(capsys):
+def test_without_an_action_it_is_refused(capsys):
     assert main(["results"]) == 2
     assert "give one of --check, --costs and --all" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A rotary embedding is known by what it does to a layer's keys, not by the modules that a layer owns."""
+"""A rotary embedding is identified by its effect on a layer's keys, not by the modules of the layer."""
 
 from typing import Any
 
@@ -46,14 +46,14 @@ MIXED = {
 
 
 def made(model: llama.Model) -> mx.array:
-    """Keys of the first layer before their rotary embedding."""
+    """Return keys of the first layer before their rotary embedding."""
     first = model.layers[0]
     x = first.self_attn.k_proj(first.input_layernorm(model.model.embed_tokens(mx.array([IDS]))))
     return x.reshape(1, len(IDS), 2, -1).swapaxes(1, 2)
 
 
 def distance(x: mx.array, y: mx.array) -> float:
-    """Of two arrays, as a share of the second one's length."""
+    """Return the distance of two arrays over the length of the second."""
     return (mx.linalg.norm(x - y) / mx.linalg.norm(y)).item()
 
 
@@ -75,14 +75,14 @@ def test_a_layers_rope_is_found_and_undone(scaling, traditional, dtype):
     (layer, _) = capture_layers(model, IDS)
     keys, x = layer.keys.astype(mx.float32), made(model).astype(mx.float32)
     back = layer.rope.inverse(keys, 0)
-    x = x * (mx.linalg.norm(back) / mx.linalg.norm(x))  # some kinds make keys longer or shorter
-    bound = 1e-5 if dtype == mx.float32 else 2**-7  # angles of up to 40 radians; or keys that were rounded to 8 bits
+    x = x * (mx.linalg.norm(back) / mx.linalg.norm(x))  # some kinds change the length of keys
+    bound = 1e-5 if dtype == mx.float32 else 2**-7  # angles of up to 40 radians; or keys rounded to 8 bits
     assert distance(back, x) < bound
     assert distance(layer.rope.forward(back, 0), keys) < 1e-5
 
 
 @pytest.mark.parametrize("family", MIXED)
-def test_of_layers_that_turn_keys_and_layers_that_do_not_each_has_its_own(family):
+def test_layers_with_and_without_rope_are_told_apart(family):
     model = tiny(family, num_hidden_layers=4, **MIXED[family])
     assert [rope is not None for rope in ropes_of(model, IDS)] == [True, True, True, False]
 
@@ -97,34 +97,34 @@ def test_a_model_of_more_caches_than_layers_has_one_for_each_cache():
 
 
 @pytest.mark.parametrize("family", ["nanochat", "talkie"])
-def test_frequencies_that_attention_itself_holds_are_known(family):
+def test_frequencies_of_the_attention_module_are_found(family):
     (rope, _) = ropes_of(tiny(family), IDS)
     assert rope is not None
-    assert (rope.angles < 0).all()  # these two turn the other way
+    assert (rope.angles < 0).all()  # these two rotate in the other direction
 
 
 @pytest.mark.parametrize("family", ["llama", "internlm2", "internlm3"])
-def test_a_rotation_that_changes_with_the_length_of_the_text_is_none_that_is_known(family):
+def test_a_rotation_that_changes_with_the_length_of_the_text_is_unknown(family):
     model = tiny(family, **DYNAMIC)
     assert [seen.rope for seen in capture_layers(model, IDS)] == [None, None]
 
 
-def test_a_rotation_is_known_where_what_follows_it_commutes_and_unknown_where_not():
+def test_a_rotation_is_known_if_later_operations_commute_with_it():
     model = tiny("hunyuan_v1_dense", rope_scaling={"type": "dynamic", "alpha": 1000.0, "factor": 1.0})
     assert [seen.rope.dims for seen in capture_layers(model, IDS)] == [64, 64]
-    norm = model.layers[1].self_attn.key_layernorm  # of rotated keys: uneven weights make them something else
+    norm = model.layers[1].self_attn.key_layernorm  # after the rotation: uneven weights do not commute with it
     norm.weight = mx.random.uniform(0.5, 2.0, norm.weight.shape, key=mx.random.key(0))
     assert [seen.rope is None for seen in capture_layers(model, IDS)] == [False, True]
 
 
-def test_keys_that_do_not_move_have_no_rotary_embedding():
+def test_keys_that_do_not_change_have_no_rotary_embedding():
     model = tiny("llama")
     first = model.layers[0].self_attn
     first.k_proj.weight = mx.zeros_like(first.k_proj.weight)
     assert [seen.rope is None for seen in capture_layers(model, IDS)] == [True, False]
 
 
-def test_many_tokens_that_lie_in_the_memory_of_one_are_turned_each_by_its_position():
+def test_many_tokens_that_share_memory_are_rotated_each_by_its_position():
     rope, mean = Rope(32), mx.random.normal((1, 2, 1, 32), key=mx.random.key(0))
     many = mx.broadcast_to(mean, (1, 2, 50, 32))
     turned, apart = rope.forward(many, 7), rope.forward(mx.concatenate([mean] * 50, axis=2), 7)

@@ -29,7 +29,7 @@ def found(name: str) -> Check:
 
 @pytest.fixture
 def without_mlx(monkeypatch):
-    """As if MLX had not been imported yet."""
+    """Imitate a process that has not imported MLX."""
     monkeypatch.delitem(sys.modules, "mlx.core")
 
 
@@ -82,14 +82,14 @@ def test_blas_can_be_switched_off(monkeypatch):
 
 @on_linux_x86
 @pytest.mark.usefixtures("without_mlx")
-def test_missing_blas_is_a_reason_and_no_error(monkeypatch):
+def test_missing_blas_gives_a_reason_and_no_error(monkeypatch):
     monkeypatch.setattr(runtime, "find_spec", lambda name: None)
     assert load_afresh() == "the package ngsolve-openblas is not installed"
 
 
 @on_linux_x86
 @pytest.mark.usefixtures("without_mlx")
-def test_unloadable_blas_is_a_reason_and_no_error(monkeypatch, tmp_path):
+def test_unloadable_blas_gives_a_reason_and_no_error(monkeypatch, tmp_path):
     (tmp_path / "libopenblas.so").write_bytes(b"no library")
     monkeypatch.setattr(runtime, "package_folders", lambda name: [tmp_path])
     assert load_afresh().startswith("OpenBLAS could not be loaded (")
@@ -119,7 +119,7 @@ def write_files(folder: Path, files: dict[str, str]) -> None:
 
 @pytest.fixture
 def groups(monkeypatch, tmp_path):
-    """Limits of control groups: give this process's groups, and files by their path below /sys/fs/cgroup."""
+    """Set limits of control groups: this process's groups, and files by their path below /sys/fs/cgroup."""
     monkeypatch.setattr(runtime, "GROUPS", tmp_path / "fs")
     monkeypatch.setattr(runtime, "OWN_GROUPS", tmp_path / "own")
 
@@ -167,7 +167,7 @@ def test_systems_without_control_groups_have_no_limits(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(runtime.backend() == "cuda", reason="a GPU's memory is its own")
-def test_memory_offered_is_what_a_control_group_allows(groups):
+def test_offered_memory_is_the_limit_of_the_control_group(groups):
     groups("0::/", **{"memory.max": "3000000000"})
     assert runtime.device().memory_bytes == 3_000_000_000
     assert (found("memory").status, found("memory").detail) == ("warn", "2.8 GiB")
@@ -178,7 +178,7 @@ def test_memory_offered_is_what_a_control_group_allows(groups):
 
 @pytest.fixture
 def afresh():
-    """The number of threads is found again in this test, and after it."""
+    """Compute the number of threads again in this test, and after it."""
     runtime.threads.cache_clear()
     yield
     runtime.threads.cache_clear()
@@ -205,7 +205,7 @@ def afresh():
         ),
     ],
 )
-def test_openblas_is_asked_for_short_spins_and_as_many_threads_as_kernels(groups, monkeypatch, quota, given, asked):
+def test_openblas_gets_short_spins_and_the_kernels_number_of_threads(groups, monkeypatch, quota, given, asked):
     groups("0::/", **{"cpu.max": quota})
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
     monkeypatch.setattr(os, "environ", dict(given))
@@ -243,7 +243,7 @@ def test_threads_come_from_affinity_quota_or_the_environment(groups, monkeypatch
 
 @pytest.mark.usefixtures("afresh")
 @pytest.mark.parametrize("said", ["0", "-1", "1.5", "two"])
-def test_what_is_no_number_of_threads_is_told_once(monkeypatch, said):
+def test_an_invalid_number_of_threads_is_reported_once(monkeypatch, said):
     monkeypatch.setenv("VELOXLAB_THREADS", said)
     with pytest.warns(UserWarning, match=f"VELOXLAB_THREADS is '{said}', which is no whole number from 1"):
         assert runtime.threads() == runtime.cores()
@@ -286,14 +286,14 @@ def test_doctor_finds_nothing_wrong_here():
     assert [check for check in doctor() if check.status == "fail"] == []
 
 
-def test_doctor_looks_at_everything():
+def test_doctor_checks_everything():
     names = [check.name for check in doctor()]
     assert names[:6] == ["back end", "device", "memory", "BLAS", "kernels", "python"]
     assert names[-2:] == ["smollm2-135m", "browser"]
     assert set(checkup.PACKAGES) <= set(names)
 
 
-def test_doctor_tells_which_of_two_wheels_is_in_place(monkeypatch):
+def test_doctor_names_the_one_of_two_wheels_that_is_used(monkeypatch):
     monkeypatch.setattr(runtime, "mlx_wheels", lambda: {"mlx-cpu": True, "mlx-cuda-13": False})
     check = found("back end")
     assert check.status == "warn"
@@ -301,7 +301,7 @@ def test_doctor_tells_which_of_two_wheels_is_in_place(monkeypatch):
     assert check.hint == "uv pip install --no-deps --reinstall mlx-cuda-13"
 
 
-def test_doctor_offers_cuda_where_a_gpu_lies_idle(monkeypatch):
+def test_doctor_suggests_cuda_for_an_unused_gpu(monkeypatch):
     monkeypatch.setattr(runtime, "mlx_wheels", lambda: {"mlx-cpu": True})
     monkeypatch.setattr(checkup.shutil, "which", lambda name: f"/usr/bin/{name}")  # type: ignore[attr-defined]
     assert found("back end").hint == "uv sync --extra cuda"
@@ -334,7 +334,7 @@ def test_doctor_explains_a_slow_blas(monkeypatch, reason, hint):
         (None, "4", {}, ""),
     ],
 )
-def test_doctor_tells_of_threads_of_the_blas(monkeypatch, threads, spin, given, words):
+def test_doctor_reports_threads_of_the_blas(monkeypatch, threads, spin, given, words):
     monkeypatch.setattr(runtime, "cpu_gflops", lambda: 100.0)
     for name in ("cores", "threads", "_affinity"):
         monkeypatch.setattr(runtime, name, lambda: 2)
@@ -362,7 +362,7 @@ on_cpu = pytest.mark.skipif(runtime.backend() != "cpu", reason="the loops are th
 
 
 @on_cpu
-def test_doctor_tries_kernels_on_a_cpu_and_tells_of_threads(monkeypatch):
+def test_doctor_runs_kernels_on_a_cpu_and_reports_threads(monkeypatch):
     monkeypatch.setenv("VELOXLAB_THREADS", str(runtime.threads()))
     check = found("kernels")
     assert check.status == "ok"
@@ -390,7 +390,7 @@ def test_doctor_says_how_to_get_kernels_on_a_cpu(monkeypatch):
     assert "numba, which compiles them for a CPU, is not installed" in check.detail
 
 
-def test_doctor_says_that_kernels_are_switched_off(monkeypatch):
+def test_doctor_reports_that_kernels_are_switched_off(monkeypatch):
     monkeypatch.setenv("VELOXLAB_KERNELS", "0")
     assert (found("kernels").status, found("kernels").hint) == ("warn", "unset VELOXLAB_KERNELS")
 
@@ -402,7 +402,7 @@ def test_doctor_names_a_kernel_that_disagrees(monkeypatch):
     assert (check.status, check.detail) == ("warn", "it differs from its reference by 1")
 
 
-# what the doctor says of the rest
+# the doctor's other checks
 
 
 def test_doctor_warns_of_little_memory(monkeypatch):
@@ -441,5 +441,5 @@ def test_threads_that_call_openblas_together_share_its_threads(monkeypatch):
     with runtime.blas_shared_by(8):
         assert real() == 1
     monkeypatch.setattr(runtime, "blas_threads", lambda: had)
-    with runtime.blas_shared_by(1):  # leaves it as it was
+    with runtime.blas_shared_by(1):  # changes nothing
         assert real() == had

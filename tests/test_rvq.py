@@ -13,9 +13,9 @@ from veloxlab.errors import InputError
 
 DIM = 128
 VECTORS = 4_000
-# relative squared error of two Gaussian stages of b/2 bits each: as VeloxQuant makes the second, and the best second
+# relative squared error of two Gaussian stages of b/2 bits each: with VeloxQuant's second stage, and the best one
 TABLE = {2: (0.1327, 0.1307), 4: (0.0236, 0.0197), 6: (0.00278, 0.0020)}
-# the sampled table has 3 digits at most: half a unit of 0.0197 is 0.3 %, of 0.0020 it is 2.5 %
+# the sampled table has at most 3 digits: half a unit of 0.0197 is 0.3 %, of 0.0020 it is 2.5 %
 TABLE_TOLERANCE = {2: 0.005, 4: 0.005, 6: 0.03}
 
 
@@ -40,8 +40,8 @@ def test_two_stages_reach_the_tables_distortion(bits):
 
 @pytest.mark.parametrize("bits", [2, 4, 6, 8])
 @pytest.mark.parametrize("options", [{}, {"residual": "laplacian"}, {"variant": "refined"}], ids=str)
-def test_vectors_lose_what_the_stages_say(bits, options, vectors):
-    """4,000 vectors of 128 coordinates: the mean of 512,000 squared errors is right to 1 %, and so is the scale."""
+def test_vectors_have_the_error_of_the_stages(bits, options, vectors):
+    """4,000 vectors of 128 coordinates: the mean of 512,000 squared errors is accurate to 1 %, and so is the scale."""
     codec = Rvq(DIM, bits, scale="norm", **options)
     rounding = 2.0**-22  # of a float16 scale's root, twice, squared
     assert mse(codec, vectors) == pytest.approx(codec.stages.distortion, rel=0.02, abs=rounding)
@@ -72,7 +72,7 @@ def test_the_code_is_stage_one_and_then_the_nearest_of_stage_two(bits, variant, 
     first = np.abs(y[..., None] - codec.stages.first.table.levels).argmin(axis=-1)
     second = np.abs(y[..., None] - table[first]).argmin(axis=-1)
     expected = np.take_along_axis(table[first], second[..., None], axis=-1)[..., 0]
-    # a coordinate within float32's rounding of a boundary may go either way
+    # a coordinate within float32 rounding of a boundary may have either code
     assert np.isclose(np.array(codec.expand(Code(arrays))), expected, atol=1e-5).mean() > 0.999
 
 
@@ -90,7 +90,7 @@ def test_unbiased_inner_products_from_both_stages_and_from_one(bits, vectors):
     codec = Rvq(DIM, bits, scale="unbiased")
     code = codec.encode(vectors)
     for decoded, tolerance in ((codec.decode(code), 1e-3), (codec.decode_coarse(code), 5e-3)):
-        # the full scale is right for each vector, to float16; the coarse one on average, to 1/D and 1 in √(4000·128)
+        # the full scale is exact for each vector, to float16; the coarse one on average, to 1/D and 1 in √(4000·128)
         assert (vectors * decoded).sum(axis=-1).mean().item() == pytest.approx(1, abs=tolerance)
 
 
@@ -115,6 +115,6 @@ def test_keys_at_one_bit_twice_take_7_5_times_less_than_in_16_bits():
         (lambda: Rvq(DIM, 2, scale="max"), "scale='max' cannot be used"),
     ],
 )
-def test_what_it_cannot_do_is_refused_at_once(make, sentence):
+def test_impossible_settings_are_refused_at_once(make, sentence):
     with pytest.raises(InputError, match=sentence):
         make()

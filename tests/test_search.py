@@ -1,4 +1,4 @@
-"""The search drops what is surely beaten and nothing else, and gives the same front wherever its jobs run."""
+"""The search drops only candidates that are surely beaten, and finds the same front wherever its jobs run."""
 
 import multiprocessing
 import os
@@ -45,7 +45,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path):
-    """Searches that are stopped go on from the user's cache folder: each test has its own."""
+    """Stopped searches continue from the user's cache folder, so each test has its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "veloxlab" / "searches"
 
@@ -55,12 +55,11 @@ def result(model):
     return vl.search(model, Letters(), methods=TWO, **SETTINGS)
 
 
-# the race, on numbers that were made up -----------------------------------------------------------------------------
+# the race, on synthetic numbers -------------------------------------------------------------------------------------
 
 
 def made_up(means, noise=0.01, seed=0):
-    """A callback that gives each entrant its mean on windows that differ much, and a little noise of its own; and what
-    it was asked."""
+    """Return a callback and a list of its calls; it gives each entrant its mean on different windows, with noise."""
     rng = np.random.default_rng(seed)
     common, own = rng.uniform(0.5, 1.5, 50), rng.normal(0, noise, (len(means), 50))
     asked = []
@@ -72,7 +71,7 @@ def made_up(means, noise=0.01, seed=0):
     return measure, asked
 
 
-def test_what_is_surely_beaten_is_dropped_early_and_the_front_is_measured_to_the_end():
+def test_surely_beaten_entrants_are_dropped_early_and_the_front_is_measured_to_the_end():
     nbytes, means = [1, 2, 2, 3, 3], [8, 4, 9, 2, 6]
     measure, asked = made_up(means)
     entrants = race(nbytes, measure, 8)
@@ -83,7 +82,7 @@ def test_what_is_surely_beaten_is_dropped_early_and_the_front_is_measured_to_the
     assert asked[-1] == (7, [0, 1, 3])
 
 
-def test_nobody_is_dropped_for_what_two_windows_say():
+def test_no_entrant_is_dropped_after_two_windows():
     entrants = race([1, 1], made_up([1, 9], noise=0)[0], LEAST_WINDOWS - 1)
     assert [e.state for e in entrants] == ["front", "close"]
 
@@ -93,7 +92,7 @@ def test_fewer_bytes_are_never_beaten_by_more():
     assert [e.state for e in entrants] == ["front", "front"]
 
 
-def test_what_is_beaten_by_less_than_its_noise_is_close_and_not_dominated():
+def test_an_entrant_beaten_by_less_than_its_noise_is_close_and_not_dominated():
     entrants = race([1, 1], made_up([5, 5.01], noise=0.5, seed=1)[0], 8)
     assert sorted(e.state for e in entrants) == ["close", "front"]
     assert all(len(e.kls) == 8 for e in entrants)
@@ -103,12 +102,12 @@ def test_equals_are_both_on_the_front():
     assert on_front([1, 1, 2], [3.0, 3.0, 3.0]) == [True, True, False]
 
 
-def test_an_equal_is_dropped_as_rarely_as_the_confidence_says():
+def test_an_equal_entrant_is_dropped_as_rarely_as_the_confidence_states():
     dropped = 0
     for seed in range(600):
         entrants = race([1, 2], made_up([5, 5], noise=0.5, seed=seed)[0], 8)
         dropped += entrants[1].state == "dominated"
-    # one side of 5 %, over all looks together; three standard deviations of 600 trials are 0.02
+    # one side of 5 %, over all rounds together; three standard deviations of 600 trials are 0.02
     assert 0 < dropped / 600 < 0.025 + 0.02
 
 
@@ -121,7 +120,7 @@ def test_under_a_floor_cheaper_ones_run_first_and_the_others_not_once_it_is_met(
     entrants = race(nbytes, measure, 6, most_kl=5.0)
     states = [entrants[shuffled.index(i)].state for i in range(count)]  # by bytes
     assert set(states[:GROUP]) == {"above floor"}
-    # windows weigh 0.5 to 1.5, so which of the second group meets it is said by the mean of what was measured
+    # windows weigh 0.5 to 1.5, so the measured mean decides which of the second group meets it
     means_seen = [entrants[shuffled.index(i)].mean_kl for i in range(GROUP, 2 * GROUP)]
     met = [s == "front" for s in states[GROUP : 2 * GROUP]]
     assert any(met)
@@ -130,7 +129,7 @@ def test_under_a_floor_cheaper_ones_run_first_and_the_others_not_once_it_is_met(
     assert {i for _, numbers in asked for i in numbers} == {shuffled.index(i) for i in range(2 * GROUP)}
 
 
-def test_what_is_not_finite_is_out_at_once():
+def test_an_entrant_that_is_not_finite_is_out_at_once():
     entrants = race([1, 2], lambda numbers, window: [[float("nan"), 1.0][i] for i in numbers], 4)
     assert [(e.state, len(e.kls)) for e in entrants] == [("not finite", 1), ("front", 4)]
 
@@ -150,7 +149,7 @@ def test_candidates_are_all_combinations_at_widths_that_a_method_has():
 @pytest.mark.parametrize("protected", [(), (-1,)])
 @pytest.mark.parametrize(("sinks", "window"), [(4, 0), (2, 33)])
 @pytest.mark.parametrize("method", ["turboquant", "qjl"])
-def test_bytes_per_token_are_those_that_a_cache_reports(model, method, sinks, window, protected):
+def test_bytes_per_token_are_those_in_a_cache_s_report(model, method, sinks, window, protected):
     tokens = 333
     plan = Candidate(method, 2, 4, sinks, window, protected).plan(PlannedModel.of(model))
     cache = vl.make_cache(model, plan, chunk="codes")
@@ -173,7 +172,7 @@ def test_a_plan_leaves_protected_layers_exact(model):
 # the search ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_frame_holds_what_judging_a_plan_gives(model, result):
+def test_the_frame_has_the_results_of_fidelity(model, result):
     frame = result.frame
     assert frame.schema == SEARCHED
     assert frame.height == 2 * 4
@@ -190,15 +189,15 @@ def test_the_frame_holds_what_judging_a_plan_gives(model, result):
 
 
 def same(one, other):
-    """All but the time that it took."""
+    """Return all columns but the measured time."""
     return one.frame.drop("seconds").equals(other.frame.drop("seconds"))
 
 
-def test_it_gives_the_same_again(model, result):
+def test_a_search_is_reproducible(model, result):
     assert same(result, vl.search(model, Letters(), methods=TWO, **SETTINGS))
 
 
-def test_a_budget_spares_what_is_above_it(model, result):
+def test_a_budget_skips_candidates_above_it(model, result):
     most = float(result.frame["bytes_per_token"].median())
     cheap = vl.search(model, Letters(), methods=TWO, most_bytes_per_token=most, **SETTINGS)
     over = cheap.frame.filter(pl.col("bytes_per_token") > most)
@@ -208,14 +207,14 @@ def test_a_budget_spares_what_is_above_it(model, result):
     assert over["kl"].null_count() == over.height
 
 
-def test_a_floor_leaves_what_meets_it(model, result):
+def test_a_floor_keeps_the_candidates_that_meet_it(model, result):
     most = float(result.front["kl"].median())
     good = vl.search(model, Letters(), methods=TWO, most_kl=most, **SETTINGS)
     assert (good.front["kl"] <= most).all()
     assert good.front["row"][0] == result.front.filter(pl.col("kl") <= most)["row"][0]
 
 
-def test_what_nothing_meets_is_said_in_a_sentence(model):
+def test_an_impossible_goal_is_reported_in_a_sentence(model):
     with pytest.raises(InputError, match=r"No candidate holds at most 10.0 bytes a token at 300 tokens; the least is"):
         vl.search(model, Letters(), methods=TWO, most_bytes_per_token=10, **SETTINGS)
     with pytest.raises(InputError, match=r"No candidate has a KL of at most 1e-12 nats; the least is .*: allow more"):
@@ -236,7 +235,7 @@ def test_bad_input_is_refused(model, settings, sentence):
         vl.search(model, Letters(), **(SETTINGS | {"methods": TWO} | settings))
 
 
-def test_a_model_that_is_loaded_is_nothing_for_workers(model):
+def test_a_loaded_model_is_refused_for_workers(model):
     with (
         ThreadPoolExecutor(1) as executor,
         pytest.raises(InputError, match="with an executor, .* give its name or path"),
@@ -269,8 +268,8 @@ def test_a_calibrated_method_is_fitted_once_for_all_its_widths(model, tmp_path):
         found.calibration(model, Letters(), "turboquant", folder=tmp_path)
 
 
-def test_fractions_of_bits_are_for_a_method_that_takes_them(model, tmp_path):
-    """One calibration serves all, and what is searched is what `make_cache` gives."""
+def test_fractions_of_bits_are_only_for_methods_that_support_them(model, tmp_path):
+    """One calibration serves all, and the searched caches are those of `make_cache`."""
     settings = SETTINGS | {"bits": (2.5, 4), "windows": 2, "text": TEXT, "tokens": 24}
     given = {"methods": ["fisherquant", "turboquant"], "folder": tmp_path}
     fitted = vl.calibrate(model, Letters(), "fisherquant", TEXT, tokens=256, folder=tmp_path)
@@ -304,7 +303,7 @@ def test_it_is_saved_and_read_again(result, tmp_path):
         vl.allocate.SearchResult.load(path)
 
 
-def test_it_says_which_text_it_evaluated_on(model, result):
+def test_a_result_names_its_text(model, result):
     def said(text):
         fewer = SETTINGS | {"windows": 2, "bits": [2], "text": text}
         return vl.search(model, Letters(), methods=["turboquant"], **fewer).settings["text"]
@@ -319,7 +318,7 @@ def test_the_chart_draws_every_measured_candidate(result):
     assert len(next(iter(rows.values()))) == result.frame.filter(pl.col("windows") > 0).height
 
 
-def test_progress_counts_up_and_what_it_raises_ends_the_search(model):
+def test_progress_counts_up_and_its_exception_ends_the_search(model):
     told = []
     vl.search(model, Letters(), methods=TWO, progress=lambda *said: told.append(said), **SETTINGS)
     measured = [done for done, _, label in told if ": " in label and label.startswith("window")]
@@ -335,7 +334,7 @@ def test_progress_counts_up_and_what_it_raises_ends_the_search(model):
 
 
 def stop_at(count):
-    """A progress that ends a search once so many measurements are done."""
+    """Return a progress callback that ends a search after ``count`` measurements."""
 
     def stop(done, total, label):
         if ": " in label and label.startswith("window") and done == count:
@@ -344,7 +343,7 @@ def stop_at(count):
     return stop
 
 
-def test_a_search_that_was_stopped_goes_on(model, result, own_cache, monkeypatch):
+def test_a_stopped_search_continues(model, result, own_cache, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         vl.search(model, Letters(), methods=TWO, progress=stop_at(11), **SETTINGS)
     (kept,) = own_cache.iterdir()
@@ -360,7 +359,7 @@ def test_a_search_that_was_stopped_goes_on(model, result, own_cache, monkeypatch
 
 
 @pytest.mark.parametrize("other", [{"text": TEXT[1:]}, {"mode": "decode", "prompt": 20}])
-def test_what_was_measured_of_something_else_is_not_taken(model, own_cache, other):
+def test_measurements_of_something_else_are_not_used(model, own_cache, other):
     with pytest.raises(KeyboardInterrupt):
         vl.search(model, Letters(), methods=TWO, progress=stop_at(3), **SETTINGS)
     with pytest.raises(KeyboardInterrupt):
@@ -368,7 +367,7 @@ def test_what_was_measured_of_something_else_is_not_taken(model, own_cache, othe
     assert len(list(own_cache.iterdir())) == 2
 
 
-def test_a_damaged_file_of_a_stopped_search_is_told_of(model, own_cache):
+def test_a_damaged_file_of_a_stopped_search_is_reported(model, own_cache):
     with pytest.raises(KeyboardInterrupt):
         vl.search(model, Letters(), methods=TWO, progress=stop_at(3), **SETTINGS)
     (kept,) = own_cache.iterdir()
@@ -400,7 +399,7 @@ def test_the_seconds_of_a_trial_are_without_its_calibration(model, tmp_path, mon
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """A model that workers can load, with a tokenizer of one token a character."""
+    """Return a model that workers can load, with a tokenizer of one token for each character."""
     letters = [*(chr(33 + i) for i in range(93)), "th", "Ġ", "<end>"]
     return write_llama(
         tmp_path_factory.mktemp("model") / "tiny.gguf",
@@ -422,14 +421,12 @@ def here(file):
 
 @pytest.fixture(scope="module")
 def processes():
-    """A pool of processes, which take a while to start."""
+    """Return a pool of processes, which take time to start."""
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield pool
 
 
-def test_a_pool_of_processes_gives_the_same_and_says_what_is_wrong_as_this_process_does(
-    file, here, processes, tmp_path
-):
+def test_a_pool_of_processes_gives_the_same_results_and_errors(file, here, processes, tmp_path):
     assert same(here, vl.search(file, methods=TWO, executor=processes, **SETTINGS))
     with pytest.raises(InputError, match=r"gone\.gguf"):
         vl.search(tmp_path / "gone.gguf", methods=TWO, executor=processes, **SETTINGS)
@@ -443,11 +440,11 @@ def test_threads_give_the_same_and_share_calibrations_by_their_folder(file, tmp_
     here = vl.search(file, **settings)
     assert same(here, there)
     assert here.calibrations == there.calibrations
-    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == kept  # found, and not made again
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == kept  # found, and not computed again
 
 
 def test_a_worker_that_dies_ends_no_search(file, here, processes):
-    """And ends the pool: this is the last test that has it."""
+    """It also ends the pool: this is the last test that uses it."""
     killed = []
 
     def kill(done, total, label):
@@ -461,7 +458,7 @@ def test_a_worker_that_dies_ends_no_search(file, here, processes):
 
 
 class Dying(ThreadPoolExecutor):
-    """Breaks, as a pool does whose process dies, at its first job that measures a candidate."""
+    """Breaks at its first job that measures a candidate, like a pool whose process dies."""
 
     def __init__(self, *args, **more):
         super().__init__(1)
@@ -474,7 +471,7 @@ class Dying(ThreadPoolExecutor):
         return super().submit(do, *job)
 
 
-def test_what_kills_a_process_twice_is_named_and_the_rest_is_kept(file, own_cache, monkeypatch):
+def test_a_job_that_kills_a_process_twice_is_named_and_the_other_results_are_kept(file, own_cache, monkeypatch):
     monkeypatch.setattr(experiments, "ProcessPoolExecutor", Dying)
     with (
         Dying() as pool,
@@ -488,7 +485,7 @@ def test_what_kills_a_process_twice_is_named_and_the_rest_is_kept(file, own_cach
 
 @pytest.fixture
 def own_environment() -> Iterator[None]:
-    """Dask tells this process's environment how many threads its workers' BLAS has, and leaves it there."""
+    """Dask sets the number of BLAS threads of its workers in this process's environment, and leaves it there."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -528,7 +525,7 @@ vl.search(sys.argv[1], methods=TWO, progress=kill, **SETTINGS)
 """
 
 
-def test_what_was_measured_before_a_machine_was_restarted_is_not_measured_again(file, here, own_cache):
+def test_measurements_before_a_restart_of_the_machine_are_not_repeated(file, here, own_cache):
     ended = subprocess.run([sys.executable, "-c", RESTARTED, str(file)], check=False, cwd=Path(__file__).parents[1])
     assert ended.returncode == -signal.SIGKILL
     told = []
@@ -537,7 +534,7 @@ def test_what_was_measured_before_a_machine_was_restarted_is_not_measured_again(
     assert not [label for label in told if label.startswith("window 1: ")]
 
 
-def test_what_waits_is_cancelled_when_progress_raises(file):
+def test_waiting_jobs_are_cancelled_when_progress_raises(file):
     def stop(done, total, label):
         if label.startswith("window 1: ") and done:
             raise KeyboardInterrupt
@@ -560,10 +557,10 @@ def test_what_waits_is_cancelled_when_progress_raises(file):
         stopped.set()
 
 
-def test_jobs_are_the_same_on_the_other_side_of_a_pipe(file):
+def test_jobs_are_equal_after_a_transfer_to_another_process(file):
     job = Trials(str(file), None, 8, 2, "oneshot", 4, 16, (Candidate("spectralquant", 2, 3),))
     there = pickle.loads(pickle.dumps(job))
-    assert (there, hash(there)) == (job, hash(job))  # by which a worker keeps what it loaded
+    assert (there, hash(there)) == (job, hash(job))  # the key of a worker's loaded models
 
 
 # the command --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What comes from a file or a name stays data: no code runs, and no path leads out of its folder."""
+"""Content of a file or a name stays data: no code runs, and no path leads out of its folder."""
 
 import ast
 import json
@@ -15,11 +15,11 @@ from veloxlab.measure.reproduce import calibration_code, steps
 
 PACKAGE = Path(vl.__file__).parent
 RUNS_CODE = {"pickle", "dill", "joblib", "marshal", "shelve"}
-RUNS_OWN_CELLS = {PACKAGE / "measure" / "reproduce.py"}  # a report runs the notebook that it holds; see the next test
+RUNS_OWN_CELLS = {PACKAGE / "measure" / "reproduce.py"}  # a report runs its own notebook; see the next test
 CODE = "from pathlib import Path\nPath(__file__).with_name('it_ran').touch()\n"
 
 
-def test_no_module_reads_what_can_run_code():
+def test_no_module_reads_formats_that_can_run_code():
     """Neither by an import, nor by a call of eval or exec, nor by NumPy's pickles."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -33,7 +33,7 @@ def test_no_module_reads_what_can_run_code():
                 assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}, path
 
 
-def test_what_a_report_is_given_stands_in_its_cells_as_words():
+def test_arguments_of_a_report_are_literals_in_its_cells():
     plan = vl.Plan.uniform(tiny("llama"), "turboquant", bits=4)
 
     def calls(word):
@@ -46,7 +46,7 @@ def test_what_a_report_is_given_stands_in_its_cells_as_words():
     assert calls("x'); import os; print(\"\n") == calls("plain")
 
 
-def test_a_model_s_folder_runs_nothing_unless_the_user_says_so(tmp_path):
+def test_a_model_s_folder_runs_no_code_without_the_user_s_permission(tmp_path):
     config = {"model_type": "llama", "model_file": "own.py", "auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -59,7 +59,7 @@ def test_a_model_s_folder_runs_nothing_unless_the_user_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["../../etc/passwd", "/etc/passwd", "some-one/../../x", "x/y.gguf", "C:..\\x"])
-def test_a_model_s_name_names_a_file_and_no_folder(model):
+def test_a_model_s_name_is_a_file_name_without_a_folder(model):
     name = results_name(model)
     assert "/" not in name
     assert name not in ("", ".", "..")
@@ -72,7 +72,7 @@ def test_a_method_s_id_is_no_path(name):
 
 
 def test_a_calibration_holds_no_path(tmp_path):
-    """Its file is read as one, and names no other."""
+    """Its file is read as one, and contains no other file's name."""
     path = vl.Calibration("turboquant", {"version": 1, "options": {}}, {}).save(tmp_path / "one")
     assert vl.Calibration.load(path).codecs == {}
     assert [each.name for each in tmp_path.iterdir()] == ["one.safetensors"]

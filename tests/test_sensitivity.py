@@ -1,4 +1,4 @@
-"""Sensitivities: what the loss does when keys or values are moved, as autograd and trials say it."""
+"""Sensitivities: the change of the loss when keys or values move, by autograd and by trials."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -62,8 +62,8 @@ def loss_when(model, layer, tensor, change):
 
 
 @pytest.mark.parametrize("family", ATTEND)
-def test_gradients_are_what_finite_differences_find(family):
-    """Also through layers that slide, that others borrow from, that have sinks, and that have state in between."""
+def test_gradients_agree_with_finite_differences(family):
+    """Also through layers that slide, that share keys, that have sinks, and with state layers between."""
     model = tiny(family)
     gradients = loss_gradients(model, IDS)
     facts = [f for f in probe.probe(model) if f.compressible]
@@ -80,7 +80,7 @@ def test_gradients_are_what_finite_differences_find(family):
             assert norm > 0
             step = gradient * (0.0125 / norm)  # so small that no token goes to another expert
             slope = (loss_when(model, layer, tensor, step) - loss_when(model, layer, tensor, -step)) / 0.025
-            assert slope == pytest.approx(norm, rel=0.01, abs=5e-3)  # losses of 180 nats are known to 2e-5, twice
+            assert slope == pytest.approx(norm, rel=0.01, abs=5e-3)  # losses of 180 nats are accurate to 2e-5, twice
 
 
 def test_blocks_of_queries_attend_as_all_at_once(model, monkeypatch):
@@ -91,7 +91,7 @@ def test_blocks_of_queries_attend_as_all_at_once(model, monkeypatch):
         assert all(mx.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*pairs, strict=True))
 
 
-def test_quantized_weights_are_differentiated_as_what_they_stand_for():
+def test_quantized_weights_have_the_gradients_of_decoded_ones():
     model, plain = tiny("llama"), tiny("llama")
     nn.quantize(model, group_size=32, bits=8)
     for name, module in model.named_modules():
@@ -103,7 +103,7 @@ def test_quantized_weights_are_differentiated_as_what_they_stand_for():
             assert mx.allclose(a, b, rtol=1e-3, atol=1e-4 * mx.abs(b).max().item())
 
 
-def test_the_frame_is_the_mean_square_of_the_gradients_behind_the_sinks(model, tmp_path):
+def test_the_frame_is_the_mean_square_of_the_gradients_after_the_sinks(model, tmp_path):
     frame = measured(model, tmp_path)
     assert frame.schema == SENSITIVITIES
     assert frame.height == 2 * 2 * 2  # layers, sides, heads
@@ -137,7 +137,7 @@ def test_key_norms_are_those_of_a_capture(model, tmp_path):
     assert frame.filter(layer=1, tensor="values")["sensitivity"].to_list() == pytest.approx(expected.tolist(), rel=1e-5)
 
 
-def test_forward_kl_is_what_a_layers_own_trial_costs(model, tmp_path):
+def test_forward_kl_predicts_the_cost_of_a_layer_s_own_trial(model, tmp_path):
     """w·½·E‖x − x̂‖²/D, summed over a layer's heads, is the divergence with its keys or values at 3 bits."""
     frame = measured(model, tmp_path, by="forward_kl", sequences=1)
     assert (frame.group_by("layer", "tensor").agg(pl.col("sensitivity").n_unique())["sensitivity"] == 1).all()
@@ -151,7 +151,7 @@ def test_forward_kl_is_what_a_layers_own_trial_costs(model, tmp_path):
         errors.filter(pl.col("position").is_between(4, 46)).group_by("head").agg(pl.col("squared_error").mean())
     )
     predicted = frame.filter(layer=1, tensor="values")["sensitivity"][0] * distortion["squared_error"].sum() / (2 * 64)
-    assert predicted == pytest.approx(row["kl_mean"][0], rel=0.02)  # the last token's error is in one mean only
+    assert predicted == pytest.approx(row["kl_mean"][0], rel=0.02)  # the last token's error is in one of the means only
 
 
 def test_attention_output_is_its_error_over_the_distortion(model, tmp_path):
@@ -165,7 +165,7 @@ def test_attention_output_is_its_error_over_the_distortion(model, tmp_path):
     )
 
 
-def test_what_was_measured_is_found_again_and_a_damaged_file_is_named(model, tmp_path):
+def test_measurements_are_found_again_and_a_damaged_file_is_named(model, tmp_path):
     told = []
     first = measured(model, tmp_path, progress=lambda done, total, label: told.append((done, total)))
     assert told == [(0, 2), (1, 2)]
@@ -183,7 +183,7 @@ def test_another_model_of_the_same_shape_is_measured_anew(model, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2 * SHORT["sequences"]
 
 
-def test_what_is_cancelled_goes_on_behind_the_sequences_that_are_done(model, tmp_path):
+def test_cancelled_work_continues_after_the_finished_sequences(model, tmp_path):
     def stop(done, total, label):
         if done == 1:
             raise KeyboardInterrupt
@@ -204,12 +204,12 @@ def test_what_is_cancelled_goes_on_behind_the_sequences_that_are_done(model, tmp
         ({"sequences": 99}, r"The text has \d+ tokens, too few for 99 sequences of 48"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(model, tmp_path, settings, sentence):
+def test_impossible_measurements_are_refused(model, tmp_path, settings, sentence):
     with pytest.raises(InputError, match=sentence):
         measured(model, tmp_path, **settings)
 
 
-def test_models_that_cannot_are_told_what_can(tmp_path):
+def test_an_unsupported_model_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(InputError, match="No layer of this model keeps plain keys and values"):
         measured(tiny("mamba2"), tmp_path)
     with pytest.raises(InputError, match="Layer 0 of this model does not show its queries"):
@@ -239,8 +239,8 @@ def test_activations_that_are_not_finite_are_refused(tmp_path):
         measured(model, tmp_path)
 
 
-def test_half_precision_changes_sensitivities_by_little(tmp_path):
-    """bfloat16 has 8 bits of precision; squares of gradients through two layers are right to a few hundredths."""
+def test_half_precision_changes_sensitivities_only_slightly(tmp_path):
+    """bfloat16 has 8 bits of precision; squares of gradients through two layers are accurate to a few hundredths."""
     exact, half = tiny("llama"), tiny("llama")
     half.set_dtype(mx.bfloat16)
     ours, expected = (measured(model, tmp_path)["sensitivity"].to_numpy() for model in (half, exact))

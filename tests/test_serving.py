@@ -1,4 +1,4 @@
-"""The server refuses what it cannot do with a sentence, and goes on; if it cannot go on, its process ends."""
+"""The server refuses impossible requests with a sentence, and continues; if it cannot continue, its process ends."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ HELLO = [{"role": "user", "content": "hello"}]
 def port(tmp_path_factory):
     model = str(write_chat_model(tmp_path_factory.mktemp("model") / "tiny.gguf"))
     with ExitStack() as stack, serving(model=model) as port:
-        assert post(port, CHAT, {"messages": HELLO, "max_tokens": 2})[0] == 200  # it is loaded
+        assert post(port, CHAT, {"messages": HELLO, "max_tokens": 2})[0] == 200  # the model is loaded
         yield port
-        # Ctrl-C, which `serving` sends now, has to end an answer that has the model alone, as one with a seed
+        # Ctrl-C, which `serving` sends now, must end an answer that is generated alone, as one with a seed
         endless = {"prompt": "ab", "max_tokens": 2**31 - 1, "seed": 1, "stream": True}
         request = urllib.request.Request(f"http://127.0.0.1:{port}{TEXT}", json.dumps(endless).encode())
         answer = stack.enter_context(urllib.request.urlopen(request, timeout=60))
@@ -63,7 +63,7 @@ def port(tmp_path_factory):
         (CHAT, {"messages": HELLO, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs has 'tokenize'"),
     ],
 )
-def test_a_request_that_cannot_be_done_gets_a_sentence_and_the_next_is_served(port, path, body, sentence):
+def test_an_impossible_request_gets_a_sentence_and_the_next_is_served(port, path, body, sentence):
     status, answer = post(port, path, body)
     assert (status, sentence in answer["error"]) == (400, True), answer
     assert post(port, TEXT, {"prompt": "ab", "max_tokens": 2, "temperature": 0.7, "top_k": 3})[0] == 200
@@ -75,7 +75,7 @@ def test_many_clients_that_connect_at_once_are_all_answered(port):
     assert answers == [200] * 192
 
 
-def test_what_mlx_lm_refuses_by_the_head_of_a_request_it_still_does(port):
+def test_mlx_lm_still_refuses_requests_by_their_headers(port):
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/other", b"{}", timeout=60)
 
@@ -84,7 +84,7 @@ def test_what_mlx_lm_refuses_by_the_head_of_a_request_it_still_does(port):
 
 
 class Handler(served.Handler):
-    """Answers without end to any GET, and says when it left a client."""
+    """Answers any GET without an end, and reports when it disconnects a client."""
 
     left = threading.Event()
 
@@ -99,7 +99,7 @@ class Handler(served.Handler):
 
 @pytest.fixture
 def client(monkeypatch):
-    """A connection to a server that has little time."""
+    """Return a connection to a server with a short time limit."""
     monkeypatch.setattr(served, "SECONDS", 0.3)
     Handler.left.clear()
     generator = SimpleNamespace(cli_args=SimpleNamespace(allowed_origins="*"))
@@ -118,7 +118,7 @@ def client(monkeypatch):
         (b"POST /v1/completions HTTP/1.1\r\nContent-Length: 10000\r\n\r\n", b"did not come within 0.3 seconds"),
     ],
 )
-def test_a_client_whose_request_comes_byte_by_byte_is_left(client, begun, answer):
+def test_a_client_that_sends_byte_by_byte_is_disconnected(client, begun, answer):
     client.sendall(begun)
     got = b""
     for _ in range(400):  # 20 seconds
@@ -136,7 +136,7 @@ def test_a_client_whose_request_comes_byte_by_byte_is_left(client, begun, answer
     assert bool(got) == bool(answer)
 
 
-def test_a_client_that_does_not_take_its_answer_is_left(client):
+def test_a_client_that_does_not_read_its_answer_is_disconnected(client):
     client.sendall(b"GET / HTTP/1.1\r\n\r\n")
     assert Handler.left.wait(20)
 
@@ -144,7 +144,7 @@ def test_a_client_that_does_not_take_its_answer_is_left(client):
 # fields
 
 
-def test_every_field_refuses_what_is_of_another_type():
+def test_every_field_refuses_other_types():
     for field in FIELDS:
         with pytest.raises(InputError, match=f"The field {field}.* is .*: give "):
             check(**{field: [[]]})
@@ -159,7 +159,7 @@ RANGES = {
 
 
 @pytest.mark.parametrize("field", RANGES)
-def test_every_number_is_held_to_its_range(field):
+def test_every_number_must_be_in_its_range(field):
     least, most = RANGES[field]
     for number in (least, most):
         check(**{field: number})
@@ -191,11 +191,11 @@ def check(images=False, asked="messages", **fields):
     check_fields(json.dumps({"messages": HELLO, "prompt": "a", **fields}).encode(), asked, images=images)
 
 
-def test_what_clients_send_is_taken():
+def test_requests_of_usual_clients_are_accepted():
     check(**GOOD)
 
 
-def test_images_are_for_models_that_see():
+def test_images_are_only_for_vision_models():
     parts = [
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}},
         {"type": "image", "image": "https://example.org/a.png"},
@@ -214,12 +214,12 @@ def test_images_are_for_models_that_see():
         ('{"prompt": "\\ud83d"}', "half of a surrogate pair"),
     ],
 )
-def test_what_is_no_json_is_refused(text, sentence):
+def test_a_request_without_json_is_refused(text, sentence):
     with pytest.raises(InputError, match=sentence):
         check_fields(text.encode(), "prompt", images=False)
 
 
-# what the model says
+# limits of the model
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def serve(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:mlx_lm.server is not recommended")
-def test_bad_input_that_is_found_while_the_model_loads_ends_the_server(serve, tmp_path, capsys):
+def test_bad_input_found_during_the_load_of_the_model_ends_the_server(serve, tmp_path, capsys):
     plan = vl.Plan.uniform(tiny("llama")).save(tmp_path / "plan.json")
     assert serve("--plan", str(plan)) == 2
     assert "was made for a model with hash" in capsys.readouterr().err
@@ -271,7 +271,7 @@ def test_the_server_ends_with_the_thread_that_generates(serve, monkeypatch, erro
     assert ended.value.code not in (0, None)
 
 
-def test_ctrl_c_ends_what_is_being_fitted():
+def test_ctrl_c_ends_a_calibration():
     loader, started = Loader(mlx_lm.server, "tiny", Wanted(None, {})), threading.Event()
 
     class Provider:

@@ -1,4 +1,4 @@
-"""Allocation requests: what each budget can ask for, plans from them, and keys weighted against values."""
+"""Allocation requests: settings of each budget, plans from them, and keys weighted against values."""
 
 from typing import Any
 
@@ -37,13 +37,13 @@ def mean_bits(allocation, rates, tensor):
     return rates.heads(allocation.plan).filter(tensor=tensor)["bits"].mean()
 
 
-def test_without_a_weight_it_is_the_plain_allocation(rates):
+def test_without_a_weight_the_result_is_the_plain_allocation(rates):
     found, plain = solved(rates, Setting(3.25)), rates.solve(vl.allocate.AverageBits(3.25))
     assert found.plan == plain.plan
     assert (found.predicted_loss, found.predicted_least) == (plain.predicted_loss, plain.predicted_least)
 
 
-def test_uniform_bits_are_of_the_bytes_that_are_spent_and_not_of_those_that_could_be(rates):
+def test_uniform_bits_use_the_spent_bytes_and_not_the_budget(rates):
     budget, bounds = vl.allocate.AverageBits(9.0), vl.allocate.Bounds(2, 3)
     for found in (solved(rates, Setting(budget, bounds)), rates.solve(budget, bounds)):
         assert found.true_bits == pytest.approx(3.25)
@@ -51,7 +51,7 @@ def test_uniform_bits_are_of_the_bytes_that_are_spent_and_not_of_those_that_coul
         assert found.predicted_uniform_loss == pytest.approx(found.predicted_loss)  # all at 3 bits, both
 
 
-def test_what_heads_get_adds_up_to_the_plan(rates):
+def test_the_bits_of_heads_add_up_to_the_plan(rates):
     found = rates.solve(3.25)
     heads = rates.heads(found.plan)
     assert heads.height == 3 * 2 * 2  # layers, heads, sides
@@ -62,7 +62,7 @@ def test_what_heads_get_adds_up_to_the_plan(rates):
         assert tuple(own.sort("head")["bits"]) == found.plan.widths(layer, tensor)
 
 
-def test_exact_layers_lose_nothing_and_hold_all(rates):
+def test_exact_layers_have_no_loss_and_all_bytes(rates):
     found = rates.solve(16.0, vl.allocate.Bounds(protected_first=1, protection="exact"))
     exact = rates.heads(found.plan).filter(layer=0)
     assert set(exact["method"]) == {"none"}
@@ -72,7 +72,7 @@ def test_exact_layers_lose_nothing_and_hold_all(rates):
 
 
 @pytest.mark.parametrize("tokens", [200, 1000])
-def test_a_plan_holds_the_memory_that_its_budget_gave(rates, tokens):
+def test_a_plan_uses_the_memory_of_its_budget(rates, tokens):
     for megabytes in (0.11, 0.13):
         budget = vl.allocate.TokensInMemory(tokens, megabytes * tokens / 200)
         held = rates.held_bytes(rates.plan(budget), tokens)
@@ -97,7 +97,7 @@ def test_every_budget_within_the_spans_is_allocated_and_none_below(rates, bounds
             solved(rates, Setting(kind(0.99 * least), bounds))
 
 
-def test_the_nearest_budget_within_the_spans(rates):
+def test_a_budget_is_moved_to_the_nearest_one_within_the_spans(rates):
     spans = rates.spans(vl.allocate.Bounds(3, 5), 500)
     assert spans.nearest(vl.allocate.AverageBits(1)) == vl.allocate.AverageBits(spans.bits[0])
     assert spans.nearest(vl.allocate.BytesPerToken(1e9)) == vl.allocate.BytesPerToken(spans.nbytes[1])
@@ -120,7 +120,7 @@ def test_keys_that_count_more_get_more_bits_in_the_same_bytes(rates):
 
 
 @pytest.mark.parametrize("weight", [0.25, 4.0])
-def test_a_floor_of_quality_is_of_the_measured_loss_whatever_keys_weigh(rates, weight):
+def test_a_floor_of_quality_is_of_the_measured_loss_for_any_key_weight(rates, weight):
     floor = solved(rates, Setting(3.25)).predicted_loss
     found = solved(rates, Setting(vl.allocate.QualityFloor(floor), key_weight=weight))
     assert found.predicted_loss <= floor * (1 + 1e-9)
@@ -145,7 +145,7 @@ def test_below_the_least_width_there_are_no_uniform_bits_to_compare_with(model, 
         (lambda: Setting(3.0, key_weight=0.0), "key_weight=0.0 cannot be used: give a finite number above 0"),
     ],
 )
-def test_settings_that_ask_for_nothing_are_refused(make, sentence):
+def test_settings_without_effect_are_refused(make, sentence):
     with pytest.raises(InputError, match=sentence):
         make()
 

@@ -23,7 +23,7 @@ def shapes(arrays):
 
 
 def check_roots(found, wanted):
-    """Sums and roots are rounded in another order: to one of two neighbours in float16."""
+    """Check sums and roots that are rounded in another order: one of two neighbours in float16."""
     steps = np.array(found.view(mx.int16), np.int64) - np.array(wanted.view(mx.int16), np.int64)
     assert np.all(np.abs(steps) <= 1)
     assert np.count_nonzero(steps) <= 0.01 * steps.size, f"{np.count_nonzero(steps)} of {steps.size} roots differ"
@@ -59,7 +59,7 @@ def test_signs_are_the_references(dim, rows, dtype):
         (63, 1, 32, "centres", mx.float32),
         (64, 1, 7, "ends", mx.float16),
         (96, 8, 96, "centres", mx.float16),
-        (112, 5, 1000, "ends", mx.bfloat16),  # one group, shorter than it may be
+        (112, 5, 1000, "ends", mx.bfloat16),  # one group, shorter than its limit
         (64, 7, 1, "centres", mx.float32),
         (256, 6, 48, "centres", mx.float32),
     ],
@@ -75,7 +75,7 @@ def test_grouped_steps_are_the_references(dim, bits, group, levels, dtype):
         codes = unpack(found["codes"], bits, dim)
         assert mx.array_equal(pack(codes, bits), found["codes"]), "the end of a row is padded with zeros"
 
-        # a code is the nearest level of the step and the least number that are stored, but for their own rounding
+        # a code is the nearest level of the stored step and least number, within their rounding
         least, half = (qjl._signed_square(found[name])[..., None] for name in ("least", "half_step"))
         grouped, least, step = (  # type: ignore[assignment]
             np.array(a, np.float64) for a in (codec._grouped(x.astype(mx.float32)), least, 2 * half)

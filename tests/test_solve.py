@@ -1,4 +1,4 @@
-"""Solvers over tables of costs and losses: as good as trying everything, and quick for many components."""
+"""Solvers over tables of costs and losses: as good as an exhaustive search, and fast for many components."""
 
 import itertools
 import time
@@ -14,13 +14,13 @@ WIDTHS = np.arange(2, 7)
 
 
 def exponential(weights, betas, byte_of_a_bit=8.0, scale=2.0):
-    """Losses w·β^−b at bytes of b bits and a scale."""
+    """Return losses w·β^−b at bytes of b bits and a scale."""
     costs = np.tile(byte_of_a_bit * WIDTHS + scale, (len(weights), 1))
     return Problem(costs, np.asarray(weights)[:, None] * np.asarray(betas, float)[:, None] ** -WIDTHS)
 
 
 def everything(problem):
-    """Costs and losses of all choices of all components."""
+    """Return costs and losses of all choices of all components."""
     count, columns = problem.costs.shape
     every = np.array(list(itertools.product(range(columns), repeat=count)))
     at = np.arange(count)
@@ -28,7 +28,7 @@ def everything(problem):
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_convex_curves_are_allocated_as_well_as_by_trying_everything(seed):
+def test_convex_curves_are_allocated_as_well_as_by_exhaustive_search(seed):
     rng = np.random.default_rng(seed)
     count = int(rng.integers(2, 6))
     weights, betas = rng.lognormal(0, 1.5, count), rng.uniform(2.5, 5.5, count)
@@ -48,7 +48,7 @@ def test_convex_curves_are_allocated_as_well_as_by_trying_everything(seed):
 
 @pytest.mark.parametrize("seed", range(100))
 def test_any_table_stays_between_its_bound_and_one_step_above_the_best(seed):
-    """Costs of any size, curves that are not convex, choices that are missing."""
+    """Costs of any size, curves that are not convex, and missing choices."""
     rng = np.random.default_rng(seed)
     count, columns = int(rng.integers(1, 5)), int(rng.integers(2, 7))
     costs, losses = rng.integers(1, 40, (count, columns)).astype(float), rng.lognormal(0, 2, (count, columns))
@@ -77,7 +77,7 @@ def test_a_place_where_a_step_ends_is_optimal():
         assert lowest == pytest.approx(losses[costs <= end + 1e-9].min(), rel=1e-12)
 
 
-def test_what_is_left_goes_to_what_fits():
+def test_the_rest_of_a_budget_goes_to_steps_that_fit():
     """The steepest step costs 10 and does not fit into 9, but another does."""
     problem = Problem(np.array([[0.0, 10.0], [0.0, 4.0]]), np.array([[100.0, 0.0], [1.0, 0.0]]))
     solution = problem.within(9)
@@ -94,8 +94,8 @@ def test_whole_widths_lose_little_against_continuous_ones():
     assert ideal < whole < 1.1 * ideal
 
 
-def test_ten_thousand_components_are_a_bisection_away():
-    """A budget takes no pass over the table but for what is left over, and far less than the greedy rule on a heap."""
+def test_ten_thousand_components_are_solved_by_a_bisection():
+    """A budget needs no pass over the table except for its rest, and much less time than the greedy rule on a heap."""
     rng = np.random.default_rng(0)
     weights, betas = rng.lognormal(0, 1.5, 10_000), rng.uniform(3, 5, 10_000)
     problem = exponential(weights, betas)
@@ -103,7 +103,7 @@ def test_ten_thousand_components_are_a_bisection_away():
     problem.within(budgets[0])
 
     def seconds(job):
-        start = time.thread_time()  # of this thread alone: other processes take the processor away
+        start = time.thread_time()  # of this thread only, because other processes use the processor too
         job()
         return time.thread_time() - start
 
@@ -114,7 +114,7 @@ def test_ten_thousand_components_are_a_bisection_away():
     assert heap / solved > 3
 
 
-def test_what_has_no_answer_is_refused():
+def test_problems_without_a_solution_are_refused():
     problem = exponential([1.0], [2.0])
     with pytest.raises(InputError, match=r"A loss of 0.01 cannot be reached: .* lose 0.015625"):
         problem.reaching(0.01, problem.losses)

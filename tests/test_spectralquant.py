@@ -1,4 +1,4 @@
-"""SpectralQuant's own numbers: water-filling, coding gain, effective dimensions, and what the bases are best at."""
+"""SpectralQuant's own numbers: water-filling, coding gain, effective dimensions, and the optimum of each basis."""
 
 import itertools
 from dataclasses import replace
@@ -31,7 +31,7 @@ def correlated(seed: int, tokens: int = TOKENS, mean: float = 0.0) -> mx.array:
 
 
 def queries(seed: int, tokens: int = TOKENS) -> mx.array:
-    """Queries ``[1, 3·HEADS, tokens, DIM]`` that care for few directions, and not those where keys vary most."""
+    """Return queries ``[1, 3·HEADS, tokens, DIM]`` along few directions, other than those where keys vary most."""
     rng = np.random.default_rng(seed)
     basis = np.linalg.qr(np.random.default_rng(99).standard_normal((DIM, DIM)))[0]
     weighted = rng.standard_normal((3 * HEADS, tokens, DIM)) * np.sqrt(SPECTRUM)
@@ -43,7 +43,7 @@ def relative_error(codec, x: mx.array) -> float:
 
 
 def test_greedy_bits_follow_the_reverse_water_filling_of_the_text():
-    assert greedy_bits([16, 4, 1, 0.25], 6) == (3, 2, 1, 0)  # .5.4, D = 1: all errors of 0.25
+    assert greedy_bits([16, 4, 1, 0.25], 6) == (3, 2, 1, 0)  # .5.4, D = 1: all errors are 0.25
     assert greedy_bits([1, 1, 1, 1], 6) == (2, 2, 1, 1)  # ties to the lowest index
     assert greedy_bits([100, 1, 1], 10, most=4) == (4, 3, 3)
     assert greedy_bits([100, 1, 1], 6, least=2) == (2, 2, 2)
@@ -62,7 +62,7 @@ def test_greedy_bits_are_as_good_as_any(seed, rates):
 
 
 @pytest.mark.parametrize("widths", [(8, 5, 3, 3, 1, 0, 0), (3,) * 64, (7,) * 30 + (1,) * 14, (0, 8, 0, 2), (8,) * 256])
-def test_a_bit_string_without_gaps_gives_back_the_codes(widths):
+def test_a_bit_string_without_gaps_restores_the_codes(widths):
     quantizer = PlannedQuantizer(widths)
     codes = np.random.default_rng(0).integers(0, 1 << np.array(widths), (2, 3, 5, len(widths)))
     words = quantizer.pack(mx.array(codes))
@@ -79,13 +79,13 @@ def test_each_coordinate_has_the_distortion_of_its_width():
     y = mx.random.normal((200_000, len(widths)), key=mx.random.key(0))
     error = np.square(np.array(quantizer.expand(quantizer.pack(quantizer.assign(y))) - y)).mean(axis=0)
     expected = [gaussian_codebook(w).distortion if w else 1.0 for w in widths]
-    # three standard errors of a mean of 200,000 squares: 0.3 % where nothing is kept, 0.95 % at 6 bits, measured, where
-    # what lies beyond the last level weighs most
+    # three standard errors of a mean of 200,000 squares: 0.3 % without bits, 0.95 % at 6 bits, measured, where
+    # values beyond the last level weigh most
     assert error == pytest.approx(expected, rel=0.03)
 
 
 def test_the_gain_over_one_width_is_the_codebooks_coding_gain():
-    """What the plan promises, Σ λ·D(b), is what is lost; to 5 %: a normalised vector is not quite Gaussian (2.9 %)."""
+    """The predicted error Σ λ·D(b) is right within 5 %: a normalised vector is not quite Gaussian (2.9 %)."""
     x = correlated(1)
     for bits in (2, 3):
         codec = SpectralQuant(DIM, bits, centred=False, damping=0).fit(Sample(correlated(0)))
@@ -94,7 +94,7 @@ def test_the_gain_over_one_width_is_the_codebooks_coding_gain():
         distortion = [gaussian_codebook(b).distortion if b else 1.0 for b in codec.plan]
         promised = (SPECTRUM * distortion).sum() / SPECTRUM.sum()
         assert relative_error(codec, x) == pytest.approx(promised, rel=0.05)
-        gain = SPECTRUM.mean() / np.exp(np.log(SPECTRUM).mean())  # AM/GM, 1.9: what one width and any rotation loses
+        gain = SPECTRUM.mean() / np.exp(np.log(SPECTRUM).mean())  # AM/GM, 1.9: the loss of one width with any rotation
         assert promised == pytest.approx(gaussian_codebook(bits).distortion / gain, rel=0.1)
         # D(b) is not 4^−b: few bits are used better than many, and the plan has both. Measured: 6 % at 2 bits, 7 % at 3
 
@@ -102,10 +102,10 @@ def test_the_gain_over_one_width_is_the_codebooks_coding_gain():
 def test_the_plan_is_a_water_filling_of_the_spectrum():
     codec = SpectralQuant(DIM, 2, centred=False, damping=0).fit(Sample(correlated(0)))
     ideal = greedy_bits(list(SPECTRUM), 2 * DIM)
-    assert np.abs(np.array(codec.plan) - ideal).max() <= 1  # a sampled spectrum, of vectors set to one length
+    assert np.abs(np.array(codec.plan) - ideal).max() <= 1  # a sampled spectrum of vectors with one length
 
 
-def test_keeping_the_mean_apart_pays_where_there_is_one():
+def test_a_separate_mean_reduces_the_error_if_there_is_one():
     train, x = correlated(0, mean=1.0), correlated(1, mean=1.0)
     apart = SpectralQuant(DIM, 2).fit(Sample(train))
     papers = SpectralQuant(DIM, 2, centred=False).fit(Sample(train))
@@ -113,14 +113,14 @@ def test_keeping_the_mean_apart_pays_where_there_is_one():
 
 
 def test_damping_flattens_the_plan_and_helps_on_other_vectors():
-    """Calibrated on one spectrum, asked for vectors that are the same in all directions."""
+    """Calibrated on one spectrum, tested on vectors that are the same in all directions."""
     other = mx.random.normal((1, HEADS, 512, DIM), key=mx.random.key(5))
     bare, damped = (SpectralQuant(DIM, 3, damping=share).fit(Sample(correlated(0))) for share in (0, 0.2))
     assert np.std(damped.plan) < np.std(bare.plan)
     assert relative_error(damped, other) < 0.75 * relative_error(bare, other)  # measured: 0.64
 
 
-def test_each_basis_is_best_at_what_it_minimises():
+def test_each_basis_is_best_at_its_own_criterion():
     train, x = correlated(0), correlated(1)
     asked, q = queries(2), queries(3, 256)
     exact = q.reshape(1, HEADS, -1, DIM) @ x.swapaxes(-1, -2)
@@ -134,7 +134,7 @@ def test_each_basis_is_best_at_what_it_minimises():
     assert errors["query"][1] < 0.65 * min(errors["pca"][1], errors["hadamard"][1])
 
 
-def test_bases_lead_there_and_back():
+def test_bases_are_inverted_exactly():
     x = correlated(0, 128)
     length = mx.linalg.norm(x, axis=-1).max().item()
     for basis in ("pca", "query", "hadamard"):
@@ -147,7 +147,7 @@ def test_bases_lead_there_and_back():
 
 def test_effective_dimensions_in_both_conventions():
     flat = mx.random.normal((1, 2, 20_000, 8), key=mx.random.key(0))
-    # (Σλ)²/Σλ²; of equal variances D, less the 1 + D/N of sampling
+    # (Σλ)²/Σλ²; for equal variances D, over 1 + D/N from sampling
     assert effective_dimensions(flat).uncentred == pytest.approx([8, 8], rel=0.01)
     x = correlated(0, 20_000)
     expected = SPECTRUM.sum() ** 2 / np.square(SPECTRUM).sum()
@@ -155,10 +155,10 @@ def test_effective_dimensions_in_both_conventions():
     # each λ is known to √(2/20,000) = 1 %, and the largest, six tenths of Σλ², counts there twice: 1 % in all; measured
     # 0.6 % and 1.2 %
     assert found.uncentred == pytest.approx([expected] * HEADS, rel=0.03)
-    assert found.centred == pytest.approx(found.uncentred, rel=2e-4)  # the sample's own mean: 1/20,000 of the energy
+    assert found.centred == pytest.approx(found.uncentred, rel=2e-4)  # the sample's own mean has 1/20,000 of the energy
     with_mean = effective_dimensions(correlated(0, 20_000, mean=3.0))
     assert (with_mean.uncentred < 1.1).all()  # "3 %" is the mean vector
-    assert with_mean.centred == pytest.approx(found.centred, rel=1e-6)  # float32 beside a mean of 3
+    assert with_mean.centred == pytest.approx(found.centred, rel=1e-6)  # float32 with a mean of 3
 
 
 def test_the_tables_of_a_layer_are_kept_however_many_layers_there_are():
@@ -172,7 +172,7 @@ def test_the_tables_of_a_layer_are_kept_however_many_layers_there_are():
     assert codec.reader(code).plan is plan
 
 
-def test_tables_that_kernels_take_are_counted_once_they_are_made():
+def test_tables_for_kernels_are_counted_once_they_exist():
     codec = SpectralQuant(DIM, 2).fit(Sample(correlated(0)))
     before, encoder = codec.shared_bytes, codec._encoder
     positions = encoder.tables["first_bits"].size + encoder.tables["first_codes"].size
@@ -182,7 +182,7 @@ def test_tables_that_kernels_take_are_counted_once_they_are_made():
     assert codec.shared_bytes - before == reader.plan.nbytes + reader.fit.nbytes == 4 * (DIM + 511 + HEADS * DIM * 2)
 
 
-def test_what_it_cannot_learn_from_is_refused_with_what_is_needed():
+def test_insufficient_samples_are_refused_with_the_required_size():
     with pytest.raises(InputError, match="must be fitted to activations"):
         SpectralQuant(DIM, 2).encode(correlated(0, 4))
     with pytest.raises(InputError, match="cannot learn from 63 tokens .* text of 64"):

@@ -1,4 +1,4 @@
-"""A batch in shared buffers, as on a GPU, holds and answers what each of its sequences does alone."""
+"""A batch in shared buffers, as on a GPU, holds and returns what each of its sequences does alone."""
 
 import gc
 import random
@@ -29,7 +29,7 @@ needs_compilers = pytest.mark.skipif(
     not (shutil.which("g++") and shutil.which("clang-16")), reason="kernels run here through g++ and clang-16"
 )
 
-# the kernel keeps weights in half precision: 2⁻¹¹ of each, which over many tokens averages out to less
+# the kernel keeps weights in half precision, an error of 2⁻¹¹ each, which is less on average over many tokens
 TOLERANCE = 5e-4
 
 
@@ -65,7 +65,7 @@ def assert_same(batch, references) -> None:
 
 @pytest.mark.parametrize("first", range(0, 40, 10))
 def test_random_schedules_end_in_the_state_of_each_sequence_alone(tmp_path, first):
-    vl.make_cache(tiny("llama"))  # tells mlx-lm our classes
+    vl.make_cache(tiny("llama"))  # registers our classes with mlx-lm
     stacked = 0
     for seed in range(first, first + 10):
         rng = random.Random(seed)
@@ -89,7 +89,7 @@ def test_random_schedules_end_in_the_state_of_each_sequence_alone(tmp_path, firs
 
 
 def caches(method="turboquant", bits=4, **settings) -> list[CompressedKVCache]:
-    """Rows with nothing packed, with sinks alone, with nothing recent, and with some of everything."""
+    """Return rows with nothing packed, with sinks only, without recent tokens, and with all parts."""
     codecs = [METHODS[method].codec(DIM, bits, role) for role in ("keys", "values")]
     if METHODS[method].calibrated:
         codecs = [codec.fit(Sample(tokens(512, 7), rope=Rope(DIM))) for codec in codecs]
@@ -106,7 +106,7 @@ def caches(method="turboquant", bits=4, **settings) -> list[CompressedKVCache]:
 
 
 def answers(batch, rows, seed, *, mask=None, sinks=None, query_heads=HEADS):
-    """Of the batch by the kernel, and of each row by graph."""
+    """Return the results of the batch by the kernel, and of each row by graph operations."""
     new, q = tokens(1, seed, len(rows)), mx.random.normal((len(rows), query_heads, 1, DIM), key=mx.random.key(seed))
     given = batch.make_mask(1) if mask is None else mask(batch.size() + 1)
     history, _ = batch.update_and_fetch(new, 2 * new)
@@ -123,7 +123,7 @@ def assert_close(found, wanted) -> None:
 
 
 def hidden(width):
-    """Some of what each row has, its newest token not."""
+    """Hide some tokens of each row, but not its newest one."""
     some = mx.random.bernoulli(0.3, (4, 1, 1, width), key=mx.random.key(3))
     some[..., -1] = False
     return mx.where(some, -1e9, mx.random.normal((1, 4, 1, width), key=mx.random.key(4)))
@@ -135,8 +135,8 @@ def hidden(width):
     [
         ("turboquant", {}),
         ("turboquant", {"mask": hidden, "query_heads": 4, "sinks": mx.array([-1.0, 0.0, 1.0, 2.0])}),
-        ("qjl", {"query_heads": 4}),  # whose codec brings queries in and answers out
-        ("commvq", {}),  # whose codes are turned to their positions
+        ("qjl", {"query_heads": 4}),  # its codec transforms queries and outputs
+        ("commvq", {}),  # RoPE rotates its codes
     ],
 )
 def test_one_launch_answers_as_each_row_alone(method, more):
@@ -163,7 +163,7 @@ def test_each_sequence_of_mlx_lms_batch_generator_gets_the_tokens_it_gets_alone(
 
 
 @needs_compilers
-def test_rows_that_come_and_go_are_read_where_they_are():
+def test_rows_that_join_and_leave_are_read_in_place():
     rows = caches()
     batch = CompressedKVCache.merge(rows)
     answers(batch, rows, 1)
@@ -194,7 +194,7 @@ def test_joining_leaving_and_trimming_move_no_other_rows_tokens():
     assert [id(x) for x in batch.buffers] == buffers
 
 
-def test_a_batch_says_all_bytes_that_it_holds():
+def test_a_batch_reports_all_bytes_that_it_holds():
     rows = caches()
     mx.eval([row.state for row in rows])
     alone = sum(row.nbytes for row in rows)
@@ -204,7 +204,7 @@ def test_a_batch_says_all_bytes_that_it_holds():
     assert all(row.nbytes == 0 for row in batch._rows)
 
 
-def test_buffers_are_free_when_the_batch_is():
+def test_buffers_are_freed_with_the_batch():
     gc.disable()
     try:
         rows = caches()
@@ -217,7 +217,7 @@ def test_buffers_are_free_when_the_batch_is():
         gc.enable()
 
 
-def test_a_batch_without_a_kernel_goes_on_by_rows(monkeypatch):
+def test_a_batch_without_a_kernel_continues_by_rows(monkeypatch):
     rows = caches()
     batch = CompressedKVCache.merge(rows)
     monkeypatch.setattr(histories, "agrees", lambda *_: False)
@@ -237,8 +237,8 @@ def test_rows_that_a_kernel_does_not_read_together_keep_their_buffers(settings):
 
 
 @pytest.mark.parametrize("leave", [True, False])
-def test_a_bad_row_is_told_and_the_others_go_on_without_it(monkeypatch, leave):
-    monkeypatch.setattr(coming, "device_backend", lambda: BACKEND)  # which is not waited for
+def test_a_bad_row_is_reported_and_the_others_continue_without_it(monkeypatch, leave):
+    monkeypatch.setattr(coming, "device_backend", lambda: BACKEND)  # a device whose checks are asynchronous
     settings = {"sinks": 3, "window": 0}
     rows = [make(**settings) for _ in range(3)]
     for row in rows:
@@ -262,7 +262,7 @@ def test_a_bad_row_is_told_and_the_others_go_on_without_it(monkeypatch, leave):
 
 
 def test_the_mask_that_shows_each_row_all_its_tokens_is_not_read(monkeypatch):
-    """Not at the first step either: a kernel that reads masks would be built for that alone."""
+    """Not at the first step either, because that would build a kernel with masks."""
     monkeypatch.setattr(histories, "current_backend", lambda: replace(CUDA, build=zeros_of, tried=False))
     batch = CompressedKVCache.merge(caches())
     for seed in range(3):
@@ -275,7 +275,7 @@ def test_the_mask_that_shows_each_row_all_its_tokens_is_not_read(monkeypatch):
     assert not all(unmasked for *_, unmasked, _ in batch._stack.calls)
 
 
-def test_a_step_makes_as_many_operations_for_many_rows_as_for_few(tmp_path, monkeypatch):
+def test_a_step_has_as_many_operations_for_many_rows_as_for_few(tmp_path, monkeypatch):
     monkeypatch.setattr(histories, "current_backend", lambda: replace(CUDA, build=zeros_of, tried=False))
     counts = []
     for count in (2, 16):
@@ -303,10 +303,10 @@ def a_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("a_gpu")
-def test_a_step_of_a_batch_that_encodes_has_the_form_of_the_others(tmp_path):
-    """MLX on CUDA makes a graph of each form, and a kernel's numbers follow the windows: 70 steps slide these twice."""
+def test_a_batch_step_that_encodes_has_the_graph_of_the_others(tmp_path):
+    """MLX on CUDA builds a graph for each form; a kernel's numbers follow the windows: 70 steps slide them twice."""
     batch = CompressedKVCache.merge([caches()[3] for _ in range(3)])
-    batch._rows[1].trim(5)  # which leaves at another step
+    batch._rows[1].trim(5)  # its blocks leave at another step
     forms, new = set(), tokens(1, 1, 3)
     for token in range(70):
         answer = batch.update_and_fetch(new, new)[0].attend(new, 0.2, None)
@@ -319,20 +319,20 @@ def test_a_step_of_a_batch_that_encodes_has_the_form_of_the_others(tmp_path):
 
 
 @pytest.mark.usefixtures("a_gpu")
-def test_a_step_that_encodes_has_the_form_of_the_others(tmp_path):
+def test_a_step_that_encodes_has_the_graph_of_the_others(tmp_path):
     row, forms, new = caches()[3], set(), tokens(1, 1)
     packed = row.packed.tokens
     for token in range(70):
         row.update_and_fetch(new, new)
-        if token > counts.BLOCK:  # the window has all its room
+        if token > counts.BLOCK:  # the window has its full size
             forms.add(operations(tmp_path / "step.dot", *row.recent.buffers.values()))
         mx.eval(row.buffers)
     assert row.packed.tokens > packed + 2 * counts.BLOCK / 2
     assert len(forms) == 1
 
 
-def test_what_python_reads_of_a_check_is_one_number(monkeypatch):
-    """A GPU's array of more than 8 bytes moves to where Python reads it, which waits for all work."""
+def test_python_reads_one_number_of_a_check(monkeypatch):
+    """If Python reads a GPU's array of more than 8 bytes, MLX moves it and waits for all work."""
     monkeypatch.setattr(coming, "device_backend", lambda: BACKEND)
     checks = coming.Checks()
     x = tokens(3, 1, 4)

@@ -1,4 +1,4 @@
-"""What veloxlab writes is there whole or not at all, is checked when it is read, and nothing that took long is lost."""
+"""Files are written completely or not at all, and are checked when they are read; no long work is lost."""
 
 import os
 import resource
@@ -29,7 +29,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def found():
-    """A search as it might have ended."""
+    """Return a search result."""
     rows = [
         (i, "turboquant", 2 + i, 4, 4, 0, [0, -1][:i], 100.5 + 9.25 * i, 3, 0.3 / (i + 1), 0.1, 0.4, 0.02, 1.5, "front")
         for i in range(3)
@@ -40,7 +40,7 @@ def found():
 
 @contextmanager
 def full_disk():
-    """No file may grow: every write fails, as on a full disk."""
+    """No file can grow: every write fails, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
@@ -55,14 +55,14 @@ def full_disk():
 
 
 def saves(model, found):
-    """What saves each kind of file."""
+    """Return functions that save each kind of file."""
     plan = vl.Plan.uniform(model)
     calibration = vl.Calibration("turboquant", {}, {})
     return {"plan": plan.save, "search": found.save, "calibration": calibration.save}
 
 
 @pytest.mark.parametrize("kind", ["plan", "search", "calibration"])
-def test_a_place_that_is_none_is_told_in_one_sentence(model, found, tmp_path, kind):
+def test_an_impossible_place_is_reported_in_one_sentence(model, found, tmp_path, kind):
     save = saves(model, found)[kind]
     (tmp_path / "name.json").mkdir()
     (tmp_path / "name.safetensors").mkdir()
@@ -77,7 +77,7 @@ def test_a_place_that_is_none_is_told_in_one_sentence(model, found, tmp_path, ki
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "name.json", "name.safetensors"]
 
 
-def test_a_folder_that_may_not_be_seen_is_not_called_missing(found, tmp_path):
+def test_a_folder_without_permission_is_not_called_missing(found, tmp_path):
     closed = tmp_path / "closed"
     (closed / "in").mkdir(parents=True)
     closed.chmod(0)
@@ -89,7 +89,7 @@ def test_a_folder_that_may_not_be_seen_is_not_called_missing(found, tmp_path):
     closed.chmod(0o755)
 
 
-def test_a_full_disk_leaves_the_old_file(found, tmp_path):
+def test_a_full_disk_keeps_the_old_file(found, tmp_path):
     path = found.save(tmp_path / "search.parquet")
     whole = path.read_bytes()
     with full_disk(), pytest.raises(InputError, match="cannot be written"):
@@ -97,7 +97,7 @@ def test_a_full_disk_leaves_the_old_file(found, tmp_path):
     assert path.read_bytes() == whole
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_the_work(tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "in"):
         with pytest.raises(InputError, match=r"The folder .*file.* cannot be made \(.+\): choose another place\."):
@@ -128,7 +128,7 @@ LONG = {
 
 
 @pytest.mark.parametrize("work", LONG)
-def test_what_cannot_be_kept_is_given_and_told_of(model, tmp_path, work):
+def test_results_that_cannot_be_saved_are_returned_with_a_warning(model, tmp_path, work):
     kept = LONG[work](model, tmp_path / "good")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="give the path of a folder"):  # before the work
@@ -143,7 +143,7 @@ def test_what_cannot_be_kept_is_given_and_told_of(model, tmp_path, work):
     assert list((tmp_path / "full").iterdir()) == []
 
 
-def test_an_unfinished_run_goes_on_where_it_cannot_be_kept(tmp_path):
+def test_an_unfinished_run_continues_if_it_cannot_be_saved(tmp_path):
     (tmp_path / "file").write_text("")
     run = store.Unfinished(tmp_path / "file" / "run.json", "a run", {})
     with pytest.warns(UserWarning, match="The folder .* cannot be made .* The run goes on"):
@@ -161,7 +161,7 @@ def test_an_error_that_quotes_the_file_is_cut_short(tmp_path):
     assert len(said) < 400
 
 
-# what a killed process leaves -----------------------------------------------------------------------------------------
+# files of a killed process -----------------------------------------------------------------------------------------
 
 KILLED = """
 import os, signal, sys
@@ -173,7 +173,7 @@ store.write_together({folder / "one": b"new", folder / "two": b"new"})
 """
 
 
-def test_the_next_write_removes_what_a_killed_one_left_and_not_what_is_being_written(tmp_path):
+def test_the_next_write_removes_files_of_a_killed_one_and_keeps_files_in_progress(tmp_path):
     store.write_together({tmp_path / "one": b"old", tmp_path / "two": b"old"})
     ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
     assert ended.returncode == -signal.SIGKILL
@@ -185,7 +185,7 @@ def test_the_next_write_removes_what_a_killed_one_left_and_not_what_is_being_wri
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"one": "old", "two": "old", "three": ""}
 
 
-def test_files_are_as_readable_as_the_user_wants_them(tmp_path):
+def test_files_have_the_permissions_of_the_user_s_umask(tmp_path):
     before = os.umask(0o027)
     try:
         store.write_atomically(tmp_path / "file", b"")
@@ -197,11 +197,11 @@ def test_files_are_as_readable_as_the_user_wants_them(tmp_path):
 # checksums ------------------------------------------------------------------------------------------------------------
 
 
-def test_one_flipped_bit_of_a_search_is_found_wherever_it_is(found, tmp_path):
+def test_one_flipped_bit_of_a_search_is_detected_anywhere(found, tmp_path):
     path = found.save(tmp_path / "search.parquet")
     whole = path.read_bytes()
     assert SearchResult.load(path).frame.equals(found.frame)
-    assert pl.read_parquet(path).equals(found.frame)  # it is Parquet as any other
+    assert pl.read_parquet(path).equals(found.frame)  # it is ordinary Parquet
     rng = np.random.default_rng(0)
     for place in [0, len(whole) - 1, *rng.integers(len(whole), size=200)]:
         damaged = bytearray(whole)

@@ -16,7 +16,7 @@ from veloxlab.kernels.backend import run_vectors, vectors_key
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to read and run Metal on the CPU")
 
-ROUNDING = 2.0**-11  # of the scale, which is kept in 16 bits
+ROUNDING = 2.0**-11  # of the scale, which is stored in 16 bits
 
 
 def fitted(dim, bits, tensor, rope, **options):
@@ -35,22 +35,22 @@ def fitted(dim, bits, tensor, rope, **options):
         (192, 1, "keys", Rope(192), {"stages": 2}),
     ],
 )
-def test_what_is_found_is_what_the_reference_finds(dim, bits, tensor, rope, options):
+def test_codes_are_those_of_the_reference(dim, bits, tensor, rope, options):
     codec = fitted(dim, bits, tensor, rope, **options)
     x = np.random.default_rng(1).standard_normal((2, 9, 2, dim)) * 10.0 ** np.arange(-4, 5)[:, None, None]
     x[1, 3, 1] = 0
-    given = mx.array(x.astype(np.float32)).swapaxes(1, 2)  # a view with strides of its own
+    given = mx.array(x.astype(np.float32)).swapaxes(1, 2)  # a strided view
     found, wanted = run_vectors(codec._encoder, HOST, given), codec._encode_by_graph(given)
     assert {name: (a.shape, a.dtype) for name, a in found.items()} == {n: (a.shape, a.dtype) for n, a in wanted.items()}
     same = (found["codes"] == wanted["codes"]).all(axis=-1)
-    assert same.sum() >= same.size - 2  # a sum may be as near as another, to rounding; what follows is other then
+    assert same.sum() >= same.size - 2  # two sums can be equally near within rounding; then later codes differ
     close = mx.abs(found["root_scale"] - wanted["root_scale"]) <= ROUNDING * wanted["root_scale"]
     assert mx.all(close.squeeze(-1) | ~same)
-    assert found["root_scale"][1, 1, 3].item() == 0  # of no length
+    assert found["root_scale"][1, 1, 3].item() == 0  # a zero vector
     lost, least = (np.nansum(np.array(codec._lost(arrays, given))) for arrays in (found, wanted))
     assert lost <= 1.001 * least
 
 
-def test_vectors_that_threadgroup_memory_does_not_hold_have_no_kernel():
+def test_vectors_too_large_for_threadgroup_memory_have_no_kernel():
     codec = fitted(256, 1, "values", None, stages=1)
     assert vectors_key(codec._encoder, HOST, mx.zeros((1, 2, 1, 256))) is None

@@ -1,4 +1,4 @@
-"""The cache types of other projects are what their definitions say, and the experiments' rows say what they mean."""
+"""The cache types of other projects follow their definitions, and rows of experiments mean what they state."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def decoded(kind: str, x: np.ndarray = X) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", GGML)
-def test_a_type_of_llama_cpp_decodes_to_what_its_own_package_gives(kind):
+def test_a_type_of_llama_cpp_decodes_as_its_own_package(kind):
     kind_there = gguf.GGMLQuantizationType[GGML[kind]]
     theirs = gguf.quants.dequantize(gguf.quants.quantize(X.reshape(-1, DIM), kind_there), kind_there).reshape(X.shape)
     assert np.abs(decoded(kind) - theirs).max() < 1e-6  # float32 divides in another order
 
 
 def every(exponent_bits: int, mantissa_bits: int) -> np.ndarray:
-    """The numbers from 0 on of a small float by the OCP's definition, without infinities and NaN."""
+    """Return the numbers from 0 up of a small float by the OCP's definition, without infinities and NaN."""
     bias, codes = 2 ** (exponent_bits - 1) - 1, np.arange(2 ** (exponent_bits + mantissa_bits))
     exponents, parts = codes >> mantissa_bits, (codes & (2**mantissa_bits - 1)) / 2**mantissa_bits
     values = np.where(exponents == 0, 2.0 ** (1 - bias) * parts, 2.0 ** (exponents - bias) * (1 + parts))
@@ -50,7 +50,7 @@ def every(exponent_bits: int, mantissa_bits: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("kind", "form"), [("fp8_e4m3", (4, 3)), ("fp8_e5m2", (5, 2))])
 def test_an_8_bit_float_is_the_nearest_one(kind, form):
-    x = X.astype(np.float16).astype(np.float32)  # a float32 that float16 rounds to a tie may go to the other side
+    x = X.astype(np.float16).astype(np.float32)  # a float32 that float16 rounds to a tie can go to the other side
     numbers, got = every(*form), decoded(kind, x)
     assert np.isin(np.abs(got), numbers.astype(np.float32)).all()
     assert np.array_equal(np.abs(got - x), np.abs(np.abs(x)[..., None] - numbers).min(axis=-1).astype(np.float32))
@@ -62,7 +62,7 @@ def test_nvfp4_has_eight_sizes_and_a_scale_for_each_16():
     sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
     for block in got[:40]:
         assert any(np.isin(np.abs(block) / scale, sizes).all() for scale in scales)
-    # the widest step is 2 of 6, and the E4M3 scale is off by up to 1/16: half of 2/6, and what lies above 6
+    # the widest step is 2 of 6, and the E4M3 scale has an error of up to 1/16: half of 2/6, and values above 6
     blocks = X.reshape(-1, 16)
     assert (np.abs(got - blocks).max(axis=-1) <= np.abs(blocks).max(axis=-1) * (1 / 6 + 1 / 16)).all()
 
@@ -79,7 +79,7 @@ def test_a_registered_type_makes_a_cache_of_its_true_bits(kind):
     assert 0 < mx.abs(got - exact).max().item() < mx.abs(exact).max().item()
 
 
-def test_rows_are_read_as_they_were_written_and_what_is_missing_comes_by_stretch(monkeypatch, tmp_path):
+def test_rows_are_read_unchanged_and_missing_ones_are_ordered_by_window(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "FILE", tmp_path / "rows.ndjson")
     assert results.kept() == {}
     first = results.missing(["sinks"], {})
@@ -89,7 +89,7 @@ def test_rows_are_read_as_they_were_written_and_what_is_missing_comes_by_stretch
     assert results.missing(["sinks"], results.kept()) == first[1:]
 
 
-def test_each_row_of_caches_in_use_is_one_that_an_experiment_asks_for():
+def test_each_row_of_caches_in_use_belongs_to_an_experiment():
     asked = [{"experiment": name} | job for name, (jobs, _) in in_use.EXPERIMENTS.items() for job in jobs()]
     rows = [row["asked"] for row in in_use.kept()]
     assert rows
@@ -97,7 +97,7 @@ def test_each_row_of_caches_in_use_is_one_that_an_experiment_asks_for():
     assert len(rows) == len({json.dumps(row) for row in rows})
 
 
-def test_a_cache_that_is_given_the_exact_keys_and_values_is_as_one_that_read_the_prompt():
+def test_a_cache_filled_with_exact_keys_and_values_equals_one_that_read_the_prompt():
     model, ids = tiny("llama"), [i * i % 90 for i in range(150)]
     read, given = (vl.make_cache(model, "turboquant", bits=2, window=16) for _ in range(2))
     in_use.hand_over(Reader(model, own_cache(model)).read(ids).cache, given)

@@ -1,4 +1,4 @@
-"""The sweep compares allocations in equal bytes, goes on where it was stopped, and is written whole."""
+"""The sweep compares allocations in equal bytes, continues after a stop, and writes complete files."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def frame(model, folder):
     return sweep(model, Letters(), folder=folder, **SETTINGS)
 
 
-def test_rows_are_windows_of_plans_that_hold_the_same(frame):
+def test_rows_are_windows_of_plans_with_equal_bytes(frame):
     assert frame.schema == SWEEP
     assert frame.height == 2 * 3 * 3  # widths, allocations, windows
     assert frame["positions"].unique().to_list() == [63]
@@ -55,10 +55,10 @@ def test_the_uniform_plan_is_turboquant(model, frame):
     )
     expected = row.group_by("window").agg(pl.col("kl").mean()).sort("window")["kl"]
     found = frame.filter(bits=3.0, allocation="uniform").sort("window")["kl_mean"]
-    assert found.to_list() == pytest.approx(expected.to_list(), rel=0.02)  # codes of two heads apart round otherwise
+    assert found.to_list() == pytest.approx(expected.to_list(), rel=0.02)  # codes of separate heads round differently
 
 
-def test_the_interval_is_of_the_differences_of_the_same_windows(frame):
+def test_the_interval_is_of_differences_within_windows(frame):
     summary = swept(frame)
     assert summary.schema == SWEPT
     own, uniform = (frame.filter(bits=2.5, allocation=a).sort("window")["kl_mean"] for a in ("gradient", "uniform"))
@@ -76,7 +76,7 @@ def test_one_window_has_no_interval(frame):
     assert swept_table(summary).count("| gradient | ") == 2
 
 
-def test_a_sweep_that_was_stopped_goes_on(model, folder, frame, tmp_path):
+def test_a_stopped_sweep_continues(model, folder, frame, tmp_path):
     unfinished = tmp_path / "sweep.json"
 
     def stop(done, total, label):
@@ -92,7 +92,7 @@ def test_a_sweep_that_was_stopped_goes_on(model, folder, frame, tmp_path):
         sweep(model, Letters(), folder=folder, unfinished=unfinished, **SETTINGS)
     unfinished.write_text(kept)
     assert sweep(model, Letters(), folder=folder, unfinished=unfinished, **SETTINGS).equals(frame)
-    shorter = SETTINGS | {"windows": 2}  # measures something else: nothing is taken over
+    shorter = SETTINGS | {"windows": 2}  # measures something else: nothing is reused
     assert sweep(model, Letters(), folder=folder, unfinished=unfinished, **shorter).height == 2 * 3 * 2
 
 
@@ -110,7 +110,7 @@ def test_the_command_writes_a_table_and_its_rows(model, tmp_path, monkeypatch, c
     assert swept_table(swept(written)).count("\n| 3 | ") == 2
 
 
-def test_whole_widths_may_be_whole_numbers(model, folder):
+def test_whole_widths_can_be_integers(model, folder):
     shorter = SETTINGS | {"bits": (2, 3), "by": ("gradient",), "windows": 1, "folder": folder}
     found = sweep(model, Letters(), **shorter)
     assert found.schema == SWEEP
@@ -118,7 +118,7 @@ def test_whole_widths_may_be_whole_numbers(model, folder):
 
 
 @pytest.mark.parametrize(("first", "others"), [("gradient", "key_norm"), ("key_norm", "gradient")])
-def test_predictions_are_shown_where_they_are_nats(frame, first, others):
+def test_predictions_are_shown_if_they_are_in_nats(frame, first, others):
     order = {"uniform": 0, first: 1, others: 2}
     rows = frame.sort("bits", pl.col("allocation").replace_strict(order), maintain_order=True)
     lines = swept_table(swept(rows)).splitlines()[2:]
@@ -126,7 +126,7 @@ def test_predictions_are_shown_where_they_are_nats(frame, first, others):
     assert shown == ({"uniform", "gradient"} if first == "gradient" else {"gradient"})
 
 
-def test_usual_bounds_are_the_papers():
+def test_default_bounds_are_the_papers():
     assert [(b.least_bits, b.most_bits) for b in map(usual_bounds, (2.5, 3.0, 3.5, 4.0, 5.0))] == [
         (2, 4), (2, 5), (3, 5), (3, 6), (4, 7)
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Questions asked through a cache: they are scored as a run without a cache scores them, and see the codes."""
+"""Questions asked through a cache: scores equal those of a run without a cache, and questions see the codes."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def asked(model: Any, task: Task, *cache: Any, **settings: Any) -> pl.DataFrame:
 
 
 def nll(model: Any, before: str | list[int], answer: str) -> float:
-    """−log p of an answer, by one run without any cache."""
+    """Return −log p of an answer, by one run without any cache."""
     first = Readable().encode(before) if isinstance(before, str) else before
     ids, start = [*first, *Readable().encode(answer)], len(first)
     logits = np.array(model(mx.array([ids[:-1]]))[0, start - 1 :], np.float64)
@@ -83,15 +83,15 @@ def test_a_task_that_never_reads_codes_is_named(model, task):
 
 
 class Poisoned(KVCache):
-    """Hands out values that are not numbers."""
+    """Returns values that are NaN."""
 
     def update_and_fetch(self, keys, values):
         keys, values = super().update_and_fetch(keys, values)
         return keys, values * mx.nan
 
 
-def test_a_cache_that_gives_no_numbers_is_never_right(model):
-    first = Task("first", (Question(CONTEXT, "?", CHOICES[0], CHOICES),))  # what a comparison with NaN would choose
+def test_a_cache_that_returns_nan_is_never_right(model):
+    first = Task("first", (Question(CONTEXT, "?", CHOICES[0], CHOICES),))  # the choice of a comparison with NaN
     with pytest.warns(UserWarning, match="held exactly"):
         found = asked(model, first, lambda m: [Poisoned() for _ in m.layers])
     assert not found.filter(side="compressed")["hit"].any()
@@ -105,13 +105,13 @@ def test_a_context_is_read_once_for_all_its_questions(model, task):
         return made[-1]
 
     by_function = asked(model, task, make)
-    assert len(made) == 3  # one to see that it can be made, and one for each of two contexts
+    assert len(made) == 3  # one to check the settings, and one for each of two contexts
     cache = vl.make_cache(model, bits=8)
     assert by_function.equals(asked(model, task, cache))
     assert all(layer.empty() for layer in cache)
 
 
-def test_what_cannot_be_asked_gets_one_sentence(model, task):
+def test_impossible_questions_get_one_sentence(model, task):
     used = vl.make_cache(model)
     model(mx.array([[1, 2, 3]]), cache=used)
     for cache, settings, words in (
@@ -138,7 +138,7 @@ LINES = """
 
 def test_questions_of_ones_own_are_lines_of_json():
     first, second = Task.of_lines(LINES).questions
-    assert first == Question("a b c. ", "it is", " b", (" b", " c"))  # an answer is a word of its own
+    assert first == Question("a b c. ", "it is", " b", (" b", " c"))  # an answer is a separate word
     assert second == Question("a b c. ", "Answer:\n", "b")
     assert Task.of_lines(EXAMPLE).name == "own"
     for line, words in (
@@ -168,7 +168,7 @@ def test_the_page_asks_questions_of_ones_own(model):
     line = json.dumps({"context": CONTEXT, "question": "and?", "answer": "abc", "choices": ["abc", "xyz"]})
     file.value = ({**file.value[0], "content": f"{line}\n{line}".encode()},)
     assert "2 questions are too few to tell." in page._checked.value
-    assert page.tasks == ()  # only what was typed is asked
+    assert page.tasks == ()  # only the typed questions are asked
     ask.click()
     assert page.wait(60)
     assert page.answered.select("task", "questions", "chance").rows() == [("own", 2, 0.5)]
@@ -202,11 +202,11 @@ def test_built_in_questions_have_one_right_answer_in_their_context(name):
             begin = {"copy": lambda q: f"{q.split(',')[-2].strip()},", "lookup": lambda q: q.split(": ")[-1]}
             place = each.context.find(begin.get(name, lambda q: "The pass key is")(each.question))
             assert each.answer.strip() in each.context[place : place + 60]
-            assert each.context.rfind(each.answer) < 1100  # in front of the filler: a window does not hold it
+            assert each.context.rfind(each.answer) < 1100  # before the filler, so outside a window
     assert made[0].chance == (0 if name == "passkey" else 0.25)
 
 
-def test_a_written_answer_may_go_on_behind_the_right_one(model):
+def test_a_written_answer_can_continue_after_the_right_one(model):
     ids = Readable().encode(CONTEXT + "?")
     right = int(np.asarray(model(mx.array([ids]))[0, -1].argmax()))
     answer = Readable().decode([right])
@@ -217,7 +217,7 @@ def test_a_written_answer_may_go_on_behind_the_right_one(model):
 
 
 def answered(hits: dict[str, list[int]], groups: list[int]) -> pl.DataFrame:
-    """Rows of one task with these hits."""
+    """Return rows of one task with these hits."""
     rows = [
         ("t", group, "?", side, f"{side if group == 3 else ''}{hit}", "1", bool(hit), 1.0 + hit, 100, 50)
         for side, own in hits.items()
@@ -240,7 +240,7 @@ def test_the_interval_is_paired_and_counts_a_context_once():
     assert summary(answered(hits, [0] * 6), {}).row(0, named=True)["low"] is None
 
 
-def test_the_chart_says_what_is_decisive_and_what_tells_nothing():
+def test_the_caption_has_significant_differences_and_tasks_without_information():
     row = {"task": "copy", "questions": 8, "chance": 0.25, "exact": 0.9, "compressed": 0.5, "difference": -0.4}
     row |= {"low": -0.6, "high": -0.2, "same": 0.5, "nll_exact": 1.0, "nll": 2.0, "coded_share": 0.8}
     frame = pl.DataFrame([row, row | {"task": "sums", "exact": 0.25, "low": None, "high": None}], schema=EVALUATION)
@@ -253,7 +253,7 @@ def test_the_chart_says_what_is_decisive_and_what_tells_nothing():
 
 
 class Harness(ModuleType):
-    """Stands in for lm-evaluation-harness: its public calls, with one task of two documents."""
+    """Replaces lm-evaluation-harness: its public calls, with one task of two documents."""
 
     def __init__(self) -> None:
         super().__init__("lm_eval")
@@ -292,7 +292,7 @@ def test_tasks_of_a_harness_are_asked_through_the_cache(model, monkeypatch):
     found = vl.evaluate(model, Readable(), **settings).row(0, named=True)
     assert (found["task"], found["questions"], found["exact"], found["chance"]) == ("lm_eval:toy", 2, 0.5, None)
     assert found["coded_share"] > 0.5
-    assert found["same"] == 1  # the first of two choices, with the exact cache at −1 and with the other one at −2
+    assert found["same"] == 1  # the first of two choices, at −1 with the exact cache and at −2 with the other
     exact, compressed = harness.found
     (first, greedy), spaced, (empty, _) = exact[0]
     assert first == pytest.approx(-nll(model, CONTEXT.rstrip(), "  xyz"), abs=2e-4)  # the space goes to the word
@@ -301,9 +301,9 @@ def test_tasks_of_a_harness_are_asked_through_the_cache(model, monkeypatch):
     assert len(exact[1][0]) == 3
     assert exact[2][0] == pytest.approx(-nll(model, [95], CONTEXT), rel=1e-4)
     for one, other in zip(exact, compressed, strict=True):
-        assert one != other  # each way reads the codes
+        assert one != other  # each kind of call reads the codes
 
 
-def test_a_harness_that_is_not_there_is_asked_for(model):
+def test_the_message_on_a_missing_harness_says_how_to_install_it(model):
     with pytest.raises(InputError, match="lm-evaluation-harness: run `uv pip install lm-eval`"):
         vl.evaluate(model, Readable(), tasks=["lm_eval:arc_easy"])

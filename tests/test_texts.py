@@ -1,4 +1,4 @@
-"""The shipped texts: what they hold, and where they are looked for."""
+"""The shipped texts: their content, and the folders where they are searched."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_splits_share_no_paragraph():
     assert paragraphs[0].isdisjoint(paragraphs[1])
 
 
-def test_text_has_as_many_tokens_as_its_description_says(smollm2):
+def test_text_has_the_documented_number_of_tokens(smollm2):
     _, tokenizer = smollm2
     assert [len(tokenizer.encode(excerpt(split))) // 1000 for split in ("test", "validation")] == [25, 28]
 

@@ -1,4 +1,4 @@
-"""From a token to its causes: sums over tokens are what other measurements say, and shares add up."""
+"""From a token to its causes: sums over tokens agree with other measurements, and shares add up."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -54,11 +54,11 @@ def test_texts_read_in_several_calls_are_compared_at_every_token(here, monkeypat
     monkeypatch.setattr(tokens, "CALL", 20)
     own = tokens.token_predictions(here.model, Letters(), here.seen.tokens, "none").tokens
     assert own["position"].to_list() == list(range(1, 48))
-    assert own["kl"].max() < 1e-5  # nats: sums of float32 in another order
+    assert own["kl"].max() < 1e-5  # nats: float32 sums in another order
     assert own["exact_probability"].to_list() == pytest.approx(own["probability"].to_list(), rel=1e-4)
 
 
-def test_alternatives_are_the_most_likely_of_either_cache_and_the_token_that_came(found):
+def test_alternatives_are_the_most_likely_of_either_cache_and_the_text_s_token(found):
     own = found.alternatives(Letters(), found.worst)
     assert own.schema == tokens.ALTERNATIVES
     assert own["rank"].to_list() == list(range(1, own.height + 1))
@@ -103,7 +103,7 @@ def test_attended_keys_have_the_weights_of_the_map(here, pairs):
         tokens.attended_keys(replace(exact, queries=None), exact, 30, 0)
 
 
-def test_blocks_keep_their_greatest(found, pairs):
+def test_blocks_keep_their_greatest_weight(found, pairs):
     exact, held = pairs[0]
     own = tokens.attended_keys(exact, held, 47, 0)
     pooled = tokens.pooled_keys(own, 10)
@@ -142,7 +142,7 @@ def test_shares_of_a_logits_error_add_up_to_it(here, method, calibrations):
     assert frame.filter(kind="pair")["bits"].null_count() == frame.filter(kind="pair").height
 
 
-def test_one_pair_alone_makes_the_whole_error(here):
+def test_an_error_in_one_pair_is_assigned_to_that_pair(here):
     (layer, *_) = here.seen.layers
     lost = np.zeros((2, 48, 64), np.float32)
     lost[:, :, [3, 35]] = np.random.default_rng(0).normal(size=(2, 48, 2))

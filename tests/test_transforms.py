@@ -17,15 +17,15 @@ def test_a_rotation_keeps_inner_products_and_can_be_undone(name, dim):
     rotation = make_rotation(name, dim, seed=3)
     x = mx.random.normal((2, 5, dim), key=mx.random.key(dim))
     y = rotation.forward(x)
-    # roundings of float32, relative to the vectors' lengths, add up at random: 5 and 1.2 steps measured, over all dims
+    # float32 rounding errors, relative to the vectors' lengths, add up at random: 5 and 1.2 steps measured
     length = mx.linalg.norm(x, axis=-1).max().item()
     assert np.allclose(y @ y.swapaxes(-1, -2), x @ x.swapaxes(-1, -2), rtol=0, atol=16 * FLOAT32 * length**2)
     assert np.allclose(rotation.inverse(y), x, rtol=0, atol=8 * FLOAT32 * length)
 
 
 @pytest.mark.parametrize("dim", [*DIMS, 160, 224])
-def test_mlx_transforms_powers_of_two_alone(monkeypatch, dim):
-    """At 20·2^k and 28·2^k MLX's transform is not its own inverse, and not all that it has not raises."""
+def test_only_powers_of_two_use_mlx_s_transform(monkeypatch, dim):
+    """At 20·2^k and 28·2^k MLX's transform is not its own inverse, and it does not raise for every size it lacks."""
     sizes, theirs = [], mx.hadamard_transform
 
     def seen(x: mx.array) -> mx.array:
@@ -35,7 +35,7 @@ def test_mlx_transforms_powers_of_two_alone(monkeypatch, dim):
     monkeypatch.setattr(mx, "hadamard_transform", seen)
     x = mx.random.normal((2, 5, dim), key=mx.random.key(dim))
     rotation = make_rotation("hadamard", dim, seed=3)
-    assert np.allclose(rotation.inverse(rotation.forward(x)), x, rtol=0, atol=1e-4)  # a wrong inverse misses by 1
+    assert np.allclose(rotation.inverse(rotation.forward(x)), x, rtol=0, atol=1e-4)  # a wrong inverse has an error of 1
     assert sizes
     assert all(size & (size - 1) == 0 for size in sizes)
 
@@ -48,7 +48,7 @@ def test_a_single_outlier_channel_is_spread_over_all_coordinates(dim):
 
 
 def test_haar_is_uniform_in_sign():
-    """Without the correction by the signs of R's diagonal, a QR's Q has a negative mean diagonal."""
+    """Without the correction by the signs of R's diagonal, the Q of a QR decomposition has a negative mean diagonal."""
     traces = [np.trace(np.array(make_rotation("haar", 8, seed).forward(mx.eye(8)))) for seed in range(400)]
     assert abs(np.mean(traces)) < 4 / np.sqrt(400)  # the trace of a Haar matrix has mean 0 and variance 1
 

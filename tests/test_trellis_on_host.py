@@ -1,4 +1,4 @@
-"""The kernel that searches trellises, its Metal text run on the CPU by ``metal_on_host``, against its reference."""
+"""The kernel that searches trellises: its Metal text, run on the CPU by ``metal_on_host``, against its reference."""
 
 import shutil
 
@@ -16,7 +16,7 @@ from veloxlab.kernels.devices import CUDA
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to read and run Metal on the CPU")
 
-# form, entries, heads, coordinates, bits on average (or the same of all), whether a scale is stored
+# form, entries, heads, coordinates, bits on average (or the same for all), whether a scale is stored
 CASES = [
     ("trellis", 256, 3, 64, 2.25, True),
     ("trellis", 256, 1, 80, 1.25, True),
@@ -31,7 +31,7 @@ CASES = [
 
 
 def rows_of(code, entries, heads, dim, bits, scaled, seed=0):
-    """Rows of heads with widths of their own, which fall, and weights that fall with them."""
+    """Return rows of heads with their own decreasing widths, and weights that decrease with them."""
     rng = np.random.default_rng(seed)
     own = np.resize(bits, (heads, dim)) if isinstance(bits, tuple) else np.minimum(8, rng.poisson(bits, (heads, dim)))
     widths = np.sort(own, axis=1)[:, ::-1]
@@ -39,17 +39,17 @@ def rows_of(code, entries, heads, dim, bits, scaled, seed=0):
 
 
 @pytest.mark.parametrize(("code", "entries", "heads", "dim", "bits", "scaled"), CASES)
-def test_strings_are_those_of_the_reference(code, entries, heads, dim, bits, scaled):
+def test_trellis_strings_are_those_of_the_reference(code, entries, heads, dim, bits, scaled):
     rows = rows_of(code, entries, heads, dim, bits, scaled)
     rng = np.random.default_rng(1)
     loud = np.exp(rng.standard_normal((2, 1, 11, heads, 1)))  # outliers
     given = (loud * rng.standard_normal((2, 1, 11, heads, dim))).reshape(2, 1, 11, -1).astype(np.float32)
     given[1, 0, 3] = 0
-    x = mx.array(np.concatenate([given, given], axis=-1))[:, :, 1:-1, : heads * dim]  # a view with strides of its own
+    x = mx.array(np.concatenate([given, given], axis=-1))[:, :, 1:-1, : heads * dim]  # a strided view
     found, wanted = run_vectors(rows.encoder, HOST, x)["codes"], rows.encode(x)["codes"]
     assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
     assert (rows.scales(wanted).max().item() > 2) == scaled
-    # of two strings that are as near either may be found, as of a vector of zeros, and to float rounding of others
+    # of two equally near strings either can be found: for a vector of zeros, and within float rounding for others
     of_heads = np.array(x).reshape(2, 9, heads, dim).swapaxes(1, 2)
     costs = [
         (rows.weights[:, None] * np.square(np.array(rows.expand(c)) - of_heads)).sum(axis=-1) for c in (found, wanted)
@@ -58,7 +58,7 @@ def test_strings_are_those_of_the_reference(code, entries, heads, dim, bits, sca
     same = np.array((rows.expand(found) == rows.expand(wanted)).all(axis=-1))
     assert same[of_heads.any(axis=-1)].mean() > 0.98
     assert mx.array_equal(rows.scales(found), rows.scales(wanted))
-    same_rows = np.array((found == wanted).all(axis=-1))  # and no bit is written behind the last code
+    same_rows = np.array((found == wanted).all(axis=-1))  # and no bit is written after the last code
     assert same_rows[np.array(x).any(axis=-1)].mean() > 0.9
 
 

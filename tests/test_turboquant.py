@@ -23,7 +23,7 @@ INNER_PRODUCT_ERROR = {
     4: (0.0093, 0.0092, 0.0528, 0.0192),
     5: (0.0025, 0.0024, 0.0143, 0.0053),
 }
-# the table was sampled with as many pairs as we use: a mean of squares of N values has a relative deviation of √(2/N),
+# the table was sampled with the same number of pairs: a mean of squares of N values has a relative deviation of √(2/N),
 # 1 %, on both sides, its last digit is rounded by up to 2 %, and a Gaussian sketch is itself one draw
 TOLERANCE = 0.06
 
@@ -90,7 +90,7 @@ def test_prod_variance_follows_the_closed_form(bits, pairs):
     ids=["prod-gaussian", "prod-orthogonal", "unbiased"],
 )
 def test_unbiased_estimators_are_unbiased(bits, make, pairs):
-    """Against queries that are the keys themselves, where a bias shows most; within 3 standard errors and float16."""
+    """For queries equal to the keys, where a bias is largest; within 3 standard errors and float16."""
     keys, _ = pairs
     lengths = np.random.default_rng(2).uniform(0.5, 2, (PAIRS, 1)).astype(np.float32)
     ratio = (keys * decoded(make(bits), keys * lengths) / lengths).sum(axis=1)
@@ -158,7 +158,7 @@ def test_keys_get_the_unbiased_scale_and_values_the_mse_scale():
         (lambda: build(64, 4, "keys", outliers=8, outlier_bits=0), "bits=0 cannot be used"),
     ],
 )
-def test_what_it_cannot_do_is_refused_at_once(make, sentence):
+def test_impossible_settings_are_refused_at_once(make, sentence):
     with pytest.raises(InputError, match=sentence):
         make()
 
@@ -167,7 +167,7 @@ def test_what_it_cannot_do_is_refused_at_once(make, sentence):
 
 
 def loud(channels: list[int], tokens: int = 200, dim: int = DIM) -> mx.array:
-    """Vectors ``[1, 2, tokens, dim]`` of which these channels of the first head are ten times as large."""
+    """Return vectors ``[1, 2, tokens, dim]`` whose given channels of the first head are ten times as large."""
     x = np.random.default_rng(5).standard_normal((1, 2, tokens, dim)).astype(np.float32)
     x[:, 0, :, channels] *= 10
     return mx.array(x)
@@ -180,7 +180,7 @@ def test_two_and_a_half_bits_are_two_and_a_quarter_and_the_norms():
     assert codec.fit(Sample(x)).encode(x).nbytes * 8 == 2.5 * x.size
 
 
-def test_outliers_are_the_channels_of_most_energy_of_each_head():
+def test_outliers_are_the_channels_of_most_energy_in_each_head():
     channels = [1, 40, 41, 90, 127]
     codec = TurboQuantSplit(DIM, 2, 5, 3).fit(Sample(loud(channels)))
     assert codec.channels[:5] == tuple(channels)
@@ -197,8 +197,8 @@ def test_each_part_is_turboquant_of_its_channels():
     assert np.allclose(codec.decode(codec.encode(x))[:, :1], expected, atol=1e-4)
 
 
-def test_a_split_pays_where_channels_stand_out_and_not_where_none_does():
-    """Against one instance with 3 bits everywhere, which takes 3.125 against 2.5 bits a value."""
+def test_a_split_reduces_the_error_only_with_outlier_channels():
+    """Against one instance with 3 bits everywhere: 3.125 bits for each value, and 2.5 with the split."""
     x = loud(list(range(0, 128, 4)), tokens=1000)
     split = TurboQuantSplit(DIM, 2, 32, 3, scale="mse").fit(Sample(x))
     whole = TurboQuant(DIM, 3, scale="mse")
@@ -219,7 +219,7 @@ def test_scores_and_mix_of_a_split_are_decode_then_matmul():
 
 
 def test_tables_of_a_split_are_made_once_however_many_layers_there_are():
-    """They were kept for 128 codecs, keys' and values': of 65 layers none was found again at the next token."""
+    """They were cached for 128 codecs, keys' and values': of 65 layers, none was found again at the next token."""
     unfitted = build(8, 2, "keys", outliers=4)
     codecs = [replace(unfitted, channels=(0, 1, 2, 3) * (1 + i)) for i in range(300)]
     first = [codec._order(1 + i)[0] for i, codec in enumerate(codecs)]
@@ -227,7 +227,7 @@ def test_tables_of_a_split_are_made_once_however_many_layers_there_are():
     assert all(codec.parts is codec.parts for codec in codecs)
 
 
-def test_a_split_has_to_see_activations():
+def test_a_split_needs_a_fit_to_activations():
     codec = build(64, 2, "keys", outliers=16)
     assert codec.outlier_bits == 3
     one_head_of_zeros = mx.random.normal((1, 2, 16, 64)) * mx.array([0, 1])[:, None, None]

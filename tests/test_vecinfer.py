@@ -16,7 +16,7 @@ def normal(*shape: int, seed: int = 0) -> mx.array:
 
 
 def outliers(*shape: int, seed: int = 0) -> mx.array:
-    """Keys with a few loud channels, other ones for each KV head."""
+    """Return keys with a few large channels, different for each KV head."""
     loudness = np.exp(np.random.default_rng(99).standard_normal((shape[1], 1, shape[3])) * 1.5)
     return normal(*shape, seed=seed) * mx.array(loudness.astype(np.float32))
 
@@ -31,8 +31,8 @@ def test_the_dual_transform_keeps_inner_products(dim):
     codec = build(dim, 1, "keys").fit(Sample(keys))
     factors = np.array(codec.factors)
     largest = np.sqrt(np.abs(np.array(keys)).max(axis=(0, 2)))
-    assert np.allclose(factors / factors[:, :1], largest / largest[:, :1], rtol=1e-5)  # λ, but for one common factor
-    coded = codec._rotation.forward(keys / codec.factors[:, None])  # what the codebook sees
+    assert np.allclose(factors / factors[:, :1], largest / largest[:, :1], rtol=1e-5)  # λ, except for a common factor
+    coded = codec._rotation.forward(keys / codec.factors[:, None])  # input of the codebook
     assert np.allclose(codec.from_codes(coded), keys, rtol=1e-4, atol=1e-4)
     exact = np.array(q @ keys.swapaxes(-1, -2))
     ours = np.array(codec.query_to_codes(q) @ coded.swapaxes(-1, -2))
@@ -40,7 +40,7 @@ def test_the_dual_transform_keeps_inner_products(dim):
 
 
 # test error of k-means on independent N(0, 1), from 250,000 vectors. A mean over 10⁵ numbers has a deviation below 1 %.
-# Ours is above the table's for a centroid that is kept at zero, for float16, and for what it learns by heart: it sees
+# Ours is above the table's because of a centroid that is kept at zero, of float16, and of overfitting: it sees
 # 64 to 256 sub-vectors a centroid up to 10 bits, where 1 to 3 % are measured, and 8 at 12 bits, where 6 % are at d = 4
 # and 4 % at d = 8. At d2b8 it is 6 % below: k-means++, the best of three, ends in better optima than the table's start,
 # near the 0.0079 of the best that there are
@@ -62,12 +62,12 @@ def test_distortion_of_gaussian_numbers(point, expected, above, below):
     assert expected * (1 - below) <= error <= expected * (1 + above)
 
 
-def test_a_small_sample_is_learned_by_heart():
+def test_a_small_sample_is_overfitted():
     x, unseen = normal(1, 1, 1100, 64), normal(1, 1, 512, 64, seed=1)
     codec = build(64, 2, "values", point="d8b12").fit(Sample(x))
     assert codec.bits_per_value == 1.5
     assert 0.173 < relative_error(codec, unseen) < 0.3238  # worse than well trained, better than 8 bits
-    assert relative_error(codec, x) < 0.154  # what 250,000 vectors lose of themselves; here two have an entry
+    assert relative_error(codec, x) < 0.154  # the training error of 250,000 vectors; here each entry has two
 
 
 @pytest.mark.parametrize("bits", [1, 3, 4, 8, 10, 12])
@@ -91,7 +91,7 @@ def test_tables_and_expanded_tiles_give_the_same_scores(queries, point):
     assert np.abs(np.array(codec.scores(q, code)) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-def test_one_bit_keys_take_a_fifteenth_of_their_bytes_codebook_and_all():
+def test_one_bit_keys_take_a_fifteenth_of_their_bytes_with_codebooks():
     heads, tokens, dim = 2, 8192, 128  # fewer heads share a codebook than in most models
     keys = build(dim, 1, "keys").fit(Sample(normal(1, heads, 64, dim)))
     values = build(dim, 1, "values").fit(Sample(normal(1, heads, 64, dim)))
@@ -112,14 +112,14 @@ def test_a_codebook_has_a_zero_and_serves_every_entry():
     assert len(np.unique(nearest)) == 64
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_those_of_the_paper():
     assert POINTS == {1: "d8b8", 2: "d4b8", 3: "d4b12", 4: "d2b8"}
     assert [METHOD.codec(128, bits, "keys").bits_per_value for bits in METHOD.bits] == [1, 2, 3, 4]
     keys, values = build(64, 2, "keys"), build(64, 2, "values")
     assert (keys.smooth, keys.hadamard, values.smooth, values.hadamard) == (True, True, False, False)
 
 
-def test_a_point_for_each_side():
+def test_keys_and_values_have_separate_points():
     """The paper's 1.25 bits: twelve bits for eight coordinates of keys, eight for those of values."""
     point = {"keys": "d8b12", "values": "d8b8"}
     sides = [METHOD.codec(128, 1, role, point=point) for role in ("keys", "values")]
@@ -142,7 +142,7 @@ def test_a_point_for_each_side():
         (lambda: build(64, 2, "keys").encode(normal(1, 1, 4, 64)), "VecInfer must be fitted to activations.*calibrate"),
         (lambda: build(64, 2, "keys").fit(Sample(normal(1, 1, 20, 64))), "at least 32 tokens"),
         (lambda: build(64, 3, "keys").fit(Sample(normal(1, 3, 20, 64))), "at least 171 tokens"),
-        (  # each token twice, as in a text, and a third more of it is a third more that differ
+        (  # each token twice, as in a text; a third more of it has a third more different ones
             lambda: build(64, 3, "keys").fit(Sample(mx.tile(normal(1, 3, 128, 64), (1, 1, 2, 1)))),
             "256 tokens have 6,144: .* at least 342 tokens",
         ),
@@ -157,6 +157,6 @@ def test_a_point_for_each_side():
         ),
     ],
 )
-def test_what_it_cannot_do_is_refused(act, sentence):
+def test_impossible_settings_are_refused(act, sentence):
     with pytest.raises(InputError, match=sentence):
         act()

@@ -1,4 +1,4 @@
-"""Charts: what they show, mark and refuse, and that their spec holds still when only numbers change."""
+"""Charts: content, marks, refused input, and a spec that does not change when only numbers do."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def pareto_frame() -> pl.DataFrame:
 
 
 def head_frame(layers: int = 4, heads: int = 2, more: int = 0) -> pl.DataFrame:
-    """Layer 0 is kept exact."""
+    """Return a frame of heads; layer 0 is exact."""
     rows = [
         {
             "layer": layer,
@@ -153,7 +153,7 @@ def budget_rows(bits: float = 3.0, measured: float | None = 0.125) -> pl.DataFra
     return views.frontier_rows(line_frame(), now, pl.DataFrame(row, schema_overrides={"kl_mean": pl.Float64}))
 
 
-CHARTS: dict[str, Callable[[], alt.VConcatChart]] = {  # each made once: making one takes a while
+CHARTS: dict[str, Callable[[], alt.VConcatChart]] = {  # each made once, because that takes time
     "errors": functools.cache(lambda: views.error_map(error_frame())),
     "bits": functools.cache(lambda: views.bit_allocation(bit_frame())),
     "memory": functools.cache(lambda: views.memory_growth(memory_frame())),
@@ -169,7 +169,7 @@ BY_LAYER = [name for name in CHARTS if name not in ("frontier", "pareto_front", 
 
 @functools.cache
 def spec_of(name: str) -> Spec:
-    """The spec of a chart, made once as the chart is; nobody changes it."""
+    """Return the spec of a chart, made once; tests must not change it."""
     return CHARTS[name]().to_dict()
 
 
@@ -249,7 +249,7 @@ def test_the_tuners_charts_of_a_large_model_have_at_most_two_thousand_marks():
     assert "KV heads, by 4" in words(drawn(views.allocation_map(head_frame(layers=80, heads=32))))
 
 
-def test_bytes_beside_the_exact_ones_are_on_a_log_scale_and_one_of_points_in_a_heap_is_named():
+def test_bytes_beside_the_exact_ones_are_on_a_log_scale_and_close_points_have_one_name():
     two = {"key_bits": 2.25, "value_bits": 2.25, "top1_flips": 0.4, "perplexity": 20.0, "held_bytes": 2_000_000}
     rows = [{"name": f"{method} K2 V2", "kl_mean": kl, **two} for method, kl in (("rvq", 0.43), ("rabitq", 0.44))]
     rows = [{"point": i, **row} for i, row in enumerate([*rows, {**rows[0], "name": "qjl K2 V2", "kl_mean": 4.0}])]
@@ -283,12 +283,12 @@ def test_predicted_losses_are_added_up_and_compared():
     assert drawn(views.loss_by_layer(by_head)) == drawn(views.loss_by_layer(loss_frame()))
 
 
-def test_the_spread_of_sensitivities_is_told_and_what_has_no_logarithm_is_counted():
+def test_the_caption_has_the_spread_of_sensitivities_and_counts_values_without_a_logarithm():
     frame = sensitivity_frame()
     said = views.sensitivity_caption(frame)
     assert (
         "keys: mean 1.41× the geometric mean, most in layer 3, head 1" in said
-    )  # 1.25 of the heads, 2.5 / 24 ** 0.25 of the layers
+    )  # 1.25 for the heads, 2.5 / 24 ** 0.25 for the layers
     assert "not drawn" not in said
     silent = frame.with_columns(sensitivity=pl.when(pl.col("layer") == 0).then(0.0).otherwise("sensitivity"))
     chart = views.sensitivity_by_layer(silent)
@@ -355,7 +355,7 @@ def test_bits_of_parts_add_up():
     assert "keys 3.25 (3.00 of them codes)" in views.bit_caption(bit_frame())
 
 
-def test_the_exact_cache_is_told_of_and_not_drawn():
+def test_the_exact_cache_is_in_the_caption_and_not_drawn():
     said = words(drawn(views.frontier(fidelity_frame())))
     assert "none" not in said
     assert any("Exact cache: KL 0, perplexity 16.00" in line for line in said)
@@ -374,7 +374,7 @@ def test_every_finite_cache_is_drawn_and_the_others_are_named():
     assert any("Not finite: commvq K1 V1." in line for line in words(drawing))
 
 
-def test_a_front_is_drawn_with_its_intervals_and_what_was_not_measured_is_counted():
+def test_a_front_is_drawn_with_its_intervals_and_unmeasured_candidates_are_counted():
     drawing = drawn(views.pareto_front(pareto_frame()))
     assert "NaN" not in drawing  # an interval that reaches below zero ends at the floor
     assert "exact layers: 0, 29;" in drawing
@@ -423,19 +423,19 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize("ground", ["#ffffff", "#111111"])
-def test_every_colour_reads_on_white_and_on_the_dark_ground(ground):
+def test_every_colour_is_legible_on_white_and_on_the_dark_background(ground):
     colours = [colour for colour, _ in theme.METHODS.values()]
     for colour in [*colours, *theme.TENSORS.values(), theme.PICKED, theme.NEUTRAL, theme.OTHER]:
         assert contrast(colour, ground) >= 3, colour
 
 
-def test_text_reads_on_its_ground():
+def test_text_is_legible_on_its_background():
     for mode, ground in (("light", "#ffffff"), ("dark", "#111111")):
         assert contrast(theme.INK[mode]["soft"], ground) >= 4.5
         assert contrast(theme.INK[mode]["strong"], ground) >= 7
 
 
-def test_the_loss_ramp_stands_out_more_and_more():
+def test_the_contrast_of_the_loss_ramp_increases():
     for mode, ground in (("light", "#ffffff"), ("dark", "#111111")):
         steps = [contrast(colour, ground) for colour in theme.LOSS[mode]]
         assert steps == sorted(steps)
@@ -448,7 +448,7 @@ def test_no_two_methods_look_alike():
 
 
 @pytest.mark.parametrize("name", CHARTS)
-def test_a_plain_chart_leaves_a_live_one_a_picture_and_a_line_in_the_notebook(name):
+def test_a_plain_chart_saves_a_live_chart_an_image_and_a_line_in_the_notebook(name):
     data, metadata = CHARTS[name]()._repr_mimebundle_()
     assert data[picture.LIVE]["$schema"].endswith("/v5.json")
     assert data["text/plain"] == describe(data[picture.LIVE], data[picture.LIVE]["datasets"])
@@ -495,17 +495,17 @@ def test_numbers_of_a_saved_chart_have_six_digits():
     assert spec["datasets"]["data-0"] == [{"x": 0.333333, "n": 1234567}, {"x": 6.66667e-10, "n": 2}]
 
 
-# ---- specs taken apart
+# ---- split specs
 
 
 @pytest.mark.parametrize("name", CHARTS)
-def test_a_spec_taken_apart_and_put_together_draws_the_same(name):
-    numbered = re.compile(r"(gradient_|clip)\d+")  # by vl-convert, over all that it ever drew
+def test_a_spec_that_is_split_and_joined_draws_the_same(name):
+    numbered = re.compile(r"(gradient_|clip)\d+")  # vl-convert counts over all its drawings
     whole = vl_convert.vegalite_to_svg(picture.lit(spec_of(name)))
     assert numbered.sub("", drawn(spec_of(name))) == numbered.sub("", whole)
 
 
-def test_rows_become_json_without_nan_wherever_they_stand():
+def test_rows_become_json_without_nan_at_any_depth():
     rows = [{"x": math.inf, "y": math.nan, "z": 1.5}]
     _, data, _ = split({"layer": [{"data": {"values": rows}}, {"data": {"values": [1, math.nan], "name": "mine"}}]})
     assert data == {"data-0": [{"x": None, "y": None, "z": 1.5}], "mine": [{"data": 1}, {"data": None}]}
@@ -524,7 +524,7 @@ def test_datasets_are_named_in_order_of_appearance_and_once():
 
 
 @given(st.lists(st.floats(1e-12, 1e12), min_size=1))
-def test_a_log_domain_is_round_and_holds_what_it_should(values):
+def test_a_log_domain_is_round_and_contains_the_values(values):
     low, high = log_domain(values)
     assert high >= max(values) * (1 - 1e-6)
     assert all(low <= value * (1 + 1e-6) for value in values if value > max(values) * 1e-6)
@@ -540,8 +540,8 @@ def test_values_without_a_logarithm_do_not_count():
     assert log_domain([]) == log_domain([0])
 
 
-def test_points_are_of_shapes_that_can_be_filled():
-    """Points are drawn filled and without an outline; a stroke has no inside, so it would not be seen."""
+def test_points_have_shapes_that_can_be_filled():
+    """Points are filled and have no outline, so a shape without an inside, such as a stroke, would be invisible."""
     names = [*theme.METHODS, "mlx-lm 4 bit"]
     assert "stroke" not in {theme.look_of(name)[1] for name in names}
 
@@ -589,7 +589,7 @@ def times_frame() -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
-def test_attention_times_stand_beside_what_memory_would_take():
+def test_attention_times_are_beside_the_times_of_memory_traffic():
     chart = views.attention_times(times_frame()).to_dict()
     panels = chart["vconcat"]
     assert [layer["mark"]["type"] for layer in panels[0]["layer"]] == ["bar", "tick", "text"]

@@ -1,4 +1,4 @@
-"""What every public chart and caption does with bad input: one sentence. The table comes from their signatures."""
+"""Bad input of every public chart and caption gives one sentence. The table comes from their signatures."""
 
 import inspect
 from typing import Any
@@ -25,11 +25,11 @@ BAD: dict[str, list[Any]] = {
     "tuple[float, float]": PAIRS,
     "Literal['bits', 'held_bytes']": [*WORDS, "tokens"],
 }
-"""By annotations; None is one more where it is not the default."""
+"""By annotations; None is another bad value if it is not the default."""
 
 
 def complaint(call: Any, name: str, value: object, begin: str = "") -> str:
-    """What is wrong with how a call takes a value; empty if it says so in one sentence that begins so."""
+    """Return the fault in a call's reaction to a value; empty if it raises one sentence with this begin."""
     try:
         call()
     except InputError as error:
@@ -64,7 +64,7 @@ def test_an_empty_frame_of_the_right_columns_is_refused():
             function(pl.DataFrame(schema=SEARCHED))
 
 
-def test_a_chart_of_a_new_type_of_argument_needs_a_check():
+def test_every_type_of_argument_has_a_check():
     def chart(frame: "pl.DataFrame", spin: "complex" = 1j) -> str:
         return ""
 

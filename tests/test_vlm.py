@@ -1,6 +1,6 @@
-"""Language models of mlx-vlm on a compressed cache, text and image prompts.
+"""Language models of mlx-vlm on a compressed cache, with text and image prompts.
 
-mlx-vlm is no dependency: it weighs 800 MB with OpenCV, pandas, SciPy and others that no test needs. ``uv run --group
+mlx-vlm is not a dependency: it needs 800 MB with OpenCV, pandas, SciPy and others that no test needs. ``uv run --group
 vlm pytest tests/test_vlm.py`` installs it; without it these tests are skipped, as they are in CI.
 """
 
@@ -77,7 +77,7 @@ def qwen_vl() -> Any:
 
 
 def qwen_hybrid() -> Any:
-    """Two of its four layers keep states."""
+    """Return a model of which two of four layers keep states."""
     rope = {"type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e5, "partial_rotary_factor": 0.25}
     states = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
     states |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4}
@@ -110,7 +110,7 @@ MODELS = {"gemma": gemma, "qwen": qwen_vl, "hybrid": qwen_hybrid}
 
 
 def prompt(name: str, image: bool) -> tuple[mx.array, dict[str, Any]]:
-    """Token ids, and what the model needs beside them: an image takes 4 tokens in both."""
+    """Return token ids and the model's other inputs; an image takes 4 tokens in both."""
     ids = [7 * i % 80 + 1 for i in range(40)]
     if not image:
         return mx.array([ids]), {}
@@ -123,7 +123,7 @@ def prompt(name: str, image: bool) -> tuple[mx.array, dict[str, Any]]:
 
 
 def logits(model: Any, ids: mx.array, beside: dict[str, Any], cache: list[Any]) -> np.ndarray:
-    """Of a prompt, as mlx-vlm reads it, and of 20 tokens behind it."""
+    """Return logits of a prompt, as mlx-vlm reads it, and of 20 tokens after it."""
     language, seen = model.language_model, model.get_input_embeddings(ids, **beside)
     language._rope_deltas = language._position_ids = None
     found = language(
@@ -138,7 +138,7 @@ def logits(model: Any, ids: mx.array, beside: dict[str, Any], cache: list[Any]) 
 
 
 class Processor:
-    """What mlx-vlm's generators ask of a processor: this one writes nothing, and no token ends a text."""
+    """The processor that mlx-vlm's generators need: it writes nothing, and no token ends a text."""
 
     last_segment = text = ""
 
@@ -158,7 +158,7 @@ class Processor:
 
 
 def streamed(built: Any, ids: mx.array, beside: dict[str, Any], **given: Any) -> tuple[list[int], np.ndarray, int]:
-    """Eight tokens that mlx-vlm's own generation makes, their predictions, and how many tokens a cache knew."""
+    """Return eight tokens of mlx-vlm's own generation, their predictions, and how many tokens a cache already had."""
     given = {"temperature": 0.0, "max_tokens": 8} | given
     found = [*generate.stream_generate(built.model, Processor(), "", input_ids=ids, **beside, **given)]
     logprobs = np.stack([np.array(one.logprobs) for one in found])
@@ -166,7 +166,7 @@ def streamed(built: Any, ids: mx.array, beside: dict[str, Any], **given: Any) ->
 
 
 def in_batches(built: Any, prompts: list[tuple[mx.array, dict[str, Any]]], at_once: int) -> list[tuple[list[int], Any]]:
-    """Eight tokens of each prompt and what each was given, so many at once, by mlx-vlm's own batch generator."""
+    """Return eight tokens of each prompt with its inputs, in mlx-vlm's own batch generator."""
     batch = generate.BatchGenerator(built.language, Processor(), max_tokens=8, prefill_batch_size=at_once)
     given = []
     for ids, beside in prompts:
@@ -201,15 +201,15 @@ def test_text_and_images_are_read_from_codes(built, image):
     assert np.abs(same - native).max() < 1e-4 * unit  # float32, in another order
     coded = logits(built.model, *given, vl.make_cache(built.language, bits=8, sinks=0, window=0, chunk="codes"))
     error, layers = np.sqrt(np.mean((coded - native) ** 2)) / unit, len(exact)
-    assert 0 < error < 0.03 * layers  # 0.5 % of a vector in each: of mlx-lm's families two layers stay below 0.06
+    assert 0 < error < 0.03 * layers  # 0.5 % of a vector in each: in mlx-lm's families two layers stay below 0.06
 
 
-def test_a_look_at_the_model_leaves_nothing_in_it(built):
+def test_a_dry_run_does_not_change_the_model(built):
     before, name = dict(built.language), name_of(built.language)
     vl.make_cache(built.language)
     assert dict(built.language).keys() == before.keys()
     logits(built.model, *prompt(built.name, True), own_cache(built.language))
-    assert name_of(built.language) == name  # which tells weights, and not the positions of the last text
+    assert name_of(built.language) == name  # the name depends on weights, and not on the positions of the last text
 
 
 @pytest.mark.parametrize("image", [False, True])
@@ -226,8 +226,8 @@ def test_mlx_vlms_own_generation_and_files(built, image, tmp_path):
     assert mx.array_equal(*ahead)
 
 
-def test_a_second_turn_goes_on_from_the_first(built):
-    """mlx-vlm asks a cache what it still has of the text, and drops what differs."""
+def test_a_second_turn_continues_the_first(built):
+    """mlx-vlm checks how much of the text a cache still has, and drops the part that differs."""
     ids, runs = prompt(built.name, False)[0], []
     for cache in (own_cache(built.language), vl.make_cache(built.language, "none", sinks=2, window=8)):
         state = generate.PromptCacheState()
@@ -239,7 +239,7 @@ def test_a_second_turn_goes_on_from_the_first(built):
 
 
 def test_mlx_vlms_batches_get_what_each_prompt_gets_alone(built):
-    """Its generator makes its caches by a method of the language model, if that has one."""
+    """Its generator makes caches by a method of the language model, if there is one."""
     ids = [7 * i % 80 + 1 for i in range(40)]
     prompts = [*((mx.array([ids[:n]]), {}) for n in (33, 12, 21)), prompt(built.name, True)]
     native = in_batches(built, prompts, 4)
@@ -256,7 +256,7 @@ def test_mlx_vlms_batches_get_what_each_prompt_gets_alone(built):
 
 
 def test_llama_4_of_mlx_vlm_sees_its_chunks():
-    """It makes the mask of the layers that see all by the cache of the first, which sees a chunk."""
+    """It makes the mask of full-attention layers from the first cache, which sees a chunk."""
     llama4 = pytest.importorskip("mlx_vlm.models.llama4")
     sizes = {"num_hidden_layers": 4, "head_dim": 32, "attention_chunk_size": 24, "num_local_experts": 2}
     language = llama4.LanguageModel(llama4.TextConfig("llama4_text", intermediate_size_mlp=64, **sizes, **TEXT))
@@ -273,7 +273,7 @@ def test_a_whole_model_that_does_not_run_without_an_image_is_refused():
         vl.make_cache(gemma())
 
 
-def test_what_is_replaced_is_restored():
+def test_replaced_functions_are_restored():
     attach()
     ours = base.scaled_dot_product_attention
     assert gemma3.language.scaled_dot_product_attention is ours

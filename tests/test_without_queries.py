@@ -1,4 +1,4 @@
-"""Models of latent attention show no queries: the laboratory opens and says what it cannot show."""
+"""Models of latent attention show no queries: the laboratory opens, and states what it cannot show."""
 
 import pytest
 
@@ -9,10 +9,10 @@ from veloxlab.widgets.pages.cache import NO_QUERIES
 
 
 class Letters:
-    """A tokenizer of one token for each letter."""
+    """A tokenizer with one token for each letter."""
 
     def encode(self, text: str) -> list[int]:
-        """Numbers that differ from place to place."""
+        """Return numbers that differ from position to position."""
         return [(7 * i * i + 3 * i) % 90 for i in range(len(text))]
 
 
@@ -31,7 +31,7 @@ def test_the_laboratory_opens_with_errors_of_keys_and_values(lab):
     assert NO_QUERIES in lab.pages["cache"]._banner.value
     lab.key_bits = 2
     assert lab.wait(120)
-    assert NO_QUERIES in lab.pages["cache"]._banner.value  # still, once the new settings are measured
+    assert NO_QUERIES in lab.pages["cache"]._banner.value  # also after the new settings are measured
 
 
 def test_errors_of_attention_are_refused(lab):
@@ -45,7 +45,7 @@ def test_errors_of_attention_are_refused(lab):
         lab.restore({**lab.state, "metric": "output_error"})
 
 
-def test_its_page_of_errors_says_that_there_are_no_attention_maps(lab):
+def test_its_page_of_errors_states_that_there_are_no_attention_maps(lab):
     page = lab.turn_to("errors")
     assert "attention" not in page.charts
     assert "there are no attention maps" in page._banner.value

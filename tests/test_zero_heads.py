@@ -1,4 +1,4 @@
-"""A KV head of zeros is held exactly by every method that needs no fitting: nothing of nothing is an error of 0."""
+"""A KV head of zeros is held exactly by every method that needs no fit: its error is 0, not 0 / 0."""
 
 from types import SimpleNamespace
 
@@ -25,16 +25,16 @@ IDS = [(7 * i * i + 3 * i) % 90 for i in range(96)]
 
 
 class Words:
-    """A tokenizer that gives `IDS` for any text."""
+    """A tokenizer that returns `IDS` for any text."""
 
     def encode(self, text: str) -> list[int]:
-        """All of them."""
+        """Return all ids."""
         return IDS
 
 
 @pytest.fixture(scope="module")
 def model():
-    """The first KV head of the first layer stores zeros; nothing of the second layer is anything else."""
+    """Return a model: the first KV head of the first layer stores zeros, as does the whole second layer."""
     model = tiny("llama")
     for layer, heads in zip(model.layers, (1, 2), strict=True):
         for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
@@ -54,13 +54,13 @@ def test_a_head_of_zeros_has_no_error(seen, method):
     errors = vl.measure.layer_errors(seen, method, bits=bits)
     zero = errors.filter((pl.col("layer") == 1) | (pl.col("head") == 0))
     assert zero.select("rel_mse", "cosine", "output_error").unique().rows() == [(0.0, 1.0, 0.0)]
-    # its queries meet keys of zeros in any case
+    # its queries have keys of zeros in any case
     assert zero.filter(tensor="keys")["logit_error"].to_list() == [0.0] * 3
     other = errors.filter(layer=0, head=1)
     assert (other["rel_mse"] > 0).to_list() == [method != "none"] * 2
 
 
-def test_errors_of_single_tokens_pooled_say_the_same(seen):
+def test_pooled_errors_of_single_tokens_are_zero_too(seen):
     tokens = vl.measure.token_errors(seen, bits=4)
     relative = vl.measure.relative_errors(tokens, sinks=2, window=8)
     assert relative.filter(layer=1)["rel_mse"].to_list() == [0.0] * 4
@@ -77,13 +77,13 @@ def test_errors_of_single_tokens_pooled_say_the_same(seen):
     assert by_bits_caption(by_bits) == "Nothing is lost; 2 not drawn: not above zero, or not finite"
 
 
-def test_of_vectors_without_a_finite_error_there_is_no_error(seen):
+def test_vectors_without_a_finite_error_have_a_null_error(seen):
     tokens = vl.measure.token_errors(seen, bits=4).with_columns(squared_error=pl.lit(float("nan"), pl.Float32))
     by_bits = errors_by_bits(tokens, vl.measure.code_bits(seen, bits=4).with_columns(bits=pl.lit(4, pl.Int32)))
     assert by_bits["error"].to_list() == [None, None]
 
 
-def test_no_direction_or_pair_holds_anything_of_it(seen):
+def test_its_directions_and_pairs_have_no_energy(seen):
     found = dimensions(seen).filter(layer=0, head=0)
     assert found.select("uncentred", "centred", "mean_share").unique().rows() == [(0.0, 0.0, 0.0)]
     shares = spectra(seen).filter(layer=0, head=0, tensor="keys")
@@ -95,7 +95,7 @@ def test_no_direction_or_pair_holds_anything_of_it(seen):
     assert "0.0 times the median channel" in channel_map_caption(channels)
 
 
-def test_the_other_heads_of_its_layer_have_axes_of_their_own(seen):
+def test_the_other_heads_of_its_layer_have_their_own_axes(seen):
     zero, other = vectors(seen.layers[0], "keys", "eigenbasis")
     assert not zero.any()
     variances = other.var(axis=0)
@@ -103,7 +103,7 @@ def test_the_other_heads_of_its_layer_have_axes_of_their_own(seen):
     assert not vectors(seen.layers[1], "keys", "eigenbasis").any()
 
 
-def test_what_allocates_bits_gives_it_no_weight(model, tmp_path):
+def test_its_sensitivity_for_allocation_is_zero(model, tmp_path):
     curves = distortion_curves(model, Words(), methods=("turboquant",), bits=(2,), tokens=96)
     assert curves.filter((pl.col("layer") == 1) | (pl.col("head") == 0))["relative"].to_list() == [0.0] * 6
     for by in ("attention_output", "forward_kl"):
@@ -120,6 +120,6 @@ def test_explorers_show_it_and_its_neighbours(seen, explorer):
     explorer.worker.close()
 
 
-def test_a_ratio_is_infinite_of_nothing_alone():
+def test_a_ratio_is_infinite_only_over_zero():
     parts, wholes = np.array([0.0, 1.0, 1.0, np.nan]), np.array([0.0, 2.0, 0.0, 1.0])
     np.testing.assert_array_equal(ratio(parts, wholes), [0.0, 0.5, np.inf, np.nan])

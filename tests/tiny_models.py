@@ -38,7 +38,7 @@ FAMILIES = (
 
 
 def config_of(family: str, **given: Any) -> Config:
-    """A small configuration, with what is ``given``, and with Mistral as mlx-lm reads it: Llama that may slide."""
+    """Return a small configuration with ``given``; for Mistral as mlx-lm reads it, a Llama that can slide."""
     if family == "mistral":
         given = {"layer_types": ALTERNATING[1::-1]} | given
         return small_config("llama", given) | {"model_type": family}
@@ -46,19 +46,19 @@ def config_of(family: str, **given: Any) -> Config:
 
 
 def tiny(family: str, seed: int = 0, **given: Any) -> Any:
-    """A small model of mlx-lm's own class with random weights."""
+    """Return a small model of mlx-lm's own class with random weights."""
     stand_ins.put_in(family)
     module, config = module_of("llama" if family == "mistral" else family), config_of(family, **given)
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(config))
-    if family == "phi3small":  # it writes at ids that a small vocabulary has not: MLX does not check them
+    if family == "phi3small":  # it writes at ids beyond a small vocabulary, which MLX does not check
         model._dummy_tokenizer_ids = mx.array([], mx.int32)
     mx.eval(model.parameters())
     return model
 
 
 def stepwise(model: Any, ids: list[int], cache: list[Any], chunks: list[int]) -> np.ndarray:
-    """Logits of all ``ids``, fed in ``chunks``."""
+    """Return logits of all ``ids``, fed in ``chunks``."""
     rows, start = [], 0
     for count in chunks:
         rows.append(np.array(model(mx.array([ids[start : start + count]]), cache=cache)[0].astype(mx.float32)))

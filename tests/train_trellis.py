@@ -1,6 +1,6 @@
 """Train the levels of bitshift trellises on Gaussians: ``python -m tests.train_trellis`` writes ``data/trellis.npz``.
 
-Some seconds for each table. Numbers are drawn from fixed seeds, so that the same loops give the same file.
+Each table takes some seconds. Numbers are drawn from fixed seeds, so the same loops give the same file.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from veloxlab.texts import shipped_folder
 
 DIM, VECTORS, TESTED = 128, 500, 4000
 ROUNDS, STARTS = 40, 6
-NOISE = 0.05  # of the levels of the first rounds: others are found than those near the start
+NOISE = 0.05  # on the levels of the first rounds, to leave local optima near the start
 Levels = NDArray[np.float32]
 
 
 def started(width: int, states: int, rng: np.random.Generator) -> Levels:
-    """For each state before the new bits, quantiles of a Gaussian that begin elsewhere."""
+    """Return start levels: for each state before the new bits, quantiles of a Gaussian with another offset."""
     rest = states >> width
     places = np.arange(1 << width) + rng.permutation(rest)[:, None] / rest
     return np.asarray(norm.ppf(np.clip((places / (1 << width)) + 0.5 / states, 1e-4, 1 - 1e-4)).ravel(), np.float32)
 
 
 def states_of(x: Levels, width: int, levels: Levels) -> NDArray[np.int64]:
-    """The states that the best strings of vectors ``[N, D]`` go through."""
+    """Return the states of the best strings of vectors ``[N, D]``."""
     table, states = np.zeros((width + 1, len(levels)), np.float32), np.empty(x.shape, np.int64)
     table[width] = levels
     strings(0, len(x), x, np.full(x.shape[1], width, np.int64), table, states)
@@ -35,13 +35,13 @@ def states_of(x: Levels, width: int, levels: Levels) -> NDArray[np.int64]:
 
 
 def lost(width: int, levels: Levels, seed: int = 99, count: int = TESTED) -> float:
-    """Mean squared error of Gaussians that no level was trained on."""
+    """Return the mean squared error on Gaussians that no level was trained on."""
     x = np.random.default_rng(seed).standard_normal((count, DIM)).astype(np.float32)
     return float(np.square(x - levels[states_of(x, width, levels)]).mean(dtype=np.float64))
 
 
 def trained(width: int, states: int, seed: int) -> Levels:
-    """Levels of states, the newest bits lowest: each the mean of what came to it, time and again."""
+    """Return levels of states, the newest bits lowest: each is repeatedly set to the mean of its values."""
     rng = np.random.default_rng(seed)
     levels = started(width, states, rng)
     for turn in range(ROUNDS):
@@ -56,7 +56,7 @@ def trained(width: int, states: int, seed: int) -> Levels:
 
 
 def main() -> None:
-    """Of some starts the best one is kept, by other Gaussians than those that it is judged on."""
+    """Train from several starts, and keep the best one on a separate set of Gaussians."""
     arrays = {}
     for states in (256, 1024):
         found = []

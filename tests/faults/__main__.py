@@ -1,7 +1,7 @@
 """Try all faults of all kinds of files, or of some: ``python -m tests.faults [KIND ...]``.
 
-Counts are kept in ``data/results/faults.json`` as they come, with a table beside. The status is 1 if a fault slips
-through.
+Counts are written to ``data/results/faults.json`` one by one, with a table in another file. The status is 1 if a fault
+is not detected.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ FAULTS = {**damage.DAMAGES, **writes.WRITES}
 GOOD = damage.GOOD | writes.GOOD
 ALL = 10**9  # cuts
 AMOUNTS = {damage.cut: ALL, damage.flipped: 2000, writes.without_space: 64, writes.two_writers: 200, writes.killed: 200}
-"""How often a fault is tried; 1 where there is nothing to choose."""
+"""How often a fault is tried; 1 for a fault without variants."""
 Counts = dict[str, dict[str, dict[str, int]]]
 
 
 def tried(kind: str, fault: str, amount: int, seed: int = 0) -> Counter[str]:
-    """Outcomes of one fault of one kind of file."""
+    """Return the outcomes of one fault of one kind of file."""
     with TemporaryDirectory() as name:
-        Path(name).chmod(0o755)  # another user may look, and finds that `folder` cannot be written
+        Path(name).chmod(0o755)  # another user can read it, and cannot write `folder`
         folder = Path(name) / "files"
         folder.mkdir()
         path = folder / f"file{KINDS[kind].suffix}"
@@ -39,7 +39,7 @@ def tried(kind: str, fault: str, amount: int, seed: int = 0) -> Counter[str]:
 
 
 def table(counts: Counts) -> str:
-    """Counts as Markdown: a row for each fault, a column for each kind."""
+    """Return the counts as Markdown: a row for each fault, a column for each kind."""
     kinds = [kind for kind in KINDS if kind in counts]
     lines = [
         "What came of faults of files that veloxlab writes, by `uv run python -m tests.faults`",
@@ -56,7 +56,7 @@ def table(counts: Counts) -> str:
 
 
 def main(kinds: list[str]) -> int:
-    """Try all faults of ``kinds``; 1 if there is an outcome that should not be."""
+    """Try all faults of ``kinds``; return 1 if there is a wrong outcome."""
     counts: Counts = json.loads(FILE.read_text()) if FILE.exists() else {}
     for kind in kinds or KINDS:
         counts[kind] = {}

@@ -1,4 +1,4 @@
-"""Faults of a file that is there: each is a function that damages the file, and gives what came of it each time."""
+"""Faults of an existing file: each function damages the file, and yields the outcome of each attempt."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Fault = Callable[[Kind, Path, random.Random, int], Iterator[str]]
 
 @cache
 def thing(kind: str, number: int) -> Any:
-    """The first or the second thing of a kind."""
+    """Return the first or the second thing of a kind."""
     return KINDS[kind].make(number)
 
 
 @cache
 def content(kind: str, number: int = 0) -> bytes:
-    """The file of a thing."""
+    """Return the content of a thing's file."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"file{KINDS[kind].suffix}"
         KINDS[kind].save(thing(kind, number), path)
@@ -38,7 +38,7 @@ def content(kind: str, number: int = 0) -> bytes:
 
 
 def outcome(attempt: Callable[[], Any], name: str = "", expected: object = None) -> str:
-    """What came of an ``attempt``: `REFUSED` in one sentence that has ``name``; `SAME` if it gave what is expected."""
+    """Return the outcome: `REFUSED` in one sentence that has ``name``, or `SAME` if the result is the expected one."""
     try:
         found = attempt()
     except InputError as error:
@@ -53,12 +53,12 @@ def outcome(attempt: Callable[[], Any], name: str = "", expected: object = None)
 
 
 def reading(kind: Kind, path: Path, expected: str = "") -> str:
-    """What comes of reading a file, which `Kind.tell` may call ``expected``."""
+    """Return the outcome of reading a file, whose `Kind.tell` should be ``expected``."""
     return outcome(lambda: kind.tell(kind.load(path)), path.stem, expected)
 
 
 def some(numbers: Sequence[int], amount: int, rng: random.Random) -> Sequence[int]:
-    """So many of the numbers; all, if there are fewer."""
+    """Return ``amount`` of the numbers, or all if there are fewer."""
     return numbers if len(numbers) <= amount else sorted(rng.sample(numbers, amount))
 
 
@@ -89,19 +89,19 @@ def of_another_kind(kind: Kind, path: Path, rng: random.Random, amount: int) -> 
 
 
 def of_another_model(kind: Kind, path: Path, rng: random.Random, amount: int) -> Iterator[str]:
-    """It is used with another model."""
+    """The file is used with another model."""
     yield outcome(lambda: kind.elsewhere(path))
 
 
 def of_another_method(kind: Kind, path: Path, rng: random.Random, amount: int) -> Iterator[str]:
-    """It is used with another method."""
+    """The file is used with another method."""
     if kind.method is not None:
         used = kind.method
         yield outcome(lambda: used(path))
 
 
 def of_another_version(kind: Kind, path: Path, rng: random.Random, amount: int) -> Iterator[str]:
-    """It holds codes of an older version of their method."""
+    """The file has codes of an older version of their method."""
     if kind.version:
         newer = replace(METHODS[kind.version], version=METHODS[kind.version].version + 1)
         with patch.dict(METHODS, {kind.version: newer}):
@@ -109,7 +109,7 @@ def of_another_version(kind: Kind, path: Path, rng: random.Random, amount: int) 
 
 
 def from_the_future(kind: Kind, path: Path, rng: random.Random, amount: int) -> Iterator[str]:
-    """It is whole, and of a later format."""
+    """The file is complete, and of a later format."""
     made = kind.load(path)
     with patch.object(kind.module, "FORMAT", f"{kind.module.FORMAT}0"):
         kind.save(made, path)

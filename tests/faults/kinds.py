@@ -1,4 +1,4 @@
-"""The kinds of files that veloxlab writes, and for each two things that differ."""
+"""The kinds of files that veloxlab writes, each with two different things."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEXT = "the quick brown fox jumps over the lazy dog while 1234567890 birds watch
 
 
 class Letters:
-    """A tokenizer of one token per character."""
+    """A tokenizer with one token for each character."""
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) % 96 for letter in text]
@@ -39,28 +39,28 @@ class Letters:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file: how two things that differ are made, written, read, and told apart."""
+    """A kind of file: how two different things are made, written, read, and told apart."""
 
     make: Callable[[int], Any]  # the first or the second thing
     save: Callable[[Any, Path], object]
     load: Callable[[Path], Any]
-    tell: Callable[[Any], str]  # a checksum of all that a thing holds
+    tell: Callable[[Any], str]  # a checksum of a thing's whole content
     suffix: str
     module: Any  # its ``FORMAT`` is the format's name
-    elsewhere: Callable[[Path], object]  # uses the file with another model, or gives None if it is left alone
+    elsewhere: Callable[[Path], object]  # uses the file with another model, or returns None if it is ignored
     method: Callable[[Path], object] | None = None  # uses it with another method
     version: str = ""  # the method whose codes it holds
 
 
 @cache
 def model(seed: int = 0) -> Any:
-    """A small model; of another seed other weights."""
+    """Return a small model; another seed gives other weights."""
     return tiny("llama", seed=seed)
 
 
 @cache
 def other_shape() -> Any:
-    """A small model of another shape."""
+    """Return a small model of another shape."""
     return tiny("llama", num_key_value_heads=4)
 
 
@@ -230,6 +230,6 @@ KINDS = {
         lambda made: store.digest(made.table.to_dicts()),
         ".parquet",
         runs,
-        lambda path: None,  # a run says what it was measured on, and makes no cache by itself
+        lambda path: None,  # a run records its model, and makes no cache by itself
     ),
 }

@@ -25,7 +25,7 @@ LONGEST_WAIT = 0.05  # seconds until a writer is killed
 
 @contextmanager
 def most_bytes(limit: int) -> Iterator[None]:
-    """No file may become longer, as on a disk that has no more room."""
+    """No file can become longer, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -36,7 +36,7 @@ def most_bytes(limit: int) -> Iterator[None]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Nothing may be written into a folder, also by root, who is somebody else for that long."""
+    """No file can be written into a folder, not even by root, who becomes another user meanwhile."""
     mode, user = folder.stat().st_mode, os.geteuid()
     folder.chmod(0o555)
     if user == 0:
@@ -49,7 +49,7 @@ def read_only(folder: Path) -> Iterator[None]:
 
 
 def _refused(kind: Kind, path: Path, saved: str) -> str:
-    """`KEPT` if a write was refused and left what was there before."""
+    """Return `KEPT` if a write was refused and the older file is unchanged."""
     others = sorted(other.name for other in path.parent.iterdir() if other != path)
     if saved != REFUSED:
         return saved
@@ -66,7 +66,7 @@ def onto_a_folder(kind: Kind, path: Path, rng: random.Random, amount: int) -> It
 
 
 def into_a_read_only_folder(kind: Kind, path: Path, rng: random.Random, amount: int) -> Iterator[str]:
-    """The folder cannot be written."""
+    """The folder is not writable."""
     before, new = path.read_bytes(), thing(_name(kind), 1)
     with read_only(path.parent):
         said = outcome(lambda: kind.save(new, path), path.name)
@@ -74,7 +74,7 @@ def into_a_read_only_folder(kind: Kind, path: Path, rng: random.Random, amount: 
 
 
 def without_space(kind: Kind, path: Path, rng: random.Random, amount: int) -> Iterator[str]:
-    """The disk is full after so many bytes."""
+    """The disk is full after a number of bytes."""
     before, new = path.read_bytes(), thing(_name(kind), 1)
     kind.save(new, path)
     size = path.stat().st_size
@@ -86,7 +86,7 @@ def without_space(kind: Kind, path: Path, rng: random.Random, amount: int) -> It
 
 
 def two_writers(kind: Kind, path: Path, rng: random.Random, amount: int) -> Iterator[str]:
-    """Two processes write it again and again, and this one reads it."""
+    """Two processes write the file repeatedly while this one reads it."""
     wholes = _sources(kind, path.parent.parent)
     writers = [_start(kind, [source], path, amount) for source in wholes]
     for _, ready in writers:
@@ -102,7 +102,7 @@ def two_writers(kind: Kind, path: Path, rng: random.Random, amount: int) -> Iter
 
 
 def killed(kind: Kind, path: Path, rng: random.Random, amount: int) -> Iterator[str]:
-    """The process that writes it is killed at a random moment."""
+    """The process that writes the file is killed at a random moment."""
     wholes = _sources(kind, path.parent.parent)
     for _ in range(amount):
         writer, ready = _start(kind, [*wholes], path)
@@ -112,7 +112,7 @@ def killed(kind: Kind, path: Path, rng: random.Random, amount: int) -> Iterator[
         writer.join()
         found = _one_of(kind, path, wholes.values())
         during = len(list(path.parent.iterdir())) > 1
-        kind.save(thing(_name(kind), 0), path)  # the next write clears up
+        kind.save(thing(_name(kind), 0), path)  # the next write removes leftovers
         found = _without_litter(path, found)
         yield DURING if found == IN_TIME and during else found
 
@@ -132,7 +132,7 @@ def _without_litter(path: Path, found: str) -> str:
 
 
 def _sources(kind: Kind, folder: Path) -> dict[Path, str]:
-    """Files of both things, which another process can read, and what they hold."""
+    """Return files of both things, which another process can read, with their checksums."""
     paths = {folder / f"{number}{kind.suffix}": thing(_name(kind), number) for number in (0, 1)}
     for path, made in paths.items():
         kind.save(made, path)
@@ -140,7 +140,7 @@ def _sources(kind: Kind, folder: Path) -> dict[Path, str]:
 
 
 def _start(kind: Kind, sources: list[Path], path: Path, times: int | None = None) -> tuple[BaseProcess, Connection]:
-    """A process that writes what it read from ``sources``, and a pipe that says when it begins."""
+    """Start a process that writes the contents of ``sources``; return it, and a pipe that reports its start."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults.writes"])
     here, there = context.Pipe(duplex=False)

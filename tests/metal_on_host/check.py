@@ -12,8 +12,8 @@ from tests.metal_on_host.text import INCLUDES, KernelError, body, defines, facts
 from veloxlab.kernels.text import Source, source_file
 
 COMPILER = "clang-16"
-MOST_ARGUMENTS = 31  # of a kernel: Metal's; an array's shape or strides are one more
-# OpenCL has these, Metal has none of them: double precision, and variables outside of functions that are not `constant`
+MOST_ARGUMENTS = 31  # Metal's limit for a kernel; an array's shape or strides are one each
+# OpenCL has these, Metal does not: double precision, and variables outside of functions that are not `constant`
 LACKING = ("cl_khr_fp64", "__opencl_c_fp64", "__opencl_c_device_enqueue", "__opencl_c_program_scope_global_variables")
 FLAGS = (
     *("-x", "cl", "-cl-std=clc++2021", "-target", "spir64", "-cl-no-stdinc", "-fsyntax-only", *INCLUDES),
@@ -21,9 +21,9 @@ FLAGS = (
     "-Werror=pre-c++17-compat",  # up to macOS 15 Metal is C++14
     *("-Xclang", "-ast-dump"),
 )
-# In Metal a method is one of objects of the thread; in OpenCL it has to say so.
+# In Metal a method belongs to an object in the thread's address space; in OpenCL it must state that.
 _METHOD = re.compile(r"^  (FUNCTION [^{]*\)(?: const)?)(?= \{)", re.MULTILINE)
-# OpenCL takes a pointer or reference that names no address space for one into any of them; Metal does not take it.
+# OpenCL converts a pointer or reference without an address space to any of them; Metal does not.
 _NO_SPACE = re.compile(
     r"(?:ParmVarDecl|VarDecl|FieldDecl) (?!.* implicit ).* (?!used |referenced )(\w+) '([^']*__generic[^']*)'"
     r"|(?:FunctionDecl|CXXMethodDecl) (?!.* implicit ).* (\w+) '([^'(]*__generic[^'(]*)\("
@@ -32,9 +32,9 @@ _FACTS = {"shape": "int", "strides": "long"}
 
 
 def check_syntax(source: Source, dtypes: Mapping[str, str], constant: Collection[str] = ()) -> None:
-    """Raise `KernelError` where Metal's compiler would refuse a kernel.
+    """Raise `KernelError` if Metal's compiler would refuse a kernel.
 
-    ``dtypes`` are the element types of inputs and outputs in Metal's names. Inputs named in ``constant`` are in that
+    ``dtypes``: element types of inputs and outputs in Metal's names. Inputs named in ``constant`` are in that
     address space, as MLX passes arrays of fewer than 8 elements.
     """
     taken = len(source.inputs) + len(source.outputs) + len(facts(source))
@@ -45,7 +45,7 @@ def check_syntax(source: Source, dtypes: Mapping[str, str], constant: Collection
 
 
 def _check(kernel: str, text: str, path: Path) -> None:
-    """Check ``text``, and leave an empty file at ``path`` if it is right."""
+    """Check ``text``, and write an empty file at ``path`` if it is valid."""
     outcome = subprocess.run([COMPILER, *FLAGS, "-"], input=text, capture_output=True, text=True)
     if outcome.returncode != 0:
         raise KernelError(f"{kernel}: {outcome.stderr[:4000]}")

@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept between test runs, by a checksum of all that they are made from."""
+"""Cache of compiled kernels between test runs, by a checksum of all their inputs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.metal_on_host.text import HEADERS, INCLUDES, PRELUDES
 
 
 def kept(suffix: str, compiler: str, flags: Sequence[str], text: str, make: Callable[[Path], None]) -> Path:
-    """The file that ``make`` writes from ``text``, made only once for a text, compiler, flags and headers.
+    """Return the file that ``make`` writes from ``text``, made once for each text, compiler, flags and headers.
 
-    Folders of headers are no part of the checksum, so that all checkouts share what was compiled.
-    ``make`` gets a path of its own to write to. If it raises, nothing is kept.
+    Folders of headers are not in the checksum, so that all checkouts share compiled files.
+    ``make`` gets a temporary path. If it raises, nothing is kept.
     """
     made_from = "\0".join([_version(compiler), *(f for f in flags if f not in INCLUDES), _headers(), text])
     path = _folder() / f"{hashlib.sha256(made_from.encode()).hexdigest()}{suffix}"
@@ -33,7 +33,7 @@ def kept(suffix: str, compiler: str, flags: Sequence[str], text: str, make: Call
 
 @functools.cache
 def _folder() -> Path:
-    """``VELOXLAB_TEST_CACHE``, or a folder of the user's cache."""
+    """Return ``VELOXLAB_TEST_CACHE``, or a folder of the user's cache."""
     chosen = os.environ.get("VELOXLAB_TEST_CACHE")
     folder = Path(chosen) if chosen else platformdirs.user_cache_path("veloxlab") / "tests"
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def _version(compiler: str) -> str:
 
 @functools.cache
 def _headers() -> str:
-    """Checksum of the files that a kernel's text may include, and of the machine that runs it."""
+    """Return a checksum of the files that a kernel's text can include, and of this machine."""
     checksum = hashlib.sha256()
     for path in sorted([*HEADERS.glob("*.h"), *PRELUDES.glob("*.h"), *PRELUDES.glob("*.cpp")]):
         checksum.update(path.name.encode() + path.read_bytes())

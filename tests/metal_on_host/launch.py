@@ -1,4 +1,4 @@
-"""A back end that checks kernels as Metal, and runs them on the CPU at once."""
+"""A back end that checks kernels as Metal, and runs them on the CPU immediately."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LEAST_IN_DEVICE = 8  # elements; MLX puts smaller arrays in Metal's `constant` 
 
 
 def built(source: Source) -> Built:
-    """What ``mx.fast.metal_kernel`` would give for ``source``."""
+    """Return a function with the interface of ``mx.fast.metal_kernel`` for ``source``."""
 
     def kernel(
         *,
@@ -55,7 +55,7 @@ def _check(source: Source, types: tuple[str, ...], constant: frozenset[str]) -> 
 
 
 def to_numpy(array: mx.array) -> np.ndarray:
-    """The same numbers, with the same strides."""
+    """Return the same numbers with the same strides."""
     mx.eval(array)
     return np.asarray(array.view(mx.uint16)).view(BFLOAT) if array.dtype == mx.bfloat16 else np.asarray(array)
 

@@ -1,7 +1,7 @@
-"""Runs a kernel's body on a CPU, compiled with g++ against ``host.h``, which stands for the GPU.
+"""Runs a kernel's body on a CPU, compiled with g++ against ``host.h``, which imitates the GPU.
 
-It catches what a run can show: threads that part before a barrier, races, steps outside an array, more threadgroup
-memory than Metal has.
+It detects faults that a run can show: threads that do not all reach a barrier, races, accesses outside of an array, and
+more threadgroup memory than Metal has.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from veloxlab.kernels.text import SIMD, Source
 
 COMPILER = "g++" if sys.platform == "linux" else "g++ on Linux"
 FLAGS = ("-std=c++20", "-O1", "-fvisibility=hidden", "-fPIC", "-w", *INCLUDES)
-# Line tables, for messages; calls on each access to memory and on undefined behaviour, which machine.cpp takes; and no
-# jump threading or tail calls, since a barrier stands in the code as often, and where, as it does in the text.
+# Line tables are for messages; calls on each memory access and on undefined behaviour go to machine.cpp. No jump
+# threading or tail calls, so that each barrier of the text is in the code once, at its place.
 KERNEL_FLAGS = (
     *("-g1", "-fno-thread-jumps", "-fno-optimize-sibling-calls"),
     *("-fsanitize=thread,alignment,bounds,shift,integer-divide-by-zero", "-fno-sanitize-recover"),
     "--param=tsan-instrument-func-entry-exit=0",
 )
 LIBRARIES = ("-nostdlib", "-lm", "-lc", "-lgcc")
-BFLOAT: np.dtype = np.dtype([("bfloat", np.uint16)])  # numpy has none
+BFLOAT: np.dtype = np.dtype([("bfloat", np.uint16)])  # NumPy has no bfloat16
 TYPES: dict[np.dtype, str] = {
     np.dtype(np.float32): "float",
     np.dtype(np.float16): "half",
@@ -65,7 +65,7 @@ def run(
 ) -> list[np.ndarray]:
     """Run a kernel on ``groups`` threadgroups of ``threads`` threads, as ``launch`` does on a GPU.
 
-    ``arrays`` may be views with strides; what lies between their elements is NaN to the kernel. ``shapes`` and
+    ``arrays`` can be strided views; the gaps between their elements are NaN for the kernel. ``shapes`` and
     ``dtypes`` are the outputs', which stay NaN (integers: all bits 1) where nothing is written. Raises `KernelError`.
     """
     assert threads % SIMD == 0, f"{threads} threads are not whole simdgroups"
@@ -85,7 +85,7 @@ def run(
 
 
 def _memory(array: np.ndarray) -> np.ndarray:
-    """The bytes from the first element of a view to its last, those between its elements all 1."""
+    """Return the bytes from the first element of a view to its last, with all bits 1 between its elements."""
     if array.size == 0:
         return np.empty(0, np.uint8)
     extent = array.itemsize + sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True))
@@ -149,7 +149,7 @@ def _compile(*arguments: str, text: str | None = None) -> None:
 
 
 def _with_lines(message: str, library: ctypes.CDLL) -> str:
-    """A message with file and line for each ``{address}``, and those that it was called from."""
+    """Return a message with file and line for each ``{address}``, and with its callers."""
     return re.sub(r"\{(\w+)\}", lambda found: _place(found[1], library._name), message)
 
 
