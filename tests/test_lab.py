@@ -98,6 +98,12 @@ def test_a_picked_layer_is_marked_and_its_bits_are_its_own(lab):
 def test_a_pick_in_a_chart_reaches_the_laboratory(lab):
     lab.errors.picked = 8
     assert lab.layer == 8
+    lab.errors.picked_head = 2
+    assert lab.selection.choice.head == 2
+    assert lab.turn_to("errors").head == 2
+    lab.turn_to("cache")
+    lab.errors.picked_head = None  # Escape
+    assert (lab.selection.choice.head, lab.errors.picked_head) == (2, 2)
     lab.errors.picked = None
     assert lab.layer is None
 

@@ -85,6 +85,17 @@ def test_a_cell_of_the_map_picks_its_layer_and_head(lab, page):
     assert page.shown["keys"]["weight"].to_list() == expected["weight"].to_list()
 
 
+def test_a_cell_picked_on_the_cache_page_is_picked_here(lab, page):
+    turn(lab, layer=0)
+    errors = lab.turn_to("cache").charts["errors"]
+    errors.picked, errors.picked_head = 1, 1
+    lab.turn_to("tokens")
+    heads = page.charts["heads"]
+    assert (page.layer, page.head, heads.picked, heads.picked_head) == (1, 1, 1, 1)
+    heads.picked = None  # Escape, or a second click: this page always shows some layer
+    assert (page.layer, heads.picked) == (1, 1)
+
+
 def test_other_bits_of_one_layer_code_that_layer_alone(lab, page, monkeypatch):
     coded, as_held = [], tokens.as_held
     monkeypatch.setattr(

@@ -231,13 +231,10 @@ def test_a_chart_grows_with_its_caption(bare):
     assert bare.page.evaluate(width) > before + 100
 
 
-def test_a_click_and_arrow_keys_pick_a_layer_and_a_head(bare):
-    rows = pl.DataFrame(
-        [(*at, "keys", 0.1) for at in ((0, 0), (0, 1), (1, 0), (1, 1))],
-        ["layer", "head", "tensor", "error"],
-        orient="row",
-    )
-    open_chart(bare, ChartView(views.token_heads(rows)))
+@pytest.mark.parametrize(("draw", "metric"), [(views.token_heads, "error"), (views.error_map, "rel_mse")])
+def test_a_click_and_arrow_keys_pick_a_layer_and_a_head(bare, draw, metric):
+    cells = [(*at, "keys", 0.1) for at in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    open_chart(bare, ChartView(draw(pl.DataFrame(cells, ["layer", "head", "tensor", metric], orient="row"))))
     cell = "#one [aria-label*='layer: 1'][aria-label*='KV head: 0']"
     now = "[lab.charts.one.model.get('picked'), lab.charts.one.model.get('picked_head')]"
     bare.page.locator(cell).first.click()
@@ -248,7 +245,10 @@ def test_a_click_and_arrow_keys_pick_a_layer_and_a_head(bare):
     for key, expected in (("ArrowDown", [1, 1]), ("ArrowLeft", [0, 1]), ("ArrowUp", [0, 0])):
         bare.page.keyboard.press(key)
         assert bare.page.evaluate(now) == expected
-    wait_for(bare, "document.querySelectorAll('#one path[stroke=\"#d8435c\"]').length === 1")
+    frames = "document.querySelectorAll('#one path[stroke=\"#d8435c\"]').length"
+    wait_for(bare, f"{frames} === {1 if draw is views.token_heads else 2}")  # of lines by layer there is one more
+    bare.page.locator("#one [aria-label*='layer: 0'][aria-label*='KV head: 0']").first.click()
+    assert bare.page.evaluate(now) == [None, 0]
     assert bare.errors == []
 
 

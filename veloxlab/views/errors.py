@@ -56,7 +56,8 @@ def error_map(
             pooled.transform_filter(f"isFinite(datum.loss) && datum.loss > {scale[1]!r}")
             .mark_text(text="\u25b2", fontSize=9, color="white", cursor="pointer")
             .encode(tooltip=told),
-            marks.picked_outline(),
+            marks.picked_outline(unless=marks.PICKED_HEAD),
+            marks.picked_cell(pooled, grid.group),
         )
 
     means = alt.Chart().transform_calculate(**loss)
@@ -72,7 +73,8 @@ def error_map(
     lines = marks.lines_by_layer(base, told, 36, higher, shape=shapes)
     maps = marks.stacked(alt.VConcatChart, marks.panels(grid.tensors, cells, grid.width, grid.height), 10)
     plots: list[marks.Plot] = [marks.sized(lines, grid.width, 110), maps]
-    return marks.framed(plots, shown, heading, caption or error_caption(frame, metric), pickable=True)
+    picks = [marks.PICKED, marks.PICKED_HEAD]
+    return marks.framed(plots, shown, heading, caption or error_caption(frame, metric), picks=picks)
 
 
 def error_domain(frame: pl.DataFrame, metric: str = "rel_mse") -> columns.Domain:

@@ -166,12 +166,24 @@ def layer_columns() -> alt.Chart:
     return each.mark_rect(opacity=0, cursor="pointer", tooltip=None).encode(x=alt.X("layer:O"))  # type: ignore[no-any-return]
 
 
-def picked_outline() -> alt.Chart:
-    """Draw a frame around the picked layer, inside the full height of the plot, so that the plot keeps its size."""
-    picked = alt.Chart().transform_filter(IS_PICKED).transform_aggregate(groupby=["layer"])
+def picked_outline(unless: str = "") -> alt.Chart:
+    """Draw a frame around the picked layer, inside the full height of the plot, so that the plot keeps its size.
+
+    ``unless``: a param, such as `PICKED_HEAD`, with whose value there is no frame.
+    """
+    shown = f"{IS_PICKED} && !isValid({unless})" if unless else IS_PICKED
+    picked = alt.Chart().transform_filter(shown).transform_aggregate(groupby=["layer"])
     look: Look = {"stroke": theme.PICKED, "strokeWidth": 2, "y2Offset": -2, "cornerRadius": 2, "cursor": "pointer"}
     outline = picked.mark_rect(filled=False, fill=None, **look)
     return outline.encode(x=alt.X("layer:O"), y=alt.value(2), y2=alt.value("height"))  # type: ignore[no-any-return]
+
+
+def picked_cell(cells: alt.Chart, group: int) -> alt.Chart:
+    """Draw a frame around the cell of the picked layer and head, in a map with ``group`` heads a cell."""
+    head = f"floor({PICKED_HEAD} / {group}) * {group}"
+    outline = cells.transform_filter(f"{IS_PICKED} && isValid({PICKED_HEAD}) && datum.group === {head}")
+    look: Look = {"stroke": theme.PICKED, "strokeWidth": 2, "cursor": "pointer"}
+    return outline.mark_rect(filled=False, fill=None, **look)  # type: ignore[no-any-return]
 
 
 def token_rule(channel: type[alt.X | alt.Y] = alt.X) -> alt.Chart:

@@ -82,15 +82,12 @@ def token_heads(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     def cells(part: str, last: bool) -> marks.Plot:
         pooled = grid.cells(part, {}, {"error": "max(error)"}, last=last, words=PARTS[part])
         told = columns.tips("layer", ("group", grid.words), ("error", f"{PARTS[part]}: relative MSE", ".3g"))
-        group = f"floor({marks.PICKED_HEAD} / {grid.group}) * {grid.group}"
-        outline = pooled.transform_filter(f"{marks.IS_PICKED} && datum.group === {group}")
-        look: marks.Look = {"stroke": theme.PICKED, "strokeWidth": 2, "cursor": "pointer"}
         return marks.layered(
             columns.on_log_scale(pooled, "error", ERRORS)
             .mark_rect(cursor="pointer")
             .encode(color=colour, tooltip=told),
             pooled.transform_filter("!isValid(datum.error)").mark_text(**marks.CROSS),
-            outline.mark_rect(filled=False, fill=None, **look),
+            marks.picked_cell(pooled, grid.group),
         )
 
     plots = marks.panels(parts, cells, grid.width, grid.height)

@@ -17,7 +17,7 @@ from veloxlab.errors import InputError
 from veloxlab.measure import code_bits, layer_errors, memory_growth, predicted_growth, relative_errors, token_errors
 from veloxlab.mlxlm.probe import LayerFacts, probe
 from veloxlab.widgets.chart_view import ChartView, link
-from veloxlab.widgets.chosen import Checked, OfLayers
+from veloxlab.widgets.chosen import Checked, Chosen, OfLayers
 from veloxlab.widgets.layout import CodeLines, button, controls, wide
 from veloxlab.widgets.lifetime import loosen
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request, coded
@@ -157,6 +157,7 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
     bits = property(lambda page: page._of_drawn(page.charts, "bits"), doc="The chart of bits.")
     memory = property(lambda page: page._of_drawn(page.charts, "memory"), doc="The chart of memory.")
     _listed: Mapping[int, str] | None = None
+    head = Chosen("head", help="the picked KV head")
     metric = Checked(choice(*METRICS), "output_error", help="the drawn error: of attention, or of keys and values")
 
     def __init__(self, experiment: Experiment, worker: Worker | None = None, *, now: bool = False) -> None:
@@ -175,6 +176,19 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
         link(*[each for each in self.charts.values() if each is not view][:1], view)
         if name == "errors":
             t.link((self, "layer"), (view, "picked"))
+            self._watch(view, "picked_head", self._head_picked)
+            view.picked_head = self.head
+
+    def _head_picked(self, change: dict[str, Any]) -> None:
+        if change["new"] is None:  # Escape clears the layer; other pages always show some head
+            self._mark()
+        else:
+            self.head = change["new"]
+
+    def _mark(self) -> None:
+        super()._mark()
+        if errors := self.charts.get("errors"):
+            errors.picked_head = self.head
 
     @property
     def summary(self) -> str:

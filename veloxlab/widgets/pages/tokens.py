@@ -276,11 +276,14 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
         head = self.head if heads.picked_head is None else heads.picked_head
         if (layer, head) != (self.layer, self.head):
             self.selection.choose(layer=layer, head=head)
+        else:
+            self._mark()  # a chart in which a pick was cleared
 
     def _mark(self) -> None:
         super()._mark()
         if heads := self.charts.get("heads"):
-            heads.picked, heads.picked_head = self.layer, self.head
+            with heads.hold_trait_notifications():  # between the two, the old head would be chosen again
+                heads.picked, heads.picked_head = self.layer, self.head
 
     def _show(self) -> None:
         super()._show()

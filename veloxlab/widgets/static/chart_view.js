@@ -455,15 +455,15 @@ class Chart {
     if (news.length > 0) await view.runAsync();
   }
 
-  // A second click on a layer, or a click outside all layers, clears the pick. Picks of tokens and heads stay until the
-  // next pick.
+  // A second click on a layer, or on a cell of layer and head, clears the picked layer, as does a click outside all layers
+  // in a chart of layers alone. Other picks stay until the next pick.
   click(datum) {
-    const layerAlone = this.picks.length === 1 && this.picks[0].name === "layer";
     const found = this.picks.map((pick) => [pick, valueOf(datum, pick.fields)]);
-    for (const [pick, value] of found) {
-      if (layerAlone) this.pick(pick, value === this.model.get(pick.trait) ? null : value);
-      else if (value !== null) this.pick(pick, value);
-    }
+    const hit = found.filter(([, value]) => value !== null);
+    const again = hit.every(([pick, value]) => value === this.model.get(pick.trait));
+    const clears = again && this.picks[0]?.name === "layer" && (hit.length > 0 || this.picks.length === 1);
+    if (clears) this.pick(this.picks[0], null);
+    else for (const [pick, value] of hit) this.pick(pick, value);
   }
 
   pick({ trait }, value) {
