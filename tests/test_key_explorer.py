@@ -1,4 +1,4 @@
-"""The explorer of keys and values answers from measurements, on whatever thread its controls are moved."""
+"""The explorer of keys and values shows measurements for its controls, from any thread."""
 
 import base64
 import html
@@ -68,7 +68,7 @@ def test_every_control_moved_twice_changes_its_charts_twice_and_no_other(explore
     assert explorer.problem == ""
 
 
-def test_the_charts_show_what_the_measurements_say(explorer, seen):
+def test_the_charts_show_the_measurements(explorer, seen):
     turn(explorer, layer=8, head=1, tensor="values", space="rotated", method="rvq", bits=4)
     layer = replace(seen, layers=seen.layers[2:3])
     for chart, frame in (
@@ -83,14 +83,14 @@ def test_the_charts_show_what_the_measurements_say(explorer, seen):
     assert "rvq at 4 bits. Layer 8, KV head 1. values: 16 levels" in caption(explorer, "levels")
 
 
-def test_a_layer_that_was_seen_is_shown_at_once_and_its_spec_stays(explorer):
+def test_a_layer_that_was_shown_before_is_shown_at_once_with_the_same_spec(explorer):
     specs = {name: view.spec["id"] for name, view in explorer.charts.items()}
-    explorer.layer = 8  # measured ahead: no waiting
+    explorer.layer = 8  # measured ahead, without a wait
     assert all("Layer 8" in caption(explorer, name) for name in explorer.charts)
     assert {name: view.spec["id"] for name, view in explorer.charts.items()} == specs
 
 
-def test_what_cannot_be_seen_is_a_sentence_and_the_other_charts_follow(explorer):
+def test_an_impossible_chart_gives_a_sentence_and_the_others_follow(explorer):
     turn(explorer, space="before_rope")
     turn(explorer, tensor="values")
     assert explorer.problem == "Values go through no RoPE: choose keys, or the space 'raw' (as cached)."
@@ -105,7 +105,7 @@ def test_what_cannot_be_seen_is_a_sentence_and_the_other_charts_follow(explorer)
     assert "polarquant at 4 bits" in caption(explorer, "levels")
 
 
-def test_controls_and_traits_are_one(explorer):
+def test_controls_and_traits_have_the_same_values(explorer):
     boxes = controls(explorer)
     boxes["space"].value = "rotated"
     boxes["K bits (all)"].value = 5
@@ -135,7 +135,7 @@ def test_impossible_choices_are_refused_and_nothing_changes(explorer, control, v
     assert {name: getattr(explorer, name) for name in FIRST} == before
 
 
-def test_an_explorer_that_cannot_be_says_so(seen):
+def test_an_impossible_explorer_is_refused_in_a_sentence(seen):
     with pytest.raises(InputError, match="There is no layer 1"):
         KeyExplorer(seen, layer=1)
     with pytest.raises(InputError, match="Values go through no RoPE"):
@@ -164,7 +164,7 @@ def test_a_calibrated_method_can_be_seen_with_its_calibration(smollm2, seen, cal
         explorer.worker.close()
 
 
-def test_what_is_saved_without_a_kernel_is_a_picture_and_a_line_of_numbers(explorer, tmp_path):
+def test_without_a_kernel_an_image_and_a_line_of_numbers_are_saved(explorer, tmp_path):
     bundle, _ = explorer._repr_mimebundle_()
     line = "KeyExplorer(keys, as cached, turboquant at 2 bits: Layer 7, KV head 0. Largest channel over the median one:"
     assert bundle["text/plain"].startswith(line)

@@ -61,7 +61,7 @@ def test_moving_a_slider_twice_changes_the_charts_twice(lab):
     assert mean_bits(lab, "values") == 4.25
 
 
-def test_the_charts_show_what_the_measurements_say(lab):
+def test_the_charts_show_the_measurements(lab):
     turn(lab, key_bits=3, value_bits=5)
     expected = vl.measure.layer_errors(lab.experiment.capture, key_bits=3, value_bits=5, sinks=2, window=16)
     shown = lab.errors.frame.select("layer", "head", "tensor", "output_error")
@@ -72,7 +72,7 @@ def test_the_charts_show_what_the_measurements_say(lab):
     assert vl.report(cache)["key_bits"][0] == mean_bits(lab, "keys")
 
 
-def test_sinks_and_window_are_measured_anew(lab):
+def test_new_sinks_and_windows_are_measured(lab):
     before = last_bytes(lab), lab.errors.frame["output_error"].mean()
     turn(lab, window=64)
     after = last_bytes(lab), lab.errors.frame["output_error"].mean()
@@ -125,7 +125,7 @@ def test_a_measured_setting_joins_the_frontier(lab):
     assert len(lab.frontier.frame) == len(lab.measured)
 
 
-def test_work_can_be_cancelled_and_the_laboratory_lives_on(lab):
+def test_work_can_be_cancelled_and_the_laboratory_still_works(lab):
     count = len(lab.measured)
     lab.measure()
     lab.worker.cancel()
@@ -135,7 +135,7 @@ def test_work_can_be_cancelled_and_the_laboratory_lives_on(lab):
     assert mean_bits(lab, "values") == 3.25
 
 
-def test_what_is_saved_without_a_kernel_is_a_picture_and_a_line_of_numbers(lab):
+def test_without_a_kernel_an_image_and_a_line_of_numbers_are_saved(lab):
     bundle, metadata = lab._repr_mimebundle_()
     assert metadata["image/png"]["alt"] == bundle["text/plain"]  # nbconvert uses this text for the picture
     assert bundle["text/plain"].startswith("Lab(turboquant K4 V4, sinks=2, window=16: relative MSE of keys 0.00")
@@ -146,14 +146,14 @@ def test_what_is_saved_without_a_kernel_is_a_picture_and_a_line_of_numbers(lab):
     assert len(picture) < 200_000
 
 
-def test_its_pictures_and_rows_can_be_taken_away(lab, tmp_path):
+def test_its_images_and_rows_can_be_saved(lab, tmp_path):
     files = lab.save_pictures(tmp_path / "out")
     assert {f.name for f in files} >= {"errors.svg", "errors.parquet", "bits.svg", "memory.parquet"}
     assert pl.read_parquet(tmp_path / "out" / "errors.parquet").equals(lab.errors.frame)
     assert (tmp_path / "out" / "memory.svg").read_text().startswith("<svg")
 
 
-def test_its_state_can_be_taken_away_and_brought_back(lab):
+def test_its_state_can_be_saved_and_restored(lab):
     turn(lab, key_bits=3, sinks=4)
     lab.layer = 5
     turn(lab, value_bits=6)
@@ -186,7 +186,7 @@ def test_its_state_can_be_taken_away_and_brought_back(lab):
     assert lab.state == state  # no part of the refused state remains
 
 
-def test_it_can_be_taken_away_as_one_page(lab, tmp_path):
+def test_it_can_be_saved_as_one_page(lab, tmp_path):
     page = lab.export(tmp_path / "report.html").read_text()
     assert page.count('<div class="chart"') == len(lab.named)
     assert "turboquant K4 V4" in page
@@ -215,7 +215,7 @@ def test_impossible_knobs_are_refused_and_nothing_changes(lab, knob, value, sent
     assert (lab.state, lab.plan) == before
 
 
-def test_another_method_takes_the_nearest_widths_and_goes_on_the_charts(lab):
+def test_another_method_takes_the_nearest_widths_and_appears_in_the_charts(lab):
     turn(lab, layer=7)
     turn(lab, key_bits=3)
     turn(lab, method="rvq")  # it has only even widths
@@ -230,7 +230,7 @@ def test_another_method_takes_the_nearest_widths_and_goes_on_the_charts(lab):
     assert set(lab.memory.frame["cache"]) == {"fp16", "turboquant"}
 
 
-def test_a_laboratory_that_cannot_be_says_so_before_any_work(small):
+def test_an_impossible_laboratory_is_refused_before_any_work(small):
     with pytest.raises(InputError, match="Unknown method 'turbo'"):
         vl.Lab(*small, method="turbo")
     with pytest.raises(InputError, match="at least 2 are needed"):

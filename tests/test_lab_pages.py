@@ -59,7 +59,7 @@ def test_a_page_is_made_when_it_is_opened_and_once(lab, page):
     assert lab.turn_to(page) is first
 
 
-def test_a_page_that_is_opened_while_other_work_runs_is_there_at_once(lab):
+def test_a_page_that_is_opened_during_other_work_appears_at_once(lab):
     """It shows its controls, and the job that it waits for. After a cancel of that job its charts appear."""
     charts = {name: [*lab.turn_to(name).named] for name in NAMES}
     for page in lab.pages.values():
@@ -119,7 +119,7 @@ def test_a_chart_that_is_not_measured_yet_is_refused_in_a_sentence(lab):
 
 
 @pytest.mark.parametrize("page", NAMES)
-def test_a_page_that_was_closed_is_made_anew_and_shows_what_is_chosen_and_measured(lab, page):
+def test_a_closed_page_is_made_again_with_the_choice_and_measurements(lab, page):
     turn(lab, method="rabitq")
     if lab.measured.is_empty():
         lab.measure()
@@ -137,7 +137,7 @@ def test_a_page_that_was_closed_is_made_anew_and_shows_what_is_chosen_and_measur
     assert len(lab.comparison._list.options) == len(lab.measured) > 0
 
 
-def test_what_is_chosen_on_one_page_is_chosen_on_all(lab):
+def test_a_choice_on_one_page_counts_on_all(lab):
     keys, errors, plans, texts = (lab.turn_to(page) for page in ("keys", "errors", "memory", "generation"))
     turn(lab, page="keys")
     turn(keys, layer=1, head=1, method="rabitq")
@@ -206,7 +206,7 @@ def test_the_bits_of_a_page_that_shows_values_are_those_of_values(lab):
     turn(keys, tensor="keys")
 
 
-def test_what_a_page_cannot_choose_is_said_there_and_nothing_else_moves(lab):
+def test_an_impossible_choice_is_reported_on_its_page_and_nothing_else_changes(lab):
     keys = lab.turn_to("keys")
     turn(lab, method="polarquant")
     with pytest.raises(InputError, match="Keys at bits=1 are out of range"):
@@ -236,7 +236,7 @@ def test_a_method_that_learns_is_fitted_when_it_is_chosen(lab):
     assert "calibrated" not in errors._banner.value
 
 
-def test_methods_are_measured_side_by_side_and_a_point_is_taken_up_again(lab):
+def test_methods_are_measured_side_by_side_and_a_point_can_be_chosen_again(lab):
     turn(lab, layer=1)
     turn(lab, key_bits=8)
     before = len(lab.measured)
@@ -260,7 +260,7 @@ def test_methods_are_measured_side_by_side_and_a_point_is_taken_up_again(lab):
     assert lab.state == measured
 
 
-def test_a_knob_that_is_turned_while_methods_are_measured_changes_no_point(lab):
+def test_a_control_that_changes_while_methods_are_measured_changes_no_point(lab):
     def measured() -> tuple[list, list]:
         rows, settings = lab.measured[before:], [run.choice for run in lab.points.every[before:]]
         return rows.select("name", "held_bytes", "kl_mean").rows(), [point.window for point in settings]
@@ -277,7 +277,7 @@ def test_a_knob_that_is_turned_while_methods_are_measured_changes_no_point(lab):
     assert set(windows) == {16}
 
 
-def test_what_was_measured_is_said_and_a_cancelled_fit_too(lab):
+def test_measured_methods_and_a_cancelled_fit_are_reported(lab):
     lab.measure()
     assert lab.wait(120)
     message = lab.pages["cache"]._message
@@ -305,7 +305,7 @@ def test_what_was_measured_is_said_and_a_cancelled_fit_too(lab):
     assert set(lab.memory.frame["cache"]) == {"fp16", "vecinfer"}
 
 
-def test_bits_that_a_method_does_not_have_are_kept_as_a_wish_and_said(lab):
+def test_bits_that_a_method_does_not_have_are_kept_as_a_wish_and_reported(lab):
     turn(lab, key_bits=7, value_bits=3)
     banner = lab.pages["cache"]._banner
     turn(lab, method="rvq")
@@ -334,7 +334,7 @@ def test_layers_with_bits_of_their_own_are_listed_and_cleared_one_by_one(lab):
     assert controls(lab.pages["cache"])["Same for all"].disabled
 
 
-def test_how_many_tokens_are_in_codes_is_said_and_all_can_be(lab):
+def test_the_number_of_tokens_in_codes_is_shown_and_can_be_all(lab):
     turn(lab, window=64)
     banner = lab.pages["cache"]._banner
     assert "32 of 128 tokens (25%) are in codes" in banner.value  # 62 may be coded, in blocks of 32
@@ -344,7 +344,7 @@ def test_how_many_tokens_are_in_codes_is_said_and_all_can_be(lab):
     assert "in codes" not in banner.value
 
 
-def test_what_is_taken_away_waits_for_what_was_asked(lab, tmp_path):
+def test_saved_output_waits_for_requested_measurements(lab, tmp_path):
     lab.key_bits = 3  # without wait()
     assert "turboquant K3 V4" in repr(lab)
     assert "still measuring" not in repr(lab)
@@ -356,7 +356,7 @@ def test_what_is_taken_away_waits_for_what_was_asked(lab, tmp_path):
     assert "K5 V4, sinks=2, window=56" in lab.export(tmp_path / "report.html").read_text()
 
 
-def test_a_chart_that_a_cell_shows_stays_as_it_is(lab):
+def test_a_chart_that_a_cell_shows_does_not_change(lab):
     turn(lab, key_bits=4)
     shown = lab.bits.still()
     before = shown.frame
@@ -367,7 +367,7 @@ def test_a_chart_that_a_cell_shows_stays_as_it_is(lab):
     assert not shown.frame.equals(lab.bits.frame)
 
 
-def test_the_sliders_of_a_head_say_whose_bits_they_move(lab):
+def test_the_sliders_of_a_head_name_the_bits_that_they_set(lab):
     keys = lab.turn_to("keys")
     assert keys._width.description == "K bits (all)"
     turn(keys, tensor="values")
@@ -394,7 +394,7 @@ def test_state_names_head_and_page(lab):
     ("name", "step"),
     [("cache", {"key_bits": 3}), ("errors", {"layer": 1}), ("keys", {"layer": 1}), ("tokens", {"token": 70})],
 )
-def test_what_is_put_into_a_chart_is_what_it_would_be_drawn_of(lab, name, step, monkeypatch):
+def test_rows_that_are_put_into_a_chart_equal_those_of_a_new_chart(lab, name, step, monkeypatch):
     page = lab.turn_to(name)
     before = {chart: view.spec["id"] for chart, view in page.charts.items()}
     monkeypatch.setattr(ChartView, "show", None)  # drawing a new chart takes ten times as long
@@ -410,7 +410,7 @@ def test_what_is_put_into_a_chart_is_what_it_would_be_drawn_of(lab, name, step, 
     lab.selection.choose(token=None)
 
 
-def test_work_moves_the_bar_of_the_open_page_alone(lab):
+def test_work_moves_only_the_bar_of_the_open_page(lab):
     for name in ("tokens", "errors"):
         lab.turn_to(name)
     bars = {name: next(part for part in parts(lab.pages[name]) if isinstance(part, ProgressBar)) for name in lab.pages}
@@ -443,7 +443,7 @@ def test_a_report_has_the_charts_of_every_page_that_was_made(lab, tmp_path):
     assert len(files) == 3 * len(lab.named)
 
 
-def test_what_is_saved_without_a_kernel_is_the_open_page(lab):
+def test_without_a_kernel_the_open_page_is_saved(lab):
     def picture() -> bytes:
         import base64
 
@@ -455,7 +455,7 @@ def test_what_is_saved_without_a_kernel_is_the_open_page(lab):
     assert png_size(picture()) != first
 
 
-def test_a_page_that_cannot_be_made_says_so_and_the_laboratory_lives_on(monkeypatch):
+def test_a_page_that_fails_shows_a_sentence_and_the_laboratory_still_works(monkeypatch):
     class Silent(Letters):
         def encode(self, text, add_special_tokens=True):
             return super().encode(text)[:300]
@@ -482,7 +482,7 @@ def test_every_control_is_explained(lab, page):
             assert "to" in tip.split(), words
 
 
-def test_layers_without_codes_are_said_with_their_reason_and_their_share():
+def test_layers_without_codes_are_listed_with_their_reason_and_their_share():
     coded = LayerFacts(0, "KVCache", True, None, None, 0, 2, 64, 64)
     own = LayerFacts(1, "RotatingKVCache", False, None, 64, 0, 2, 64, 64, reason="it slides")
     decoded = LayerFacts(2, "KVCache", True, None, None, 0, 2, 64, 64, path="arrays", reason="logits are capped")
@@ -501,7 +501,7 @@ def test_every_page_names_the_notebook_and_the_heading_that_explain_it(lab):
         assert f"## {heading}" in lines, page
 
 
-def test_numbers_of_older_settings_are_called_stale_until_others_are_measured(lab):
+def test_numbers_of_older_settings_are_marked_stale_until_new_ones_are_measured(lab):
     release = threading.Event()
     cache, memory = lab.pages["cache"], lab.turn_to("memory")
     lab.page = "cache"
@@ -517,7 +517,7 @@ def test_numbers_of_older_settings_are_called_stale_until_others_are_measured(la
     assert all(view.note["why"] for page in lab.pages.values() for view in page.views)
 
 
-def test_a_laboratory_of_the_same_model_and_text_finds_what_was_measured(lab, monkeypatch):
+def test_a_laboratory_of_the_same_model_and_text_finds_earlier_measurements(lab, monkeypatch):
     def measured(*_: object) -> None:
         raise AssertionError("measured again")
 

@@ -38,13 +38,13 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> str:
-    """A user's cache folder for all tests here: one bundle of Vega, one calibration."""
+    """Return a user's cache folder for all tests here: one bundle of Vega, one calibration."""
     return str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
 def before(monkeypatch, cache) -> Callable[[], dict[str, int]]:
-    """Counts widgets, threads and captures that came since the test began."""
+    """Return a function that counts widgets, threads and captures made since the test began."""
     monkeypatch.setenv("XDG_CACHE_HOME", cache)
     VegaRuntime.shared()
     gc.collect()
@@ -53,7 +53,7 @@ def before(monkeypatch, cache) -> Callable[[], dict[str, int]]:
     def count() -> dict[str, int]:
         deadline = time.monotonic() + 10
         while running() - threads and time.monotonic() < deadline:
-            time.sleep(0.01)  # a thread ends its last step first
+            time.sleep(0.01)  # a thread first ends its last step
         gc.collect()
         return {"widgets": len({*lifetime.TABLE} - widgets), "threads": len(running() - threads)}
 
@@ -61,7 +61,7 @@ def before(monkeypatch, cache) -> Callable[[], dict[str, int]]:
 
 
 def running():
-    """Threads, but for those of the process that share the work of kernels."""
+    """Return threads, except those of the process that share the work of kernels."""
     return {thread for thread in threading.enumerate() if not thread.name.startswith("veloxlab-kernels")}
 
 
@@ -69,7 +69,7 @@ NOTHING = {"widgets": 0, "threads": 0}
 
 
 def lab_of(model: Any) -> vl.Lab:
-    """A laboratory with every page open and a measured point."""
+    """Return a laboratory with every page open and a measured point."""
     lab = vl.Lab(model, Letters(), tokens=64, sinks=2, window=16)
     lab.measure()
     for page in ("generation", "budget", "memory", "keys", "errors"):
@@ -78,7 +78,7 @@ def lab_of(model: Any) -> vl.Lab:
     assert lab.wait(PATIENCE)
     assert lab.pages["budget"].named
     assert lab.frontier is not None
-    lab.worker.cancel()  # what is measured ahead
+    lab.worker.cancel()  # jobs ahead
     return lab
 
 
@@ -112,7 +112,7 @@ def made(name: str, model: Any) -> Any:
 
 
 def captures(widget: Any) -> list[weakref.ref[Any]]:
-    """What is measured on, of any panel."""
+    """Return references to the captures of any panel."""
     held = getattr(getattr(widget, "experiment", widget), "capture", None)
     return [] if held is None else [weakref.ref(held)]
 
@@ -124,7 +124,7 @@ def test_close_ends_all_widgets_the_thread_and_the_capture(name, model, before):
     assert len(lifetime.parts(widget)) > 1
     widget.close()
     assert before() == NOTHING
-    assert [each() for each in seen] == [None] * len(seen)  # though the closed widget is still held
+    assert [each() for each in seen] == [None] * len(seen)  # although the closed widget still has a reference
     assert widget.comm is None
     widget.close()
 
@@ -137,7 +137,7 @@ def test_garbage_collection_ends_all_of_it(name, model, before):
     assert [each() for each in seen] == [None] * len(seen)
 
 
-def test_what_could_not_be_made_leaves_nothing(model, before):
+def test_a_failed_widget_leaves_nothing(model, before):
     seen = vl.capture(model, Letters(), tokens=64)
     for failing in (
         lambda: vl.widgets.KeyExplorer(seen, layer=99),
@@ -150,7 +150,7 @@ def test_what_could_not_be_made_leaves_nothing(model, before):
     assert before() == NOTHING
 
 
-def test_a_closed_panel_gives_its_tables_and_a_sentence_for_all_else(model):
+def test_a_closed_panel_returns_its_tables_and_refuses_all_else_in_a_sentence(model):
     explorer = made("CacheExplorer", model)
     explorer.measure()
     assert explorer.wait(PATIENCE)
@@ -165,7 +165,7 @@ def test_a_closed_panel_gives_its_tables_and_a_sentence_for_all_else(model):
     assert not hasattr(explorer, "_repr_html_")
 
 
-def test_a_page_that_is_closed_alone_is_made_anew_and_the_worker_goes_on(model):
+def test_a_closed_page_is_made_again_and_the_worker_continues(model):
     lab = vl.Lab(model, Letters(), tokens=64)
     first = lab.turn_to("memory")
     lab.page = "cache"
@@ -175,7 +175,7 @@ def test_a_page_that_is_closed_alone_is_made_anew_and_the_worker_goes_on(model):
     lab.close()
 
 
-def test_a_link_ends_with_either_of_its_charts_and_not_the_other_chart(before):
+def test_a_link_ends_with_either_chart_and_the_other_chart_stays(before):
     one, other = ChartView(bars(FRAME)), ChartView(bars(FRAME))
     link(one, other)
     assert before()["widgets"] == 5  # two charts, two layouts, one link
@@ -186,7 +186,7 @@ def test_a_link_ends_with_either_of_its_charts_and_not_the_other_chart(before):
     assert before() == NOTHING
 
 
-def test_other_widgets_are_held_as_ipywidgets_holds_them(before):
+def test_references_to_other_widgets_are_those_of_ipywidgets(before):
     name = ipywidgets.IntSlider().model_id
     assert before()["widgets"] == 3  # with layout and style
     assert name in lifetime.TABLE
@@ -196,7 +196,7 @@ def test_other_widgets_are_held_as_ipywidgets_holds_them(before):
     assert before() == NOTHING
 
 
-def test_a_message_of_the_page_reaches_a_widget_that_is_held_weakly():
+def test_a_message_of_the_page_reaches_a_widget_with_a_weak_reference():
     explore = Explore({1: FRAME, 2: FRAME}, bars, description="bits")
     content = {"data": {"method": "update", "state": {"index": 1}, "buffer_paths": []}}
     explore.slider.comm.handle_msg({"content": content, "buffers": []})
@@ -204,7 +204,7 @@ def test_a_message_of_the_page_reaches_a_widget_that_is_held_weakly():
 
 
 class Shell:
-    """What a kernel tells of the cell that runs."""
+    """The information of a kernel about the running cell."""
 
     def __init__(self) -> None:
         self.user_ns: dict[str, Any] = {}
@@ -243,7 +243,7 @@ def charts(count: int) -> list[ChartView]:
     return [ChartView(bars(FRAME)) for _ in range(count)]
 
 
-def test_a_cell_that_is_run_again_ends_what_it_showed(shell):
+def test_a_cell_that_runs_again_closes_its_earlier_widgets(shell):
     first, second, third, elsewhere = charts(4)
     shell.run("a", first, second)
     shell.run("b", elsewhere)
@@ -252,7 +252,7 @@ def test_a_cell_that_is_run_again_ends_what_it_showed(shell):
     assert is_open(first, second, third, elsewhere) == [False, True, True, True]
 
 
-def test_what_a_variable_or_a_box_holds_stays_open(shell):
+def test_a_widget_in_a_variable_or_a_box_stays_open(shell):
     named, listed, boxed, alone, new = charts(5)
     shell.user_ns = {"view": named, "views": [listed], "_": alone, "Out": {1: alone}}
     box = ipywidgets.VBox([boxed])
@@ -264,12 +264,12 @@ def test_what_a_variable_or_a_box_holds_stays_open(shell):
     name = named.model_id
     del named
     gc.collect()
-    assert name not in lifetime.TABLE  # it is not shown any more
+    assert name not in lifetime.TABLE  # it is not displayed any more
 
 
-def test_what_is_shown_lives_though_nothing_else_holds_it(shell, before):
+def test_a_displayed_widget_stays_open_without_other_references(shell, before):
     shell.run("a", *charts(1))
-    shell.run(None, *charts(1))  # by the callback of a button
+    shell.run(None, *charts(1))  # from the callback of a button
     assert before()["widgets"] == 4
     shell.run("a", *charts(1))
     assert before()["widgets"] == 4
@@ -309,12 +309,12 @@ def test_running_the_cell_of_a_lab_again_keeps_one_capture_in_a_real_kernel():
         manager.shutdown_kernel(now=True)
     captures, labs, threads, events = zip(*map(str.split, counts), strict=True)
     assert captures == labs == ("1",) * 3
-    assert set(threads) <= {"0", "1"}  # it begins with the first job, and what was measured is found again
+    assert set(threads) <= {"0", "1"}  # it starts with the first job, and results are found again
     assert len(set(events)) == 1
 
 
 def run(client: Any, code: str, cell: str = "another") -> str:
-    """Run a cell as JupyterLab does, and give what it prints or shows as text."""
+    """Run a cell as JupyterLab does, and return its text output."""
     content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False}
     message = client.session.msg("execute_request", content, metadata={"cellId": cell})
     client.shell_channel.send(message)

@@ -1,4 +1,4 @@
-"""The memory planner shows what is planned for its knobs, on whatever thread they are turned."""
+"""The memory planner shows predictions for its controls, from any thread."""
 
 import re
 import threading
@@ -25,7 +25,7 @@ def planner():
 
 
 def turn(planner, **knobs):
-    """Turn knobs as JupyterLab does, from a thread that is not the main one."""
+    """Set controls as JupyterLab does, from a thread that is not the main one."""
 
     def work():
         for name, value in knobs.items():
@@ -39,7 +39,7 @@ def turn(planner, **knobs):
 
 
 def drawn(planner) -> int:
-    """Bytes of the first cache, as the chart shows them."""
+    """Return the bytes of the first cache in the chart."""
     frame = planner.chart.frame.filter(pl.col("part").is_not_null())
     return frame.filter(pl.col("cache") == frame["cache"][0])["bytes"].sum()
 
@@ -76,7 +76,7 @@ def test_every_method_is_planned_with_widths_of_its_own(planner):
     assert planner.key_bits in (2, 4, 6, 8)
 
 
-def test_another_model_is_planned_and_its_weights_are_left_room(planner):
+def test_another_model_is_planned_with_room_for_its_weights(planner):
     turn(planner, model="8B, as Llama 3.1")
     assert drawn(planner) == expected(context=32_768)
     assert planner._typed.layout.display == "none"
@@ -101,12 +101,12 @@ def test_another_model_is_planned_and_its_weights_are_left_room(planner):
 
 
 def cells(planner, cache):
-    """What the table says of a cache: bytes, tokens, loss, flips, kind and source."""
+    """Return the table's row of a cache: bytes, tokens, loss, flips, kind and source."""
     row = next(row for row in re.findall(r"<tr>(.*?)</tr>", planner._losses.value) if f">{cache}<" in row)
     return re.findall(r">([^<]*)</td>", row)[1:]
 
 
-def test_each_cache_says_what_it_loses_and_where_that_was_measured(planner):
+def test_each_cache_has_its_loss_and_the_source_of_it(planner):
     turn(planner, model="8B, as Llama 3.1", key_bits=4)
     known = known_losses()
     assert cells(planner, "fp16")[2:5] == ["0", "0%", "exact"]
@@ -126,7 +126,7 @@ def test_each_cache_says_what_it_loses_and_where_that_was_measured(planner):
     assert expected_loss("vecinfer", 0.5, 4) is UNKNOWN
 
 
-def test_what_was_measured_on_this_model_takes_the_place_of_a_prediction():
+def test_a_measurement_on_this_model_replaces_a_prediction():
     runs = Runs()
     planner = vl.widgets.MemoryPlanner(tiny("llama"), runs=runs)
     assert cells(planner, "turboquant K4 V4")[4] == "predicted"
@@ -143,7 +143,7 @@ def test_what_was_measured_on_this_model_takes_the_place_of_a_prediction():
 def test_a_typed_shape_is_planned(planner):
     before = drawn(planner)
     turn(planner, layers=64)
-    assert drawn(planner) == pytest.approx(2 * before, rel=1e-4)  # but for the tables
+    assert drawn(planner) == pytest.approx(2 * before, rel=1e-4)  # except for the tables
     turn(planner, sliding_window=1024, full_every=4)
     assert drawn(planner) < before
     assert planner.chart.frame["cache"].unique().sort().to_list() == ["fp16", "turboquant K4 V4"]
@@ -157,7 +157,7 @@ def test_more_memory_is_a_larger_context(planner):
     assert contexts["context"].to_list() == planner.largest["tokens"].to_list()
 
 
-def test_a_model_that_is_here_is_planned_as_it_is():
+def test_a_loaded_model_is_planned():
     model = tiny("gemma3_text")
     planner = vl.widgets.MemoryPlanner(model, context=4096, method="rabitq", window=16)
     assert planner.plan.equals(vl.measure.plan_memory(model, "rabitq", context=4096, window=16))
@@ -166,7 +166,7 @@ def test_a_model_that_is_here_is_planned_as_it_is():
     assert bundle["text/plain"].startswith("MemoryPlanner(gemma3_text: 4,096 tokens as rabitq K4 V4: ")
 
 
-def test_a_shape_that_cannot_be_is_said_and_the_chart_stays(planner):
+def test_an_impossible_shape_is_reported_and_the_chart_stays(planner):
     before = drawn(planner)
     planner.full_every = 6
     assert planner.wait(60)

@@ -1,4 +1,4 @@
-"""What was measured is kept: runs in a file, two of them paired by window, settings undone, and times by layer."""
+"""Kept measurements: runs in a file, two of them paired by window, settings undone, and times by layer."""
 
 import base64
 import json
@@ -40,7 +40,7 @@ def lab(model):
 
 
 def run(name="a", kl=(0.25, 0.5, 0.75), text="t", **choice):
-    """A run with these means of windows."""
+    """Return a run with these means of windows."""
     windows = pl.DataFrame({"window": range(len(kl)), "positions": 31, "kl_mean": kl})
     row = in_schema(pl.DataFrame({"name": [name], "kl_mean": [sum(kl) / len(kl)], "top1_flips": [0.25]}), FIDELITY)
     return Run(name, Choice(**choice), "2026-11-30T12:00:00+00:00", text, 7, row, in_schema(windows, WINDOWS))
@@ -49,7 +49,7 @@ def run(name="a", kl=(0.25, 0.5, 0.75), text="t", **choice):
 # runs
 
 
-def test_runs_come_back_from_their_file_as_they_were(tmp_path):
+def test_runs_are_restored_from_their_file(tmp_path):
     made, again = Runs(), Runs()
     made.add(run(method="rabitq", key_bits=3, sinks=0, own_bits={1: (2, 4.25)}))
     made.add(run("b", (0.5,)))
@@ -67,11 +67,11 @@ def test_runs_come_back_from_their_file_as_they_were(tmp_path):
         again.open(tmp_path / "other.parquet")
 
 
-def test_a_difference_is_paired_and_says_when_it_is_not_decisive():
+def test_a_difference_is_paired_and_marked_if_it_is_not_significant():
     first = run("A")
     assert apart(first, run("B", (0.35, 0.6, 0.85))) == (
         "B loses 0.1 nats a token more than A (95 % interval 0.1 to 0.1, 3 windows)."
-    )  # each window differs by as much, though windows differ by more
+    )  # the same difference in each window; windows differ by more
     assert apart(first, run("B", (0.0, 0.6, 0.85))).endswith("3 windows): not decisive.")
     assert apart(first, run("B", (0.35,))).endswith("(one window, so no interval): not decisive.")
     assert "less than A" in apart(first, run("B", (0.2, 0.45, 0.7)))
@@ -96,25 +96,25 @@ def stepping(monkeypatch):
     return selection, steps, choose
 
 
-def test_what_was_chosen_is_undone_and_done_again(stepping):
+def test_a_choice_can_be_undone_and_redone(stepping):
     selection, steps, choose = stepping
     choose(key_bits=3)
     choose(sinks=0)
     steps.undo()
     assert (selection.choice.key_bits, selection.choice.sinks) == (3, 4)
     steps.undo()
-    steps.undo()  # there is no more
+    steps.undo()  # there is no earlier step
     assert selection.choice.key_bits == 4
     steps.redo()
     steps.redo()
     assert (selection.choice.key_bits, selection.choice.sinks) == (3, 0)
     steps.undo()
     choose(window=0)
-    steps.redo()  # another way was taken
+    steps.redo()  # a new step removes those to redo
     assert (selection.choice.window, selection.choice.sinks) == (0, 4)
 
 
-def test_a_slider_that_moves_is_one_step_and_another_knob_is_one_of_its_own(stepping):
+def test_moves_of_one_slider_are_one_step_and_another_control_is_another_step(stepping):
     selection, steps, choose = stepping
     for window in (60, 50, 40):
         choose(seconds=0.3, window=window)
@@ -127,7 +127,7 @@ def test_a_slider_that_moves_is_one_step_and_another_knob_is_one_of_its_own(step
     assert found == [(40, 1), (40, 4), (64, 4)]
 
 
-# the page, and what is taken away
+# the page and its report
 
 
 def test_the_page_of_runs_compares_names_and_uses_them(lab, tmp_path, monkeypatch):
@@ -156,7 +156,7 @@ def test_the_page_of_runs_compares_names_and_uses_them(lab, tmp_path, monkeypatc
     assert other.table.equals(lab.points.table)
 
 
-def test_a_new_page_of_runs_compares_the_two_that_there_are(lab):
+def test_a_new_page_of_runs_compares_the_two_existing_runs(lab):
     page = lab.turn_to("runs")
     page.close()
     again = lab.turn_to("runs")
@@ -173,7 +173,7 @@ def test_an_interval_is_that_of_fidelity_on_as_many_windows(lab, model):
     assert newest.kl.mean == pytest.approx(again["kl_mean"].item())
 
 
-def test_a_run_keeps_the_seed_of_what_is_random(lab, model):
+def test_a_run_keeps_its_seed(lab, model):
     assert lab.points.every[-1].seed == vars(find_method("turboquant").codec(64, 4, "keys"))["seed"]
     fitted = vl.calibrate(model, Letters(), "vecinfer", text=TEXT, bits=2, tokens=128, seed=5)
     other = vl.Lab(model, Letters(), method="vecinfer", bits=2, calibration=fitted, tokens=64)
@@ -183,7 +183,7 @@ def test_a_run_keeps_the_seed_of_what_is_random(lab, model):
     other.close()
 
 
-def test_a_report_of_the_laboratory_begins_with_the_answer_and_holds_its_notebook(lab, tmp_path):
+def test_a_report_of_the_laboratory_begins_with_the_answer_and_contains_its_notebook(lab, tmp_path):
     text = lab.export(tmp_path / "lab.html").read_text()
     first, second = re.findall(r"<h2>(.*?)</h2>", text)[:2]
     assert first.startswith("What does turboquant K8 V8 change")
@@ -219,7 +219,7 @@ def test_times_of_layers_are_beside_their_bytes(model):
         vl.measure.layer_times(tiny("llama", num_hidden_layers=1), seen)
 
 
-def test_the_page_of_times_measures_when_it_is_asked(lab):
+def test_the_page_of_times_measures_on_request(lab):
     page = lab.turn_to("times")
     assert page.summary == "nothing was timed yet"
     page.time()
@@ -228,6 +228,6 @@ def test_the_page_of_times_measures_when_it_is_asked(lab):
     assert page.summary.startswith(f"{lab.selection.choice.name}: All layers, over the exact cache's time")
 
 
-def test_windows_that_lose_nothing_are_drawn_too():
+def test_windows_without_loss_are_drawn_too():
     frame = run(kl=(0.0, 0.25)).windows.with_columns(pl.lit(0.1).alias("top1_flips"), cache=pl.lit("a"))
     assert "Mean KL in nats: a 0.125." in json.dumps(window_losses(frame).to_dict())

@@ -1,4 +1,4 @@
-"""The seed of what is random in codes or in their calibration: chosen once, for pages, functions and commands."""
+"""The seed of random parts in codes and calibrations: chosen once, for pages, functions and commands."""
 
 import pytest
 
@@ -61,7 +61,7 @@ def test_the_seed_of_codes_is_that_of_every_page_the_plan_and_the_code(lab):
     assert given["seed"] == 3
 
 
-def test_a_run_has_its_seed_and_is_what_the_function_gives(lab, tmp_path):
+def test_a_run_has_its_seed_and_the_function_s_result(lab, tmp_path):
     turn(lab, seed=3)
     lab.measure()
     assert lab.wait(60)
@@ -83,11 +83,11 @@ def test_a_run_has_its_seed_and_is_what_the_function_gives(lab, tmp_path):
     turn(lab, seed=0)
     lab.restore(state)
     assert lab.selection.choice.seed == 3
-    lab.restore({name: value for name, value in state.items() if name != "seed"})  # one that was taken before
+    lab.restore({name: value for name, value in state.items() if name != "seed"})  # a state from an older version
     assert lab.selection.choice.seed == 0
 
 
-def test_a_method_that_is_fitted_is_fitted_with_the_seed(lab):
+def test_a_method_is_fitted_with_the_seed(lab):
     turn(lab, page="cache", method=FITTED)
     turn(lab, seed=5)
     assert "seed" not in lab.plan.layers[0].options
@@ -104,7 +104,7 @@ def test_a_method_that_is_fitted_is_fitted_with_the_seed(lab):
     assert ", seed=6)" in calibration_code(lab.plan, seed=6)
 
 
-def test_a_calibration_that_was_given_keeps_its_seed(lab):
+def test_a_given_calibration_keeps_its_seed(lab):
     given = lab.selection.fitting.calibration(FITTED, [4], seed=5)
     other = vl.Lab(lab.experiment.model, Letters(), method=FITTED, tokens=64, calibration=given)
     with pytest.raises(InputError, match=r"spectralquant that was given has seed 5: for another seed give .*seed=6"):

@@ -1,4 +1,4 @@
-"""The page of one token: what it shows is what is measured, and every pick is a pick on all pages."""
+"""The page of one token shows its measurements, and every pick counts on all pages."""
 
 import pytest
 
@@ -42,7 +42,7 @@ def said(page, chart):
     return page.charts[chart].content["params"]["caption"]
 
 
-def test_without_a_pick_the_token_is_seen_that_lost_most(page, found):
+def test_without_a_pick_the_page_shows_the_token_that_lost_most(page, found):
     assert (page.token, page.place) == (None, found.worst)
     assert f"Token {found.worst}. " in said(page, "alternatives")
     assert f"at token {found.worst} (" in said(page, "along")
@@ -50,13 +50,13 @@ def test_without_a_pick_the_token_is_seen_that_lost_most(page, found):
     assert page.charts["along"].frame["kl"].to_list() == pytest.approx(found.tokens["kl"].to_list(), rel=1e-4)
 
 
-def test_a_token_picked_in_a_chart_is_seen_in_every_chart_and_on_every_page(lab, page):
+def test_a_token_picked_in_a_chart_is_shown_in_every_chart_and_on_every_page(lab, page):
     errors = lab.turn_to("errors")
     turn(lab, page="tokens")
     drawn = [page.charts[name].revision for name in ("along", "text")]
     page.charts["text"].picked_token = 40
     assert page.wait(120)
-    assert [page.charts[name].revision for name in ("along", "text")] == drawn  # a mark moves, and nothing else there
+    assert [page.charts[name].revision for name in ("along", "text")] == drawn  # only a mark moves there
     assert (lab.token, page.place, page._steps.value) == (40, 40, 40)
     assert all(view.picked_token == 40 for view in page.views)
     pairs = [(layer, tokens.as_held(layer, "rvq", (2, 2))) for layer in lab.experiment.capture.layers]
@@ -96,7 +96,7 @@ def test_a_cell_picked_on_the_cache_page_is_picked_here(lab, page):
     assert (page.layer, heads.picked) == (1, 1)
 
 
-def test_other_bits_of_one_layer_code_that_layer_alone(lab, page, monkeypatch):
+def test_other_bits_of_one_layer_change_only_that_layer(lab, page, monkeypatch):
     coded, as_held = [], tokens.as_held
     monkeypatch.setattr(
         pages, "as_held", lambda layer, *of, **more: coded.append(layer.layer) or as_held(layer, *of, **more)
@@ -136,7 +136,7 @@ def test_a_generated_token_has_causes_too(lab, page):
     assert (lab.token, lab.selection.choice.ids) == (None, ())
 
 
-def test_a_token_that_is_not_there_is_refused(lab, page):
+def test_a_missing_token_is_refused(lab, page):
     with pytest.raises(InputError, match="There is no token 96: the text has 96"):
         lab.token = 96
     assert page.token is None

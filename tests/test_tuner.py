@@ -1,4 +1,4 @@
-"""The tuner answers from tables on whatever thread its knobs are turned, and measures what it is asked to."""
+"""The tuner shows results of tables for its controls, from any thread, and measures on request."""
 
 import base64
 import html
@@ -57,7 +57,7 @@ def fitted(model, folder):
 
 @pytest.fixture(params=["ratequant", "fisherquant"])
 def tuner_of(request, rates, fitted, model):
-    """A tuner of either method."""
+    """Return a tuner of either method."""
     bounds = vl.allocate.Bounds(methods=(request.param,))
     known = rates.with_calibration(fitted) if request.param == "fisherquant" else rates
     given: dict[str, Any] = {"budget": 3.25, "text": TEXT, "tokens": 48, "calibration": fitted}
@@ -67,7 +67,7 @@ def tuner_of(request, rates, fitted, model):
 
 
 def turn(work) -> None:
-    """Turn knobs as JupyterLab does, from a thread that is not the main one."""
+    """Set controls as JupyterLab does, from a thread that is not the main one."""
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
@@ -96,7 +96,7 @@ def test_a_budget_set_twice_changes_every_chart_twice(tuner_of):
     assert seen == sorted(seen)
 
 
-def test_the_charts_show_what_the_tables_say(tuner, rates):
+def test_the_charts_show_the_tables(tuner, rates):
     tuner.budget = vl.allocate.BytesPerToken(rates.solve(4.25).bytes_per_token)
     expected = rates.solve(4.25)
     assert tuner.plan == expected.plan
@@ -126,10 +126,10 @@ def test_a_budget_of_any_kind_is_shown_by_its_own_knobs(tuner, budget):
     assert control.kind.value is type(budget)
     knobs = control.slot.children
     assert [knob.value for knob in knobs] == pytest.approx(list(vars(budget).values()))
-    assert tuner.budget == budget  # showing it asked for nothing
+    assert tuner.budget == budget  # showing it changes nothing
 
 
-def test_bounds_are_kept_and_shown(tuner):
+def test_bounds_hold_and_are_shown(tuner):
     tuner.tune(budget=4.5, bounds=vl.allocate.Bounds(3, 5, protected_first=1, protection="widest"))
     bits = tuner.charts["bits"].frame
     assert set(bits["bits"]) <= {3, 4, 5}
@@ -139,7 +139,7 @@ def test_bounds_are_kept_and_shown(tuner):
     tuner.tune(budget=16.0, bounds=vl.allocate.Bounds(protected_last=1, protection="exact"))
     assert set(tuner.charts["bits"].frame.filter(layer=3)["method"]) == {"none"}
     assert "grey: 4 kept exact" in tuner.charts["bits"].content["params"]["caption"]
-    # exact layers take more bits than the axis had, and it goes on to them
+    # exact layers have more bits than the axis had, and it is extended to them
     most, usual = tuner.charts["frontier"].frame["true_bits"].max(), tuner.everything["true_bits"]
     assert most > usual.max()
     assert f'"domain": [{usual.min()}, {most}]' in json.dumps(tuner.charts["frontier"].to_dict())
@@ -170,7 +170,7 @@ def test_keys_that_weigh_more_get_more_bits(tuner):
     before = drawn_bits(tuner, "keys")
     tuner.key_weight = 10_000.0
     assert drawn_bits(tuner, "keys") > before
-    assert tuner._controls.key_weight.value == 16.0  # as far as the knob goes
+    assert tuner._controls.key_weight.value == 16.0  # the control's limit
     assert tuner.key_weight == 10_000.0
 
 
@@ -213,7 +213,7 @@ def test_another_kind_of_budget_keeps_the_plan(tuner, kind):
     assert tuner.plan.layers == before.layers
 
 
-def test_a_longer_text_wants_more_memory_and_gets_the_least_that_fits(tuner):
+def test_a_longer_text_gets_the_least_memory_that_fits(tuner):
     tuner._controls.kind.value = vl.allocate.TokensInMemory
     tuner._controls.tokens.value = 40_000
     assert tuner.budget.tokens == 40_000
@@ -224,24 +224,24 @@ def test_a_longer_text_wants_more_memory_and_gets_the_least_that_fits(tuner):
     assert tuner._message.value == ""
 
 
-def test_the_slider_of_memory_ends_at_what_this_process_may_use(tuner, monkeypatch):
+def test_the_slider_of_memory_ends_at_the_limit_of_this_process(tuner, monkeypatch):
     tuner._controls.kind.value = vl.allocate.TokensInMemory
     tuner.budget = vl.allocate.TokensInMemory(2_000, 1.5)
     assert tuner._controls.megabytes.max > 1.6
     monkeypatch.setattr(budget_controls, "device", lambda: Device("cpu", "small", 1_600_000, 1))
     tuner.budget = vl.allocate.TokensInMemory(2_000, 1.4)
     assert tuner._controls.megabytes.max == 1.6
-    tuner.budget = vl.allocate.TokensInMemory(2_000, 1.7)  # asked for in Python, perhaps for another machine
+    tuner.budget = vl.allocate.TokensInMemory(2_000, 1.7)  # set in Python, perhaps for another machine
     assert tuner._controls.megabytes.value == tuner._controls.megabytes.max == 1.7
 
 
-def test_what_a_hand_cannot_have_is_said_and_everything_stays(tuner):
+def test_an_impossible_choice_by_hand_is_reported_and_nothing_changes(tuner):
     tuner._controls.kind.value = vl.allocate.TokensInMemory
     before = tuner.setting
     turn(lambda: setattr(tuner._controls.tokens, "value", 3))
     assert "3 tokens are all kept exact" in tuner._message.value
     assert tuner.setting is before
-    assert tuner._controls.tokens.value == before.budget.tokens  # the knobs show what is
+    assert tuner._controls.tokens.value == before.budget.tokens  # the controls show the current state
     turn(lambda: setattr(tuner._controls.tokens, "value", 900))
     assert tuner.budget.tokens == 900
 
@@ -294,11 +294,11 @@ def test_a_measured_plan_stands_beside_its_prediction(tuner_of, model, fitted):
     assert shown["kind"].to_list() == [kind, "uniform"]
     assert shown["loss"].to_list() == tuner.measured["kl_mean"].to_list()
     assert tuner._history.value.index("uniform 3.25 bits") < tuner._history.value.index(f"{name} 3.25 bits")
-    tuner.budget = 5.0  # what was measured stays
+    tuner.budget = 5.0  # the measurement stays
     assert tuner.charts["frontier"].frame.filter(role="measured").height == 2
 
 
-def test_another_method_with_a_prediction_is_known_by_what_it_declares(rates, fitted):
+def test_another_method_with_a_prediction_is_found_by_its_declaration(rates, fitted):
     vl.register(replace(METHODS["fisherquant"], id="other", name="Other", codecs=(FisherQuant,)))
     try:
         both = [rates.with_calibration(replace(fitted, method=method)) for method in ("fisherquant", "other")]
@@ -328,9 +328,9 @@ def test_fisherquant_is_added_by_a_button_and_chosen_by_a_knob(rates, fitted, mo
     assert tuner._controls.method.value == "fisherquant"
     assert 'vl.calibrate(model, tokenizer, "fisherquant")' in html.unescape(tuner._file.code.value)
     bits = tuner.charts["coordinates"].frame
-    assert bits["bits"].mean() == pytest.approx(3.25 - 4 / 64, abs=0.02)  # 4 bits a vector are its scale's
+    assert bits["bits"].mean() == pytest.approx(3.25 - 4 / 64, abs=0.02)  # 4 bits of each vector are for its scale
     assert set(tuner.charts["frontier"].frame["kind"]) == {"allocated", "uniform", "fisherquant"}
-    tuner.budget = 2.125  # a fraction; and no head is left with its least
+    tuner.budget = 2.125  # a fraction; no head has its least bits
     assert "Nothing" not in tuner._told.value
     turn(lambda: setattr(tuner._controls.method, "value", "ratequant"))
     assert tuner.bounds == vl.allocate.Bounds(methods=("ratequant",))
@@ -338,7 +338,7 @@ def test_fisherquant_is_added_by_a_button_and_chosen_by_a_knob(rates, fitted, mo
     tuner.worker.close()
 
 
-def test_measuring_can_be_cancelled_and_the_tuner_lives_on(tuner):
+def test_measuring_can_be_cancelled_and_the_tuner_still_works(tuner):
     tuner.measure()
     tuner.worker.cancel()
     assert tuner.wait(PATIENCE)
@@ -350,7 +350,7 @@ def test_measuring_can_be_cancelled_and_the_tuner_lives_on(tuner):
     assert tuner.measured.height == 1
 
 
-def test_what_goes_wrong_in_measuring_is_said(rates, model):
+def test_errors_of_a_measurement_are_shown(rates, model):
     tuner = vl.widgets.BudgetTuner(rates, model, Letters(), budget=3.25, text="a", tokens=48)
     tuner.measure()
     assert tuner.wait(PATIENCE)
@@ -373,10 +373,10 @@ def test_losses_that_are_no_divergences_are_not_compared_with_one(model, folder)
     tuner.worker.close()
 
 
-# without a model, and with nothing but one
+# without a model, and with a model only
 
 
-def test_tables_from_disk_need_no_model_but_to_measure(rates, tmp_path):
+def test_tables_from_disk_need_a_model_only_to_measure(rates, tmp_path):
     tuner = vl.widgets.BudgetTuner(vl.allocate.RateBudget.load(rates.save(tmp_path / "rates.json")))
     before = drawn_bits(tuner, "keys")
     tuner.budget = 6.0
@@ -387,12 +387,12 @@ def test_tables_from_disk_need_no_model_but_to_measure(rates, tmp_path):
     assert all(controls(tuner)[name].disabled for name in ("Measure", "Measure uniform", "Add FisherQuant"))
 
 
-def test_a_model_is_measured_first_and_found_again(model, tmp_path, monkeypatch):
+def test_a_model_is_measured_first_and_its_tables_are_found_again(model, tmp_path, monkeypatch):
     given: dict[str, Any] = {"budget": 3.25, "rate_settings": {"text": TEXT, "folder": tmp_path, **MEASURED}}
     tuner = vl.widgets.BudgetTuner(model, Letters(), **given)
     assert any(isinstance(part, ProgressBar) for part in lifetime.parts(tuner))
     assert tuner.wait(PATIENCE)
-    assert repr(tuner) == "BudgetTuner(no tables yet)"  # nobody asked for a long measurement
+    assert repr(tuner) == "BudgetTuner(no tables yet)"  # no long measurement without a request
     assert "gradients of 2 texts of 64 tokens" in tuner._message.value
     controls(tuner)["Measure tables (2 × 64 tokens)"].click()
     assert tuner.wait(PATIENCE)
@@ -406,12 +406,12 @@ def test_a_model_is_measured_first_and_found_again(model, tmp_path, monkeypatch)
     other.worker.close()
 
 
-def test_a_start_that_was_cancelled_can_be_made_again(model, tmp_path):
+def test_a_cancelled_start_can_be_repeated(model, tmp_path):
     tuner = vl.widgets.BudgetTuner(model, Letters(), rate_settings={"text": TEXT, "folder": tmp_path, **MEASURED})
     tuner.start()
     tuner.worker.cancel()
     assert tuner.wait(PATIENCE)
-    tuner.layer = 1  # which is picked once there are charts
+    tuner.layer = 1  # picked once the charts exist
     for knob in (lambda: tuner.plan, lambda: setattr(tuner, "budget", 3.0)):
         with pytest.raises(InputError, match="not measured yet"):
             knob()
@@ -422,11 +422,11 @@ def test_a_start_that_was_cancelled_can_be_made_again(model, tmp_path):
     children = tuner.children
     tuner.start()
     assert tuner.wait(PATIENCE)
-    assert tuner.children == children  # the tables are there
+    assert tuner.children == children  # the tables exist
     tuner.worker.close()
 
 
-def test_a_budget_that_the_tables_cannot_serve_is_said_when_they_are_there(model, tmp_path):
+def test_an_impossible_budget_is_reported_once_the_tables_exist(model, tmp_path):
     tuner = vl.widgets.BudgetTuner(
         model, Letters(), budget=1.0, rate_settings={"text": TEXT, "folder": tmp_path, **MEASURED}
     )
@@ -453,15 +453,15 @@ def test_a_budget_that_the_tables_cannot_serve_is_said_when_they_are_there(model
         (lambda rates, model: vl.widgets.BudgetTuner(rates, budget=0.5), "give more, or allow fewer bits"),
     ],
 )
-def test_a_tuner_that_cannot_be_says_so(rates, model, make, sentence):
+def test_an_impossible_tuner_is_refused_in_a_sentence(rates, model, make, sentence):
     with pytest.raises(InputError, match=sentence):
         make(rates, model)
 
 
-# taking away
+# saving
 
 
-def test_a_plan_is_saved_where_the_box_says(tuner, tmp_path):
+def test_a_plan_is_saved_at_the_path_in_the_box(tuner, tmp_path):
     box = tuner._file
     box.path.value = str(tmp_path / "mine.json")
     assert f'vl.Plan.load("{tmp_path}/mine.json")' in box.code.value.replace("&quot;", '"')
@@ -477,12 +477,12 @@ def test_a_plan_is_saved_where_the_box_says(tuner, tmp_path):
         assert sentence in box.said.value
 
 
-def test_a_place_that_cannot_be_written_is_said(tuner):
+def test_a_place_without_write_access_is_reported(tuner):
     with pytest.raises(InputError, match=r"/proc/plan.json cannot be written \(.+\): choose another place"):
         tuner.save("/proc/plan.json")
 
 
-def test_what_is_saved_without_a_kernel_is_a_picture_and_a_line_of_numbers(tuner):
+def test_without_a_kernel_an_image_and_a_line_of_numbers_are_saved(tuner):
     bundle, _ = tuner._repr_mimebundle_()
     assert bundle["text/plain"].startswith("BudgetTuner(3.25 true bits a value, 416 bytes a token; code bits: keys ")
     assert png_size(base64.b64decode(bundle["image/png"]))[0] == 700

@@ -1,4 +1,4 @@
-"""The Vega bundle: made once, whole or not at all, wherever there is room for it."""
+"""The Vega bundle is made once, completely or not at all, in a folder with write access."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veloxlab.widgets.chart_view import bundle_name, ensure_bundle
 
 @pytest.fixture
 def made(monkeypatch) -> list[str]:
-    """Stand in for the slow bundler, and list the versions that it was asked for."""
+    """Replace the slow bundler, and return the list of requested versions."""
     versions: list[str] = []
 
     def bundle(snippet: str, vl_version: str) -> str:
@@ -37,7 +37,7 @@ def test_the_bundle_is_made_once_and_leaves_no_partial_file(monkeypatch, tmp_pat
     assert list(first.parent.iterdir()) == [first]
 
 
-def test_a_cache_that_cannot_be_written_sends_the_bundle_to_a_temporary_folder(monkeypatch, tmp_path, made):
+def test_without_a_writable_cache_the_bundle_is_in_a_temporary_folder(monkeypatch, tmp_path, made):
     (tmp_path / "veloxlab").write_text("a file where the folder should be")
     cache_at(monkeypatch, tmp_path)
     path = ensure_bundle()

@@ -1,4 +1,4 @@
-"""What widgets and reports send to a page: text stays text, and numbers are numbers, while the worker adds more."""
+"""Data from widgets and reports to a page: text stays text, and numbers are numbers, while the worker adds more."""
 
 from __future__ import annotations
 
@@ -80,11 +80,11 @@ def test_each_layer_is_shown_at_its_own_bits(lab):
     assert at_bits(frames, BITS).rows() == [(0, "keys", 3), (1, "keys", 4), (0, "values", 4), (1, "values", 4)]
 
 
-def test_a_request_that_failed_is_measured_again(lab, monkeypatch):
+def test_a_failed_request_is_measured_again(lab, monkeypatch):
     page = lab.turn_to("cache")
     with monkeypatch.context() as patch:
         patch.setitem(page.MEASURES, "bits", lambda *_: 1 / 0)
-        page.found.clear()  # these bits may have been measured ahead
+        page.found.clear()  # these bits can have been measured ahead
         turn(page, key_bits=6)
         assert "ZeroDivisionError" in page._message.value
         assert page.bits.frame.filter(tensor="keys", part="codes")["bits_per_value"].max() != 6
@@ -111,7 +111,7 @@ def test_bits_of_layers_are_read_while_others_are_set(lab):
     lab.selection.choose(own_bits={}, layer=None)
 
 
-def test_text_in_a_report_opens_and_ends_nothing():
+def test_text_in_a_report_cannot_open_or_close_elements():
     frame = pl.DataFrame({"x": [HOSTILE], "y": [math.nan]})
     spec = alt.Chart(frame, title=HOSTILE).mark_bar().encode(x="x:N", y="y:Q").to_dict()
     section = Section(HOSTILE, HOSTILE, chart=spec, table=pl.DataFrame({HOSTILE: [HOSTILE]}), code=HOSTILE)
@@ -134,11 +134,11 @@ def test_text_in_a_table_of_plans_and_in_a_line_of_code_stays_text(lab, monkeypa
     page = lab.turn_to("cache")
     monkeypatch.setattr(Choice, "lines", lambda *_: [HOSTILE])
     page._redraw()
-    assert page._code.value == HOSTILE  # which a page shows as text content
+    assert page._code.value == HOSTILE  # a page shows it as text content
 
 
 def as_html(widget: ipywidgets.Widget) -> Iterator[str]:
-    """What a widget, and all below it, give a browser as HTML."""
+    """Yield the HTML that a widget, and all widgets in it, send to a browser."""
     assert not getattr(widget, "description_allow_html", False)
     if isinstance(widget, ipywidgets.HTML | ipywidgets.HTMLMath):
         yield widget.value
@@ -146,7 +146,7 @@ def as_html(widget: ipywidgets.Widget) -> Iterator[str]:
         yield from as_html(child)
 
 
-def test_words_from_elsewhere_are_no_markup_on_any_page(lab):
+def test_external_text_is_not_markup_on_any_page(lab):
     for name in ("cache", "errors", "keys", "generation", "memory"):
         page = lab.turn_to(name)
         page.say(HOSTILE)  # as the message of an error
@@ -158,7 +158,7 @@ def test_words_from_elsewhere_are_no_markup_on_any_page(lab):
     page.prompt = "Once"
 
 
-def test_a_path_is_no_markup_where_a_plan_is_saved(tmp_path):
+def test_a_path_is_not_markup_where_a_plan_is_saved(tmp_path):
     box = PlanFile(lambda: SimpleNamespace(calibrations={}, save=vl.Plan.uniform(tiny("llama")).save))
     box.path.value = f"{tmp_path}/none/<script>/plan.json"
     box._clicked()
@@ -166,7 +166,7 @@ def test_a_path_is_no_markup_where_a_plan_is_saved(tmp_path):
     assert not [text for text in as_html(box) if "<script" in text]
 
 
-def test_the_line_that_loads_a_plan_is_python_whatever_the_path():
+def test_the_line_that_loads_a_plan_is_valid_python_for_any_path():
     box = PlanFile(lambda: SimpleNamespace(calibrations={}))
     box.path.value = 'C:\\plans\\new "one".json'
     code = ast.parse(box.code.value)
@@ -174,7 +174,7 @@ def test_the_line_that_loads_a_plan_is_python_whatever_the_path():
     assert path == box.path.value
 
 
-def test_names_of_a_drawing_are_set_apart_and_its_texts_are_not():
+def test_ids_of_a_drawing_get_a_prefix_and_its_texts_do_not():
     frame = pl.DataFrame({"x": ['id="clip0" url(#z)'], "y": [1]})
     chart = alt.Chart(frame).mark_bar(clip=True).encode(x="x:N", y="y:Q")
     drawing = picture._apart(picture.svg(chart.to_dict()), "chart3-")

@@ -1,4 +1,4 @@
-"""The worker: order, overtaking, cancelling and errors, asked for from several threads at once."""
+"""The worker: order, overtaking, cancelling and errors, with jobs from several threads at the same time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATIENCE = 20  # seconds
 
 
 class PanicException(BaseException):
-    """As Polars' own, which is no Exception."""
+    """Like Polars' own, which is not an Exception."""
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def news(worker) -> list[Status]:
 
 
 class Held:
-    """A job that starts, then runs until it is let go, calling its progress all the while."""
+    """A job that starts, then runs until it is released, and calls its progress meanwhile."""
 
     def __init__(self) -> None:
         self.started = threading.Event()
@@ -57,7 +57,7 @@ def idle(worker: Worker) -> None:
     assert worker.wait(PATIENCE, ahead=True)
 
 
-def test_every_job_runs_on_the_one_thread_whoever_asks(worker):
+def test_every_job_runs_on_the_same_thread(worker):
     threads: list[threading.Thread] = []
     callers = [
         threading.Thread(target=worker.submit, args=(f"key {i}", lambda _: threads.append(threading.current_thread())))
@@ -72,7 +72,7 @@ def test_every_job_runs_on_the_one_thread_whoever_asks(worker):
     assert {thread.name for thread in threads} == {"test-worker"}
 
 
-def test_results_come_in_the_order_of_asking(worker):
+def test_results_arrive_in_the_order_of_submission(worker):
     results: list[str] = []
     held = Held()
     worker.submit("a", held, on_done=results.append)
@@ -83,7 +83,7 @@ def test_results_come_in_the_order_of_asking(worker):
     assert results == ["held to the end", "b", "c"]
 
 
-def test_a_newer_job_overtakes_the_running_one_and_those_that_wait(worker, news):
+def test_a_newer_job_overtakes_the_running_one_and_waiting_ones(worker, news):
     results: list[object] = []
     held = Held()
     worker.submit("slider", held, on_done=results.append)
@@ -96,7 +96,7 @@ def test_a_newer_job_overtakes_the_running_one_and_those_that_wait(worker, news)
     assert sum(status.state == "overtaken" for status in news) == 3
 
 
-def test_a_job_that_never_tells_of_its_progress_delivers_nothing_once_it_is_overtaken(worker):
+def test_an_overtaken_job_without_progress_delivers_nothing(worker):
     results: list[str] = []
     started, go = threading.Event(), threading.Event()
 
@@ -138,7 +138,7 @@ def test_cancel_ends_one_key_or_all(worker, key, left):
     assert results == left
 
 
-def test_what_nobody_waits_for_makes_way_and_begins_anew(worker, news):
+def test_a_job_ahead_yields_to_others_and_starts_again(worker, news):
     starts, go = [], threading.Event()
     asked, first = [], threading.Event()
 
@@ -150,7 +150,7 @@ def test_what_nobody_waits_for_makes_way_and_begins_anew(worker, news):
 
     worker.submit("ahead", ahead, ahead=True)
     assert first.wait(PATIENCE)
-    worker.submit("also ahead", lambda _: asked.append("also ahead"), ahead=True)  # takes nobody's place
+    worker.submit("also ahead", lambda _: asked.append("also ahead"), ahead=True)  # does not overtake the other one
     for key in ("one", "two"):
         worker.submit(key, lambda _, key=key: (asked.append(key), asked[1:] and go.set()))
     idle(worker)
@@ -161,7 +161,7 @@ def test_what_nobody_waits_for_makes_way_and_begins_anew(worker, news):
     assert "cancelled" not in {s.state for s in news}
 
 
-def test_what_a_person_asked_for_passes_all_that_wait(worker):
+def test_a_job_of_the_user_runs_before_all_waiting_ones(worker):
     held, ran = Held(), []
     worker.submit("held", held)
     assert held.started.wait(PATIENCE)
@@ -177,7 +177,7 @@ def test_what_a_person_asked_for_passes_all_that_wait(worker):
     assert ran == ["pressed", "again", "frames", "ahead"]
 
 
-def test_nobody_waits_for_what_runs_ahead_unless_asked(worker):
+def test_wait_ignores_jobs_ahead_unless_they_are_included(worker):
     held = Held()
     worker.submit("ahead", held, ahead=True)
     assert worker.wait(PATIENCE)
@@ -188,7 +188,7 @@ def test_nobody_waits_for_what_runs_ahead_unless_asked(worker):
     idle(worker)
 
 
-def test_what_made_way_can_be_cancelled_while_it_waits(worker, news):
+def test_a_job_that_yielded_can_be_cancelled_while_it_waits(worker, news):
     held, started = Held(), threading.Event()
 
     def ahead(progress: Progress) -> None:
@@ -235,7 +235,7 @@ def test_a_job_cannot_swallow_its_cancellation(worker, news):
         (PanicException("a shape is wrong"), "This stopped with PanicException: a shape is wrong."),
     ],
 )
-def test_an_error_becomes_a_sentence_and_the_worker_goes_on(worker, news, error, said):
+def test_an_error_becomes_a_sentence_and_the_worker_continues(worker, news, error, said):
     sentences: list[str] = []
     results: list[int] = []
 
@@ -251,7 +251,7 @@ def test_an_error_becomes_a_sentence_and_the_worker_goes_on(worker, news, error,
     assert Status("bad", "failed", label=said) in news
 
 
-def test_an_error_in_a_callback_is_said_too(worker):
+def test_an_error_in_a_callback_is_reported_too(worker):
     sentences: list[str] = []
     worker.submit("key", lambda _: 0, on_done=lambda result: 1 / result, on_error=sentences.append)
     idle(worker)
@@ -259,7 +259,7 @@ def test_an_error_in_a_callback_is_said_too(worker):
 
 
 @pytest.mark.parametrize("kind", [ValueError, SystemExit])
-def test_a_listener_that_fails_is_logged_and_stops_nobody(worker, caplog, kind):
+def test_a_failing_listener_is_logged_and_stops_no_other(worker, caplog, kind):
     results: list[int] = []
 
     def fail(_: Status) -> None:
@@ -298,7 +298,7 @@ def test_a_closed_worker_ends_its_thread_without_waiting_and_takes_no_job(worker
     thread = thread_of(worker)
     worker.submit("later", Held())
     worker.close()
-    assert thread.is_alive()  # in the job, which nobody can interrupt
+    assert thread.is_alive()  # in the job, which cannot be interrupted
     go.set()
     thread.join(PATIENCE)
     assert not thread.is_alive()
@@ -313,7 +313,7 @@ def thread_of(worker: Worker) -> threading.Thread:
 
 @dataclass(eq=False)
 class Owner:
-    """As a widget that has a worker, asks it for jobs and listens to it."""
+    """Like a widget with a worker: it submits jobs and listens."""
 
     worker: Worker
     newest: Status | None = None
@@ -325,7 +325,7 @@ class Owner:
         progress(1, 2)
 
 
-def test_an_idle_worker_that_nobody_holds_ends_its_thread():
+def test_an_idle_worker_without_references_ends_its_thread():
     worker = Worker("forgotten")
     owner = Owner(worker)
     worker.watch(owner.follow)
@@ -339,7 +339,7 @@ def test_an_idle_worker_that_nobody_holds_ends_its_thread():
     assert not thread.is_alive()
 
 
-def test_jobs_of_a_worker_that_nobody_holds_are_done():
+def test_jobs_of_a_worker_without_references_are_done():
     results: list[str] = []
     finished = threading.Event()
     Worker().submit("key", lambda _: "done", on_done=lambda result: (results.append(result), finished.set()))
@@ -408,7 +408,7 @@ def test_the_bar_follows_and_its_button_cancels(worker, news):
     button.click()
     assert (button.description, button.disabled) == ("Cancelling…", True)
     assert label.value == "ends after this step: layer 1 (1 of 2)"
-    bar.activate(True)  # as a page that is turned to does
+    bar.activate(True)  # as a page does when it is shown
     assert (button.description, button.disabled) == ("Cancelling…", True)
     go.set()
     idle(worker)
@@ -422,7 +422,7 @@ def test_the_bar_follows_and_its_button_cancels(worker, news):
     assert repr(bar) == "ProgressBar(test-worker)"
 
 
-def test_the_bar_waits_for_the_end_of_what_runs_when_all_is_cancelled(worker):
+def test_after_cancel_the_bar_waits_for_the_end_of_the_running_job(worker):
     bar, held = ProgressBar(worker), Held()
     fill, _, button = bar.children
     worker.submit("held", held)
@@ -432,12 +432,12 @@ def test_the_bar_waits_for_the_end_of_what_runs_when_all_is_cancelled(worker):
     worker.submit("waits", lambda _: None)
     button.click()
     idle(worker)
-    assert ("waits", "cancelled", "visible") in seen  # it waited; what runs has not ended
+    assert ("waits", "cancelled", "visible") in seen  # it waited; the running job has not ended
     assert ("held", "cancelled", "hidden") in seen
 
 
-def test_a_bar_that_is_seen_again_when_nothing_runs_is_at_rest(worker):
-    """Though it heard of another job since."""
+def test_a_bar_that_is_shown_again_without_a_job_is_idle(worker):
+    """Even if it saw another job since."""
     bar, held = ProgressBar(worker), Held()
     fill, label, button = bar.children
     worker.submit("held", held)
@@ -452,7 +452,7 @@ def test_a_bar_that_is_seen_again_when_nothing_runs_is_at_rest(worker):
     assert (fill.layout.visibility, button.layout.visibility, label.value) == ("hidden", "hidden", "")
 
 
-def test_a_bar_that_comes_late_shows_what_runs_and_cancels_it(worker):
+def test_a_later_bar_shows_the_running_job_and_can_cancel_it(worker):
     started, go = threading.Event(), threading.Event()
 
     def job(progress: Progress) -> None:
@@ -471,7 +471,7 @@ def test_a_bar_that_comes_late_shows_what_runs_and_cancels_it(worker):
     assert label.value == "cancelled"
 
 
-def test_retry_is_offered_until_something_else_is_asked(worker):
+def test_retry_is_offered_until_another_job_is_submitted(worker):
     bar, held = ProgressBar(worker), Held()
     button = bar.children[2]
     worker.submit("held", held)
@@ -479,7 +479,7 @@ def test_retry_is_offered_until_something_else_is_asked(worker):
     button.click()
     idle(worker)
     assert button.description == "Retry"
-    worker.submit("ahead", lambda _: None, ahead=True)  # for which nobody asked
+    worker.submit("ahead", lambda _: None, ahead=True)  # not a job of the user
     idle(worker)
     assert button.description == "Retry"
     worker.submit("other", lambda _: None)
@@ -488,7 +488,7 @@ def test_retry_is_offered_until_something_else_is_asked(worker):
     assert button.layout.visibility == "hidden"
 
 
-def test_what_is_kept_goes_on_waiting_when_all_is_cancelled(worker, news):
+def test_kept_jobs_still_wait_when_all_is_cancelled(worker, news):
     held, ran = Held(), []
     worker.submit("held", held)
     assert held.started.wait(PATIENCE)
@@ -514,14 +514,14 @@ def test_the_bar_shows_the_sentence_of_an_error_until_the_next_job(worker):
     assert bar.children[1].value == ""
 
 
-def test_all_that_was_cancelled_is_asked_for_again_but_what_ran_ahead_or_belongs_to_a_closed_page(worker):
+def test_retry_repeats_cancelled_jobs_except_those_ahead_and_of_closed_pages(worker):
     gate, ran = threading.Event(), []
     worker.submit("first", lambda _: gate.wait(PATIENCE))
     for key in ("second", "third"):
         worker.submit(key, lambda _, key=key: ran.append(key))
     worker.submit("ahead", lambda _: ran.append("ahead"), ahead=True)
     worker.submit("closed", lambda _: ran.append("closed"))
-    worker.cancel("closed")  # of a page that is gone
+    worker.cancel("closed")  # of a closed page
     worker.cancel()
     gate.set()
     idle(worker)
@@ -533,7 +533,7 @@ def test_all_that_was_cancelled_is_asked_for_again_but_what_ran_ahead_or_belongs
     assert not worker.can_retry
 
 
-def test_a_job_that_waits_for_its_own_worker_goes_on(worker):
+def test_a_job_that_waits_for_its_own_worker_continues(worker):
     told = []
     worker.submit("key", lambda _: told.append(worker.wait()))
     idle(worker)
