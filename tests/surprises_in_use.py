@@ -228,9 +228,9 @@ def losses(first: int, count: int, method: str, bits: int) -> Row:
 
 
 def longest() -> Iterator[Row]:
-    """Yield the text's end alone, the whole text, and some other windows of it."""
-    alone = [(first, ALONE) for first in range(ALONE, LONG, 2 * ALONE)]
-    for (first, count), (method, bits) in product([alone[-1], (0, LONG), *alone[:-1]], IN_LONG):
+    """Yield windows of the text alone, its end first, and then the whole text."""
+    alone = [(first, ALONE) for first in range(LONG - ALONE, 0, -2 * ALONE)]
+    for (first, count), (method, bits) in product([*alone, (0, LONG)], IN_LONG):
         yield {"first": first, "count": count, "method": method, "bits": bits}
 
 
