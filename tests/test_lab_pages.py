@@ -101,6 +101,29 @@ def test_a_page_that_is_opened_during_other_work_appears_at_once(lab):
     assert lab.pages["advise"].advice is not None
 
 
+def test_cancel_names_the_page_whose_work_it_stops_and_only_that_page_offers_retry(lab):
+    started, go = threading.Event(), threading.Event()
+
+    def slow(progress):
+        started.set()
+        go.wait(60)
+        progress.check()
+
+    of_tokens, of_cache = (lab.turn_to(page)._bar.children[2] for page in ("tokens", "cache"))
+    lab.worker.submit("tokens: slow", slow)
+    assert started.wait(60)
+    assert of_cache.tooltip.startswith("Stop the work of the page Tokens that runs now")
+    of_cache.click()
+    go.set()
+    assert lab.wait(120)
+    assert of_cache.layout.visibility == "hidden"
+    lab.turn_to("tokens")
+    assert (of_tokens.layout.visibility, of_tokens.description) == ("visible", "Retry")
+    of_tokens.click()
+    assert lab.wait(120)
+    assert of_tokens.layout.visibility == "hidden"
+
+
 def test_a_chart_that_is_not_measured_yet_is_refused_in_a_sentence(lab):
     lab.turn_to("memory").close()
     lab.selection.kept.clear()

@@ -484,7 +484,7 @@ def test_retry_is_offered_until_another_job_is_submitted(worker):
     assert button.description == "Retry"
     worker.submit("other", lambda _: None)
     idle(worker)
-    assert not worker.can_retry
+    assert not worker.stopped()
     assert button.layout.visibility == "hidden"
 
 
@@ -526,11 +526,11 @@ def test_retry_repeats_cancelled_jobs_except_those_ahead_and_of_closed_pages(wor
     gate.set()
     idle(worker)
     assert ran == []
-    assert worker.can_retry
+    assert worker.stopped()
     worker.retry()
     idle(worker)
     assert {*ran} == {"second", "third"}
-    assert not worker.can_retry
+    assert not worker.stopped()
 
 
 def test_a_job_that_waits_for_its_own_worker_continues(worker):

@@ -161,6 +161,7 @@ class Lab(Experimenter, OfExperiment, OfLayers):
 
     def _show_page(self, name: str, panel: Panel) -> None:
         self._pages = self._pages | {name: panel}
+        self.worker.titles[panel.NAME] = PAGES[name][0]
         self._places[name].children = (panel,)
         if name != self.page:
             panel.activate(False)

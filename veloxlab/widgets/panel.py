@@ -143,7 +143,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         return ProgressBar(self.worker, weakly(self.retry), weakly(self._can_retry), f"{self.NAME}: ", **layout)
 
     def _can_retry(self) -> bool:
-        return self.worker.can_retry or bool(self.selection.fitting.held)
+        return bool(self.worker.stopped(f"{self.NAME}: ") or self.selection.fitting.held)
 
     def retry(self) -> None:
         """Submit cancelled jobs again."""

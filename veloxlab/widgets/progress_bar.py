@@ -16,6 +16,7 @@ from veloxlab.widgets.lifetime import weakly
 from veloxlab.widgets.worker import Status, Worker
 
 ENDED = ("done", "cancelled", "failed")
+STOPS = "Stop the work{} that runs now, and all that waits; a new page that waits still gets its charts"
 PAUSE = 0.05  # seconds between two moves of the bar: a page needs no more
 
 
@@ -40,7 +41,7 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
         self._ended: Status | None = None  # the job that ended last
         self._active, self._changing = True, threading.Lock()
         self._retry = retry or worker.retry
-        self._can_retry = can_retry or (lambda: worker.can_retry)
+        self._can_retry = can_retry or (lambda: worker.stopped(own))
         self._bar = ipywidgets.FloatProgress(0, min=0, max=1, layout={"flex": "0 1 120px", "margin": "0 8px 0 0"})
         self._label = ipywidgets.Label(layout={"flex": "1 1 auto", "min_width": "0"})
         self._button = button("Cancel", "", self._pressed, width="90px")
@@ -102,8 +103,9 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
         self._bar.layout.visibility = "visible" if busy else "hidden"
         self._button.layout.visibility = "visible" if busy or again else "hidden"
         self._tell_button("Retry" if again else "Cancelling\u2026" if busy and self._worker.is_ending else "Cancel")
+        title = self._worker.titles.get(busy.partition(":")[0], "")
         self._button.tooltip = (
-            "Start the cancelled work again" if again else f"Stop the running job {busy!r} and all jobs that wait"
+            "Start the cancelled work again" if again else STOPS.format(f" of the page {title}" if title else "")
         )
 
     def _tell_button(self, words: str) -> None:

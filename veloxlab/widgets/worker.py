@@ -142,6 +142,7 @@ class Worker:
         self.name = name
         self.last_error: BaseException | None = None
         self.newest: Status | None = None  # of the running job, for a listener that is added while it runs
+        self.titles: dict[str, str] = {}  # by the begin of a key: the page whose jobs these are, as users know it
         self._line = Line()
         self._started = False
         self._listeners: list[Callable[[Status], None]] = []
@@ -209,10 +210,9 @@ class Worker:
         running = self._line.running
         return running is not None and running.unwanted.is_set() and running.why == "cancelled"
 
-    @property
-    def can_retry(self) -> bool:
-        """Whether `retry` has cancelled jobs to submit again."""
-        return bool(self._stopped)
+    def stopped(self, begin: str = "") -> set[str]:
+        """The keys that begin so of cancelled jobs, which `retry` submits again."""
+        return {key for key in [*self._stopped] if key.startswith(begin)}
 
     def retry(self) -> None:
         """Submit all cancelled jobs again."""

@@ -180,7 +180,9 @@ class ChartPage(Panel):
         super()._selected(change)
 
     def _can_retry(self) -> bool:
-        return super()._can_retry() or (not self._complete and bool(self._cancelled))
+        others = self.worker.stopped(f"{self.NAME}: ") - {f"{self.NAME}: frames"}
+        lacks = not self._complete and bool(self._cancelled or self.selection.fitting.held)
+        return bool(others) or lacks
 
     def retry(self) -> None:
         self._cancelled.clear()
