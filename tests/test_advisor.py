@@ -177,7 +177,7 @@ def test_a_size_is_found_by_words_of_its_name(page):
     assert "&#x27;llama 3 8b&#x27; is taken as &#x27;8B, as Llama 3.1&#x27;." in page._message.value
     assert page.advice.frame.equals(vl.advise(SIZES["8B, as Llama 3.1"], context=131_072, memory="16 GB").frame)
     turn(page, context=131_073)
-    assert "The model was made for texts of up to 131,072 tokens" in page._verdict.value
+    assert "The model was trained for texts of up to 131,072 tokens" in page._verdict.value
 
 
 def test_the_result_of_a_job_for_another_model_is_stale(page):

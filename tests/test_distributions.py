@@ -406,7 +406,7 @@ def test_error_densities_count_every_vector(seen):
         (lambda c: level_densities(c, "commvq", bits=2), "CommVQ must be fitted to activations"),
         (lambda c: polar_angles(c, levels=5), "levels=5 does not fit a head dimension of 16: choose 1 to 4"),
         (lambda c: attention_map(c.layers[0], 0), "Layer 3 does not show its queries"),
-        (lambda c: errors_along_position(token_frame([])), "There is nothing to pool"),
+        (lambda c: errors_along_position(token_frame([])), "There are no rows to pool"),
         (lambda c: error_densities(token_frame([0.0]), bins=1), "bins=1 cannot be used"),
     ],
 )

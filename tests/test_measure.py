@@ -258,7 +258,7 @@ def test_predictions_that_do_not_fit_are_refused_before_they_are_made(monkeypatc
     monkeypatch.setattr("veloxlab.runtime.device", lambda: Device("cpu", "small", 4096, 1))
     with pytest.raises(InputError, match=f"of up to 60 tokens take {needed:,} bytes at least, and 0 are left here"):
         Reference.of(model, [ids] * width)
-    with pytest.raises(InputError, match=r"1 stretch of up to 40 tokens take .* bytes at least"):
+    with pytest.raises(InputError, match=r"1 window of up to 40 tokens take .* bytes at least"):
         vl.allocate.sensitivities(model, Letters(), TEXT, sequences=1, tokens=40, folder=tmp_path)
 
 

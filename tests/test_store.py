@@ -133,11 +133,11 @@ def test_results_that_cannot_be_saved_are_returned_with_a_warning(model, tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="give the path of a folder"):  # before the work
         LONG[work](model, tmp_path / "file")
-    with pytest.warns(UserWarning, match=r"The folder .*new cannot be made .* The result is given, and is not kept\."):
+    with pytest.warns(UserWarning, match=r"The folder .*new cannot be made .* The result is returned, but not saved\."):
         assert LONG[work](model, tmp_path / "file" / "new").equals(kept)
     with (
         full_disk(),
-        pytest.warns(UserWarning, match=r"cannot be written \(.+\): .* The result is given, and is not kept\."),
+        pytest.warns(UserWarning, match=r"cannot be written \(.+\): .* The result is returned, but not saved\."),
     ):
         assert LONG[work](model, tmp_path / "full").equals(kept)
     assert list((tmp_path / "full").iterdir()) == []
@@ -146,7 +146,7 @@ def test_results_that_cannot_be_saved_are_returned_with_a_warning(model, tmp_pat
 def test_an_unfinished_run_continues_if_it_cannot_be_saved(tmp_path):
     (tmp_path / "file").write_text("")
     run = store.Unfinished(tmp_path / "file" / "run.json", "a run", {})
-    with pytest.warns(UserWarning, match="The folder .* cannot be made .* The run goes on"):
+    with pytest.warns(UserWarning, match="The folder .* cannot be made .* The run continues"):
         run.put([1])
     run.put([1, 2])  # a second warning would be an error
 

@@ -163,7 +163,7 @@ def kept(path: Path, load: Callable[[Path], T], make: Callable[[], T], save: Cal
         make_folder(path.parent)
         save(made, path)
     except InputError as error:
-        warnings.warn(f"{error} The result is given, and is not kept.", stacklevel=3)
+        warnings.warn(f"{error} The result is returned, but not saved.", stacklevel=3)
     return made
 
 
@@ -193,7 +193,7 @@ class Unfinished:
             write_json(self.path, self.format, {"facts": self.facts, "rows": rows}, indent=None)  # the fastest form
         except InputError as error:
             self.path = None
-            warnings.warn(f"{error} The run goes on, and what it measures is not kept until its end.", stacklevel=2)
+            warnings.warn(f"{error} The run continues, but its results are not saved before its end.", stacklevel=2)
 
     def remove(self) -> None:
         """Remove the file after the end of the run."""

@@ -109,7 +109,7 @@ class Capture:
     tokens: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        check_fields(self, layers=many(instance(LayerCapture, "what a layer saw")), tokens=many(whole(0)))
+        check_fields(self, layers=many(instance(LayerCapture, "a captured layer")), tokens=many(whole(0)))
 
     @property
     def exact_bits(self) -> int:

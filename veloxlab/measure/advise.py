@@ -94,8 +94,8 @@ class Advice:
         shares = ", ".join(f"{_said(nbytes)} {use}" for nbytes, use in uses)
         lines = [f"{_said(self.memory_bytes)} of memory: {shares}."]
         if 0 < self.trained_tokens < self.context:
-            made_for = f"The model was made for texts of up to {self.trained_tokens:,} tokens"
-            lines.append(f"{made_for}: what it says in a context of {self.context:,} is not to be trusted.")
+            trained = f"The model was trained for texts of up to {self.trained_tokens:,} tokens"
+            lines.append(f"{trained}: its output in a context of {self.context:,} is not reliable.")
         verdict = "Take" if self.best["fits"] else "No cache fits; the smallest is"
         lines.append(f"{verdict} {self.best['name']}: {self.best['reason']}")
         at_once = next((row for row in self.frame.to_dicts() if row["fits"] and not fitted(row)), self.best)
@@ -235,10 +235,10 @@ def _reason(row: dict[str, Any], advice: Advice) -> str:
         return f"{takes}, and loses nothing."
     where = "on this model" if row["kind"] == "measured" else f"on {DEMO}"
     lost = f"loses {row['kl_mean']:.3f} nats a token {where}, where {row['top1_flips']:.0%} have another first choice"
-    bears = GOALS[advice.goal]
+    limit = GOALS[advice.goal]
     if row["method"] and row["kind"] == "predicted" and row["sinks"] < DEFAULT_SINKS:
         lost += f", without the {DEFAULT_SINKS} sinks that this cache has"
-    verdict = "" if row["kl_mean"] <= bears else f": more than the {bears} that {advice.goal} bears"
+    verdict = "" if row["kl_mean"] <= limit else f": more than the limit of {limit} for {advice.goal}"
     return f"{takes}, and {lost}{verdict}.{' It needs a calibration, once.' if fitted(row) else ''}"
 
 

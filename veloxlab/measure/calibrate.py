@@ -127,7 +127,7 @@ def _windows(ids: Sequence[int]) -> list[Sequence[int]]:
 def _loaded(facts: Mapping[str, object], path: Path) -> Calibration:
     calibration = Calibration.load(path)
     if calibration.facts != facts:
-        raise InputError(f"The calibration {path} was made of something else than its name says.")
+        raise InputError(f"The calibration {path} has other content than its name states.")
     return calibration
 
 

@@ -174,7 +174,7 @@ def _attention_errors(layer: LayerCapture, tensor: Tensor, decoded: mx.array) ->
 
 def _some(tokens: pl.DataFrame) -> pl.DataFrame:
     if tokens.is_empty():
-        raise InputError("There is nothing to pool: give token_errors with rows.")
+        raise InputError("There are no rows to pool: give token_errors with rows.")
     return tokens
 
 
@@ -223,7 +223,7 @@ def error_densities(tokens: pl.DataFrame, *, bins: int = BINS) -> pl.DataFrame:
     return pl.concat(frames)
 
 
-@checked(layer=instance(LayerCapture, "a layer of what vl.measure.capture gave"), blocks=whole(2))
+@checked(layer=instance(LayerCapture, "a layer of a result of vl.measure.capture"), blocks=whole(2))
 def attention_map(
     layer: LayerCapture,
     head: int,

@@ -236,9 +236,9 @@ def _write(model: Module, ids: Sequence[int], said: Mapping[str, Any], file: Pat
             raise
         except (RuntimeError, ValueError) as error:
             warnings.warn(
-                f"The loss of this model ({type(model).__module__}) gives no gradients of all keys and values "
-                f"({error}). Its queries stand in for them: which layers and heads matter more is not known, and all "
-                "count the same.",
+                f"The loss of this model ({type(model).__module__}) has no gradients for some keys and values "
+                f"({error}). Its queries replace them: the importance of layers and heads is then unknown, and all "
+                "have the same weight.",
                 stacklevel=5,
             )
     layers = []

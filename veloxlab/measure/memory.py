@@ -119,7 +119,7 @@ def code_bits(
 def predicted_growth(growth: pl.DataFrame, upto: int) -> pl.DataFrame:
     """Return `GROWTH` with rows at ``upto`` tokens, if not measured, on lines through the last two measured points."""
     if growth["tokens"].n_unique() < 2:
-        raise InputError("A line takes two points: give a growth that was measured at two numbers of tokens or more.")
+        raise InputError("A line needs two points: give a growth that was measured at two numbers of tokens or more.")
     groups = growth.sort("tokens").group_by("cache", "layer", "tensor", maintain_order=True)
     tokens, nbytes = pl.col("tokens"), pl.col("bytes")
     slope = (nbytes.last() - nbytes.get(-2)) / (tokens.last() - tokens.get(-2))

@@ -134,7 +134,7 @@ def _row(exact: Reference, folder: Path, peer: Peer, bits: int) -> pl.DataFrame:
     native = np.array(log_probabilities(mx.array(np.load(folder / "exact.npy"))))
     difference = np.abs(native - np.array(exact.log_probs[0][: len(native)])).max()
     if not difference < _AGREES:
-        raise InputError(f"{peer.package}: the exact cache predicts otherwise there, by {difference:.2g} nats.")
+        raise InputError(f"{peer.package}: predictions of the exact cache differ there by {difference:.2g} nats.")
     logits = (mx.array(np.load(folder / f"logits_{window}.npy")) for window in range(len(stretches)))
     return judged(exact, logits, name=f"{peer.package} {bits} bit", **found)
 
@@ -158,5 +158,5 @@ def _run(command: Sequence[str], environment: dict[str, str] | None = None) -> N
     except subprocess.TimeoutExpired as error:
         raise InputError(f"{Path(command[0]).name} did not end within {_SECONDS} seconds.") from error
     if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+        last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
         raise InputError(f"{Path(command[0]).name} failed: {last}")

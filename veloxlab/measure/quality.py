@@ -87,7 +87,7 @@ def check_room(model: Module, lengths: Sequence[int]) -> None:
     needed = predicted_bytes(model, lengths)
     free = runtime.device().memory_bytes - mx.get_active_memory()
     if needed > free:
-        tokens = f"{len(lengths)} stretch{'es' * (len(lengths) > 1)} of up to {max(lengths):,} tokens"
+        tokens = f"{len(lengths)} window{'s' * (len(lengths) > 1)} of up to {max(lengths):,} tokens"
         said = f"The predictions of {tokens} take {needed:,} bytes at least, and {max(0, free):,} are left here"
         raise InputError(f"{said}: take fewer or shorter ones.")
 
@@ -103,11 +103,11 @@ class Reference:
     @classmethod
     def of(cls, model: Module, stretches: Sequence[list[int]], progress: Progress = silent) -> Self:
         """Run the model with its own cache over windows of token ids; raises `InputError` if memory is too small."""
-        check_room(model, [len(stretch) for stretch in stretches])
+        check_room(model, [len(tokens) for tokens in stretches])
         log_probs = []
-        for w, stretch in enumerate(stretches):
+        for w, tokens in enumerate(stretches):
             progress(w, len(stretches), f"window {w + 1} of {len(stretches)}: exact")
-            log_probs.append(_log_probs(model(mx.array([stretch[:-1]]))))
+            log_probs.append(_log_probs(model(mx.array([tokens[:-1]]))))
         return cls(model, tuple(stretches), tuple(log_probs))
 
 
@@ -160,7 +160,7 @@ def fidelity(
 @checked(
     method_or_plan=CACHE_MAKER,
     calibration=CALIBRATIONS,
-    exact=having("what vl.measure.reference gave", "stretches", "log_probs"),
+    exact=having("the result of vl.measure.reference", "stretches", "log_probs"),
 )
 def fidelity_to(
     exact: Reference,
@@ -206,24 +206,24 @@ def both(
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Return both results of `fidelity_to` from one run: `FIDELITY`, one row, and `TOKEN_FIDELITY`, by prediction."""
     method_or_plan = plan_of(method_or_plan)
-    shortest = min(len(stretch) for stretch in exact.stretches)
+    shortest = min(len(tokens) for tokens in exact.stretches)
     if mode == "decode" and not 1 <= prompt < shortest - 1:
         raise InputError(f"prompt={prompt} leaves nothing to decode of {shortest} tokens: take fewer, at least 1.")
     make = maker(method_or_plan, settings, chunk=chunk)
     start, windows = prompt if mode == "decode" else 0, len(exact.stretches)
     frames, cache = list[pl.DataFrame](), list[Any]()
-    for w, (stretch, log_probs) in enumerate(zip(exact.stretches, exact.log_probs, strict=True)):
+    for w, (tokens, log_probs) in enumerate(zip(exact.stretches, exact.log_probs, strict=True)):
         cache = make(exact.model)
         progress(w, windows, f"window {w + 1} of {windows}: compressed")
         if start:
-            mx.eval(exact.model(mx.array([stretch[:start]]), cache=cache))
+            mx.eval(exact.model(mx.array([tokens[:start]]), cache=cache))
         changed = []
-        calls = [[token] for token in stretch[start:-1]] if start else [stretch[:-1]]
+        calls = [[token] for token in tokens[start:-1]] if start else [tokens[:-1]]
         for i, ids in enumerate(calls):
             changed.append(_log_probs(exact.model(mx.array([ids]), cache=cache)))
             if start:
                 progress(i + 1, len(calls), f"window {w + 1} of {windows}: decoding")
-        frames.append(_rows(w, start, stretch[start + 1 :], log_probs[start:], mx.concatenate(changed)))
+        frames.append(_rows(w, start, tokens[start + 1 :], log_probs[start:], mx.concatenate(changed)))
     progress(windows, windows, "done")
     frame = pl.concat(frames)
     chunk_said = None if callable(method_or_plan) else chunk

@@ -135,7 +135,7 @@ def _maker(cache: str | Plan | CacheMaker | Sequence[Any], settings: Mapping[str
     if not isinstance(cache, list | tuple):
         return maker(cache, settings)  # type: ignore[arg-type]  # strings are no list
     if settings:
-        raise InputError(f"A cache that is made takes no settings, but {min(settings)!r} was given.")
+        raise InputError(f"An existing cache takes no settings, but {min(settings)!r} was given.")
     if not all(entry.empty() for entry in cache):
         raise InputError("The cache holds tokens already: give a new one, or a method's id.")
     return lambda _: copy.deepcopy([*cache])

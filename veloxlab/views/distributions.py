@@ -179,4 +179,4 @@ def angle_caption(frame: pl.DataFrame) -> str:
     apart = 100 * (pl.col("density") - pl.col("expected")).abs().sum() / (pl.col("density").sum() * 2)
     shares = marks.by_tensor(frame.group_by("level", "tensor").agg(apart=apart).sort("level"))
     said = [f"{tensor} {', '.join(f'{share:.0f}' for share in own['apart'])} %" for tensor, own in shares]
-    return f"{marks.head_words(frame)}. Elsewhere than expected (dashed), by level: {marks.sentence(*said)}"
+    return f"{marks.head_words(frame)}. Share outside the expected density (dashed), by level: {marks.sentence(*said)}"

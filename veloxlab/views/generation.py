@@ -255,5 +255,5 @@ def task_caption(frame: pl.DataFrame) -> str:
         "One context has no interval: ask about several" if one else "No difference is decisive: each interval holds 0"
     )
     said = f"Compressed, {said}" if said else none
-    tells_nothing = f"{', '.join(guessed)}: the exact cache guesses too, so this tells nothing" if guessed else ""
+    tells_nothing = f"{', '.join(guessed)}: the exact cache guesses too, so this has no meaning" if guessed else ""
     return f"{marks.sentence(said, tells_nothing)}."
