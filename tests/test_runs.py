@@ -151,8 +151,9 @@ def test_the_page_of_runs_compares_names_and_uses_them(lab, tmp_path, monkeypatc
     assert lab.key_bits == 2
     monkeypatch.chdir(tmp_path)
     page.save()
+    assert "To read them again: lab.points.open(&quot;runs.parquet&quot;)." in page._message.value
     other = Runs()
-    other.open("runs.parquet")
+    assert other.open("runs.parquet")["name"].to_list() == [run.name for run in lab.points.every]
     assert other.table.equals(lab.points.table)
 
 

@@ -126,11 +126,12 @@ class Runs(t.HasTraits):
         """Write `table` as Parquet, which `open` reads, as can other programs; return the path."""
         return write_parquet(path, self.table, FORMAT, {})
 
-    def open(self, path: str | Path) -> None:
-        """Add the runs of a file that `save` wrote; raises `InputError` for any other."""
+    def open(self, path: str | Path) -> pl.DataFrame:
+        """Add the runs of a file that `save` wrote, and return what they say; raises `InputError` for other files."""
         with reading("history of runs", Path(path), "save it again with runs.save"):
             frame, _ = read_parquet(Path(path), FORMAT)
             self.every = (*self.every, *map(Run.of_row, frame.to_dicts()))
+        return frame.select("name", "measured", "kl_mean", "low", "high", "held_bytes")
 
 
 def apart(first: Run, second: Run) -> str:

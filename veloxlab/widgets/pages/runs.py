@@ -36,7 +36,7 @@ TITLES = [
 CELL = "padding: 1px 14px 1px 0"
 ABOUT = (
     "Two runs on the same text are compared window by window. A difference whose interval contains 0 may be chance: "
-    "then measure on more windows."
+    "then measure on more windows. Runs end with this laboratory, also when its cell runs again: save them first."
 )
 
 
@@ -117,7 +117,7 @@ class RunsPage(Seeded, OfExperiment):
 
     def save(self) -> None:
         """Write all runs into a file in the kernel's folder."""
-        self.say(f"The runs are in {self.points.save(FILE)}; lab.points.open reads them again.")
+        self.say(f'The runs are in {self.points.save(FILE)}. To read them again: lab.points.open("{FILE}").')
 
     def _rename(self, change: dict[str, Any]) -> None:
         if self.points.every and change["new"] and change["new"] != self.pair[1].name:
