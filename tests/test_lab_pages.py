@@ -462,6 +462,7 @@ def test_a_report_has_the_charts_of_every_page_that_was_made(lab, tmp_path):
     html = lab.export(tmp_path / "report.html").read_text()
     assert html.count('<div class="chart"') == len(lab.named)
     assert "Keys and values" in html
+    assert "nothing was timed yet" not in html
     files = lab.save_pictures(tmp_path / "pictures")
     assert len(files) == 3 * len(lab.named)
 

@@ -186,6 +186,7 @@ def test_a_run_keeps_its_seed(lab, model):
 
 def test_a_report_of_the_laboratory_begins_with_the_answer_and_contains_its_notebook(lab, tmp_path):
     text = lab.export(tmp_path / "lab.html").read_text()
+    assert f"<h1>{lab.name} on the model that was measured</h1>" in text
     first, second = re.findall(r"<h2>(.*?)</h2>", text)[:2]
     assert first.startswith("What does turboquant K8 V8 change")
     assert second == lab.selection.choice.name

@@ -105,8 +105,8 @@ class Section:
     """A part of a report. Each field may be empty.
 
     ``heading``: empty if the chart has one. ``words``: a paragraph. ``chart``: a Vega-Lite spec with its data.
-    ``table``: a frame, shown in full, or, if ``folded`` has a text, in a fold with that summary. ``code``: text to
-    copy.
+    ``table``: a frame. ``code``: text to copy. ``folded``: if it has a text, the table, or without a table the code, is
+    in a fold with that summary.
     """
 
     heading: str = ""
@@ -130,7 +130,8 @@ def report(title: str, sections: Sequence[Section], script: str, notebook: bytes
         lines += [f"<p>{escape(section.words)}</p>"] if section.words else []
         lines += [f'<div class="chart" id="chart-{next(numbers)}"></div>'] if section.chart is not None else []
         lines += [_table(section.table, section.folded)] if section.table is not None else []
-        lines += [f"<pre>{escape(section.code)}</pre>"] if section.code else []
+        code = f"<pre>{escape(section.code)}</pre>" if section.code else ""
+        lines += [_fold(code, section.folded) if section.table is None and code else code]
     if notebook:
         saved = f'href="data:application/x-ipynb+json;base64,{b64encode(notebook).decode()}"'
         lines.append(f'<p><a download="veloxlab.ipynb" {saved}>Save the notebook that measures this again</a></p>')
@@ -154,7 +155,11 @@ def table_of(frame: pl.DataFrame) -> str:
 
 def _table(frame: pl.DataFrame, folded: str) -> str:
     table = f'<div class="table">{html_table(frame.columns, frame.iter_rows())}</div>'
-    return f"<details><summary>{escape(folded)}</summary>{table}</details>" if folded else table
+    return _fold(table, folded)
+
+
+def _fold(content: str, summary: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>" if summary else content
 
 
 def html_table(titles: Sequence[str], rows: Iterable[Sequence[object]], cell: str = "", left: int = 1) -> str:

@@ -195,8 +195,9 @@ class Lab(Experimenter, OfExperiment, OfLayers):
             kept = f"It holds {held:,.3g} MB; exact keys and values in 16 bits take {exact:,.3g} MB."
             said.insert(0, Section(asked, f"{self.points.newest} {kept}", table=self.points.frame))
         for name, panel in self.pages.items():
-            said += [Section(PAGES[name][0], panel.summary), *panel.sections]
-        plan = Section("The plan", "Save it as plan.json.", code=self.plan.to_json())
+            own = panel.sections
+            said += [Section(PAGES[name][0], panel.summary), *own] if own else []
+        plan = Section("The plan", "Save it as plan.json.", code=self.plan.to_json(), folded="The plan as JSON")
         use = Section("To use it", code="\n".join(self.selection.choice.lines('vl.Plan.load("plan.json")')))
         return [*said, plan, use]
 

@@ -281,6 +281,11 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
                 link.link()
 
     @property
+    def title(self) -> str:
+        """The title of its report."""
+        return f"veloxlab: {self.summary}"
+
+    @property
     def sections(self) -> list[Section]:
         """Its part of a report: its charts."""
         return [Section(chart=view.to_dict()) for view in self.named.values()]
@@ -291,7 +296,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     def export(self, path: str | Path) -> Path:
         """Write the page as one HTML file with live charts, light and dark; it needs no network. Return its path."""
         self._settle()
-        page = report(f"veloxlab: {self}", self.sections, ensure_bundle().read_text("utf-8"), self.notebook)
+        page = report(self.title, self.sections, ensure_bundle().read_text("utf-8"), self.notebook)
         return write_atomically(path, page.encode())
 
     def save_pictures(self, folder: str | Path) -> list[Path]:

@@ -104,11 +104,18 @@ class OfExperiment(Panel):
         """A notebook that measures the present settings on the same text; `export` puts it into its page."""
         experiment, plan = self.experiment, self.plan
         read: dict[str, Any] = {"tokens": len(experiment.capture.tokens), "windows": self.points.windows}
-        model = loaded_as(experiment.model) or "the model that was measured"
         cells = steps(
-            model, plan, calibration_code(plan, seed=self.selection.choice.seed), text=experiment.text, **read
+            self._model, plan, calibration_code(plan, seed=self.selection.choice.seed), text=experiment.text, **read
         )
-        return notebook(f"{self.name} on {model}", [*cells])
+        return notebook(self.title, [*cells])
+
+    @property
+    def _model(self) -> str:
+        return loaded_as(self.experiment.model) or "the model that was measured"
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} on {self._model}"
 
     @property
     def state(self) -> dict[str, Any]:
