@@ -331,6 +331,12 @@ def test_an_error_of_zero_is_drawn_at_the_floor():
     assert theme.LOSS["light"][0] in drawing or "rgb(240, 242, 228)" in drawing
 
 
+@pytest.mark.parametrize(("metric", "of"), [("rel_mse", "of vectors"), ("output_error", "attention output")])
+def test_a_relative_error_says_of_what_it_is(metric, of):
+    said = words(drawn(views.error_map(error_frame().with_columns(output_error="rel_mse"), metric=metric)))
+    assert said.count(of) == 2  # the axis of the lines, and the legend of the maps
+
+
 def test_a_tensor_without_values_is_left_out():
     said = words(drawn(views.error_map(error_frame(), metric="logit_error")))
     assert "KV head" in said

@@ -9,14 +9,18 @@ from veloxlab.checks import choice
 from veloxlab.errors import InputError
 from veloxlab.views import columns, marks, theme
 
-# column: words for a tooltip, unit for an axis, and heading
+# column: words for a tooltip, lines for the title of an axis, and heading
 METRICS = {
-    "rel_mse": ("relative MSE", "relative MSE", "Relative squared error of decoded keys and values"),
-    "cosine": ("1 − cosine", "1 − cosine", "1 − cosine between decoded and exact keys and values"),
-    "logit_error": ("error of logits (nats)", "nats", "Error of attention logits (nats)"),
+    "rel_mse": (
+        "relative MSE of vectors",
+        ["relative MSE", "of vectors"],
+        "Relative squared error of decoded keys and values",
+    ),
+    "cosine": ("1 − cosine", ["1 − cosine"], "1 − cosine between decoded and exact keys and values"),
+    "logit_error": ("error of logits (nats)", ["nats"], "Error of attention logits (nats)"),
     "output_error": (
         "relative MSE of attention output",
-        "relative MSE",
+        ["relative MSE of", "attention output"],
         "Relative squared error of the output of attention",
     ),
 }
@@ -64,7 +68,7 @@ def error_map(
     means = means.transform_aggregate(loss="mean(loss)", groupby=["layer", "tensor"])
     base = columns.on_log_scale(means, "loss", scale).encode(
         x=marks.layer_axis(labelled=False),
-        y=columns.log_y("loss", [unit, "mean over heads"], scale),
+        y=columns.log_y("loss", [*unit, "mean over heads"], scale),
         color=marks.tensor_colour(),
     )
     told = columns.tips("layer tensor", ("loss", name, ".3g"))

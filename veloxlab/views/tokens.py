@@ -77,11 +77,13 @@ def token_heads(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     grid = marks.HeadMap(shown)
     parts = [part for part in PARTS if part in shown["tensor"]]
 
-    colour = columns.log_colour("error", "relative MSE", ERRORS, orient="bottom", gradientLength=220)
+    colour = columns.log_colour(
+        "error", "relative MSE of output, value or key", ERRORS, orient="bottom", gradientLength=220
+    )
 
     def cells(part: str, last: bool) -> marks.Plot:
         pooled = grid.cells(part, {}, {"error": "max(error)"}, last=last, words=PARTS[part])
-        told = columns.tips("layer", ("group", grid.words), ("error", f"{PARTS[part]}: relative MSE", ".3g"))
+        told = columns.tips("layer", ("group", grid.words), ("error", f"relative MSE of {PARTS[part]}", ".3g"))
         return marks.layered(
             columns.on_log_scale(pooled, "error", ERRORS)
             .mark_rect(cursor="pointer")
