@@ -103,7 +103,7 @@ def _turn(item: pytest.Item) -> int:
 
 
 class Blocks(LoadFileScheduling):
-    """Gives each process one file at a time, and all browser tests to one process: the browser starts only once."""
+    """Each process runs one file at a time. One process runs all browser tests, so that the browser starts once."""
 
     def _split_scope(self, nodeid: str) -> str:
         return "browser" if nodeid.startswith("tests/browser/") else super()._split_scope(nodeid)

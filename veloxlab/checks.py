@@ -167,7 +167,7 @@ TOKENIZER = Check(
     "a tokenizer, the second of the two that vl.load gives",
     lambda value: hasattr(value, "encode") and not isinstance(value, str),
 )
-CALIBRATION = having("what vl.calibrate gave", "codec")
+CALIBRATION = having("the result of vl.calibrate", "codec")
 CALIBRATIONS = either(CALIBRATION, many(CALIBRATION, empty=True))
 CACHE = many(having("a layer's cache, as vl.make_cache makes them", "state"), empty=True)
 PLAN = Check(
@@ -187,7 +187,7 @@ ARGUMENTS: dict[str, Check] = {
     **dict.fromkeys(("method", "name", "space", "tensor", "text"), WORDS),
     **dict.fromkeys(("per_question", "per_sequence", "per_token"), FLAG),
     "calibration": CALIBRATION,
-    "capture": having("what vl.capture gave", "layers", "tokens"),
+    "capture": having("the result of vl.capture", "layers", "tokens"),
     "chunk": choice("exact", "codes"),
     "folder": Check("the path of a folder", lambda p: _is_path(p) and (Path(p).is_dir() or not Path(p).exists())),
     "method_or_plan": PLAN,

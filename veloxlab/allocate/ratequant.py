@@ -175,7 +175,7 @@ def _of_model(name: str, path: Path) -> RateBudget:
 
 EVALUATED = schema("kind true_bits bytes_per_token predicted_loss") | FIDELITY
 """Columns of `evaluated`: "allocated", "uniform", or the `predicted_method` for a plan of that alone; bits of each
-packed value; predicted loss if all tokens behind the sinks are codes. The measured loss is with the plan's exact
+packed value; predicted loss if all tokens after the sinks are codes. The measured loss is with the plan's exact
 window, so it is smaller than without one."""
 
 

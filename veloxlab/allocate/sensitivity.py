@@ -35,12 +35,12 @@ By = Literal["gradient", "key_norm", "attention_output", "forward_kl"]
 NATS: tuple[By, By] = ("gradient", "forward_kl")  # those whose predicted losses are divergences
 FORMAT = "veloxlab sensitivities 1"
 OTHERS = "choose by='attention_output' or by='forward_kl'."  # for models without gradients
-LEAST_TOKENS = 16  # of a sequence behind the sinks
+LEAST_TOKENS = 16  # of a sequence after the sinks
 TRIAL = ("turboquant", 3)  # method and bits of trials
 
 SENSITIVITIES = schema(PLACE + "sensitivity sequences tokens by") | {"sequences": pl.Int32, "by": pl.String}
 """Columns of `sensitivities`: the loss of a token divided by ½·E‖x − x̂‖²/D, in nats for `NATS` (E‖x‖² for "key_norm");
-number of sequences in the mean; tokens of each behind the sinks. With ``per_sequence``, ``sequence`` (from 0) replaces
+number of sequences in the mean; tokens of each after the sinks. With ``per_sequence``, ``sequence`` (from 0) replaces
 ``sequences``."""
 
 EACH = {"sequence" if name == "sequences" else name: dtype for name, dtype in SENSITIVITIES.items()}
@@ -222,7 +222,7 @@ _MEASURES = {
 
 
 class _Trial(Recorder):
-    """Compresses one layer's keys or values behind the sinks, and records their distortion."""
+    """Compresses one layer's keys or values after the sinks, and records their distortion."""
 
     def __init__(self, layer: int, tensor: Tensor, sinks: int, facts: probe.LayerFacts) -> None:
         super().__init__(facts)
@@ -236,7 +236,7 @@ class _Trial(Recorder):
 
 
 def _tried(x: mx.array, tensor: Tensor, sinks: int) -> tuple[mx.array, NDArray[np.float64]]:
-    """``x`` decoded from codes behind the sinks, and ½·E‖x − x̂‖²/D of each head."""
+    """``x`` decoded from codes after the sinks, and ½·E‖x − x̂‖²/D of each head."""
     method, bits = TRIAL
     codec = find_method(method).codec(x.shape[-1], bits, tensor)
     behind = x[:, :, sinks:].astype(mx.float32)

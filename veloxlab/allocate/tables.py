@@ -31,7 +31,7 @@ Place = tuple[int, Tensor]  # a layer, and its keys or values
 
 CURVES = schema(PLACE + "method bits head_dim distortion relative true_bits bytes_per_token") | {"bits": pl.Int32}
 """Columns of `vl.allocate.distortion_curves`: ``bits`` are code bits; ``distortion`` is E‖x − x̂‖² over the tokens
-behind the sinks, ``relative`` Σ‖x − x̂‖² / Σ‖x‖² over the same; ``true_bits`` are stored bits per coordinate, scales and
+after the sinks, ``relative`` Σ‖x − x̂‖² / Σ‖x‖² over the same; ``true_bits`` are stored bits per coordinate, scales and
 padding included, ``bytes_per_token`` those stored for one token of this head."""
 
 SPECTRA = schema(PLACE + "coordinate variance")

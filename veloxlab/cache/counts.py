@@ -57,7 +57,7 @@ class Windows:
     window: int  # newest tokens, kept exact
     block: int  # tokens that leave the window together
     most_recent: int  # the most tokens that are in the window or wait to leave it
-    reach: int | None  # tokens behind the sinks that a sliding layer can see; None sees all
+    reach: int | None  # tokens after the sinks that a sliding layer can see; None sees all
     less: int = 0  # by how much the first block is smaller
 
     @classmethod
@@ -98,7 +98,7 @@ class Windows:
         return Arrival(to_sinks, gone, from_recent, from_new, to_packed, new - from_new)
 
     def leaving(self, packed: int, recent: int) -> int:
-        """How many of the oldest tokens behind the sinks are dropped."""
+        """How many of the oldest tokens after the sinks are dropped."""
         over = 0 if self.reach is None else max(0, packed + recent - self.reach)
         return over if over > packed else over // self._grain * self._grain
 

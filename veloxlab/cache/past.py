@@ -122,7 +122,7 @@ def before_window(held: Runs, codecs: tuple[Codec, Codec], last: Past | None) ->
 
 
 def segments_of(held: Runs, runs: Sequence[Run], codecs: tuple[Codec, Codec], hidden: int = 0) -> tuple[Segment, ...]:
-    """Segments of the first ``runs`` of a layer, without the ``hidden`` oldest tokens behind the sinks."""
+    """Segments of the first ``runs`` of a layer, without the ``hidden`` oldest tokens after the sinks."""
     segments, start = [], 0
     for run in runs:
         skip = 0 if run is held.sinks else min(hidden, run.tokens)

@@ -143,7 +143,7 @@ class Runs:
     """Three runs of tokens in order: ``sinks``, ``packed`` and ``recent``."""
 
     def __init__(self, windows: Windows) -> None:
-        self.windows, self.evicted = windows, 0  # `evicted`: dropped tokens behind the sinks
+        self.windows, self.evicted = windows, 0  # `evicted`: dropped tokens after the sinks
         self.sinks, self.packed, self.recent = Run(windows.sinks), Run(), Run(windows.most_recent)
 
     @property

@@ -60,7 +60,7 @@ def front_table(frame: pl.DataFrame) -> str:
 
 
 def advice_table(frame: pl.DataFrame) -> str:
-    """Give `measure.advise.ADVICE` as a Markdown table."""
+    """Return `measure.advise.ADVICE` as a Markdown table."""
     return markdown(
         "cache | held, MB: | most tokens: | fits | KL (nats): | top-1 flips: | from",
         "{name} | {held} | {most_tokens:,} | {fitting} | {kl_mean:.4f} | {flips} % | {kind}",
@@ -72,7 +72,7 @@ def advice_table(frame: pl.DataFrame) -> str:
 
 
 def tasks_table(frame: pl.DataFrame) -> str:
-    """Give `measure.tasks.EVALUATION` as a Markdown table."""
+    """Return `measure.tasks.EVALUATION` as a Markdown table."""
     return markdown(
         "task | questions: | by guessing: | exact: | compressed: | difference, 95 %: | of the contexts in codes:",
         "{task} | {questions} | {guess} | {exact:.0%} | {compressed:.0%} | {difference:+.0%}{interval} | "
@@ -84,7 +84,7 @@ def tasks_table(frame: pl.DataFrame) -> str:
 
 
 def compared_table(frame: pl.DataFrame) -> str:
-    """Give the comparison as a Markdown table, by true bits; attention's time in brackets, against the exact one."""
+    """Return the comparison as a Markdown table, by true bits; attention's time in brackets, against the exact one."""
     exact = frame.row(0, named=True)
     of_each = (frame.select(f"{name}_us", f"{name}_ratio").iter_rows() for name in ("store", "attend"))
     stored, attended = (median(own / ratio for own, ratio in rows) for rows in of_each)
@@ -105,7 +105,7 @@ def compared_table(frame: pl.DataFrame) -> str:
 
 
 def peers_table(frame: pl.DataFrame) -> str:
-    """Give the rows of `measure.peers` as a Markdown table, by true bits."""
+    """Return the rows of `measure.peers` as a Markdown table, by true bits."""
     return markdown(
         "cache | true bits a value: | KL (nats): | top-1 flips: | perplexity: | held, KB: | tables, KB: | read",
         "{name} | {held_bits:.2f} | {kl_mean:.4f} | {flips} % | {perplexity:.2f} | {held} | {tables} | {read}",
@@ -117,7 +117,7 @@ def peers_table(frame: pl.DataFrame) -> str:
 
 
 def beside_table(frame: pl.DataFrame) -> str:
-    """Give the rows of `measure.peers.beside` as a Markdown table."""
+    """Return the rows of `measure.peers.beside` as a Markdown table."""
     return markdown(
         "their cache | held, KB: | KL (nats): | ours in no more bytes | held, KB: | tables, KB: | KL (nats): | "
         "of theirs:",
@@ -129,13 +129,13 @@ def beside_table(frame: pl.DataFrame) -> str:
 
 
 def ratio_table(frame: pl.DataFrame) -> str:
-    """Give the byte ratios as a Markdown table."""
+    """Return the byte ratios as a Markdown table."""
     cells = "{name} | {key_ratio:.2f}× | {value_ratio:.2f}× | {ratio:.2f}×"
     return markdown("cache | keys: | values: | whole cache:", cells, frame)
 
 
 def against_table(frame: pl.DataFrame) -> str:
-    """Give `measure.bench.against.AGAINST` as one line of counts, and a Markdown table of the ratios that moved."""
+    """Return `measure.bench.against.AGAINST` as one line of counts, and a Markdown table of the ratios that moved."""
     moved, unknown = frame.filter("moved"), frame["noise"].null_count()
     said = f"{moved.height} of {frame.height} ratios moved beyond their noise."
     if unknown:
@@ -148,7 +148,7 @@ def against_table(frame: pl.DataFrame) -> str:
 
 
 def bench_tables(results: dict[str, Any]) -> str:
-    """Give the times of attention of every shape that ``veloxlab bench`` wrote, each with a heading."""
+    """Return the times of attention of every shape that ``veloxlab bench`` wrote, each with a heading."""
     facts = results["attention"]["facts"]
     if facts["backend"] == "cpu":
         parts = {part: of for part, of in _CPU_TABLES.items() if part in results}
@@ -245,7 +245,7 @@ _CELLS = {
 
 
 def lengths_table(frame: pl.DataFrame) -> str:
-    """Give `measure.bench.models.LENGTHS` as a Markdown table."""
+    """Return `measure.bench.models.LENGTHS` as a Markdown table."""
     return markdown(
         "cache | tokens: | held, MB: | peak in prefill, MB: | peak in decoding, MB: | a token, ms:",
         "{cache} | {tokens:,} | {held} | {prefill} | {decoding} | {time}",
@@ -258,7 +258,7 @@ def lengths_table(frame: pl.DataFrame) -> str:
 
 
 def swept_table(frame: pl.DataFrame) -> str:
-    """Give `veloxlab.allocate.sweep.SWEPT` as a Markdown table."""
+    """Return `veloxlab.allocate.sweep.SWEPT` as a Markdown table."""
     from veloxlab.allocate.sensitivity import NATS
     from veloxlab.allocate.sweep import UNIFORM
 

@@ -81,7 +81,7 @@ class BudgetTuner(ChartPage):
     _now: Setting = property(lambda tuner: _there(tuner.setting))  # type: ignore[assignment]
 
     @checked(
-        rates=either(instance(RateBudget, "what vl.rate_budget measured"), MODEL),
+        rates=either(instance(RateBudget, "the result of vl.rate_budget"), MODEL),
         model=either(MODEL, TOKENIZER),
         budget=budgets.BUDGET,
         bounds=budgets.BOUNDS,
