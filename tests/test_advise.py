@@ -62,7 +62,8 @@ def test_the_least_loss_that_fits_comes_first_and_caches_that_do_not_fit_last():
     assert (fits["held_bytes"] <= 20e6).all()
     assert (others["held_bytes"] > 20e6).all()
     assert set(frame["method"].drop_nulls()) <= set(METHODS)
-    assert set(frame["kind"]) == {"predicted"}
+    assert dict(frame.select("name", "kind").rows()).pop("fp16") == "exact"
+    assert set(frame.filter(pl.col("name") != "fp16")["kind"]) == {"predicted"}
 
 
 def test_a_goal_with_a_lower_limit_marks_more_caches_as_too_lossy():
@@ -74,7 +75,7 @@ def test_where_nothing_fits_the_smallest_is_named():
     advice = advise(1000, context=8192)
     assert not advice.frame["fits"].any()
     assert advice.best["held_bytes"] == advice.frame["held_bytes"].min()
-    assert f"No cache fits; the smallest is {advice.best['name']}: it takes " in str(advice)
+    assert f"No cache fits for 8,192 tokens; the smallest is {advice.best['name']}: it takes " in str(advice)
     assert "enough for 0 tokens" in advice.best["reason"]
 
 
@@ -124,7 +125,7 @@ def test_the_command_prints_it_for_a_configuration(tmp_path, capsys):
     assert cli.main(["advise", str(tmp_path), "--context", "8192", "--memory", "2 GB", "--goal", "draft"]) == 0
     told = capsys.readouterr().out
     assert told.startswith("2.00 GB of memory: ")
-    assert "\nTake fp16: it takes 0.03 GB, and loses nothing.\n" in told
+    assert "\nTake fp16 for 8,192 tokens: it takes 0.03 GB, and loses nothing.\n" in told
     assert "| fp16 | 33.6 | " in told
 
 
@@ -184,3 +185,40 @@ def test_a_measurement_without_the_sinks_of_the_cache_is_marked():
     assert not any(said[name] for name in ("fp16", "mlx-lm 4 bit", "turboquant 3 bit"))
     measured = advise(1e9).frame.with_columns(kind=pl.lit("measured"))
     assert not advise(1e9, measured=measured).frame["reason"].str.contains("without the 4 sinks").any()
+
+
+def test_words_of_sizes_mean_the_same_as_numbers():
+    expected = vl.advise("8b", context=32_768, memory=16e9, batch=2)
+    for context, memory in (("32k", "16"), ("32,768", "16 GB")):
+        assert str(vl.advise("8b", context=context, memory=memory, batch=2)) == str(expected)
+    assert "Take mlx-lm 8 bit for 2 sequences of 32,768 tokens: " in str(expected)
+    for wrong in ("32kB", "0", "", "99999999k"):
+        with pytest.raises(InputError, match=r'context=.* cannot be used: give a whole number .* words such as "32k"'):
+            vl.advise("8b", context=wrong)
+    with pytest.raises(InputError, match="memory='0' cannot be used"):
+        vl.advise("8b", memory="0")
+
+
+def test_assumed_weights_are_named_and_weights_of_fewer_bits_that_help():
+    """An 8B model at 8 bits takes 8.53 GB, all but .09 GB of three quarters of 11.5 GB; at 6 bits 6.52 GB."""
+    tight = vl.advise("8b", context="32k", memory="11.5 GB", weight_bits=8)
+    assert "8.53 GB for 8-bit weights" in str(tight)
+    narrower = vl.advise("8b", context="32k", memory="11.5 GB", weight_bits=6)
+    assert narrower.best["fits"]
+    assert f"With 6-bit weights, {narrower.best['name']} fits." in str(tight)
+    assert "weights, " not in str(narrower).replace("for 6-bit weights, ", "")
+    assert "Fewer bits for the weights do not help" in str(vl.advise("70b", memory="8 GB"))
+    known = vl.advise("8b", memory="4 GB", weights="4 GB")
+    assert "4.00 GB for the weights" in str(known)
+    assert "bit weights" not in str(known)
+
+
+def test_advice_shows_the_sentence_first_and_the_source_of_each_loss():
+    advice = vl.advise("8b", memory="16 GB")
+    for shown in (repr(advice), advice._repr_markdown_()):
+        assert shown.startswith("16.00 GB of memory: ")
+        assert shown.index("Take fp16") < shown.index("| cache | ") < shown.index("Predicted losses are those of")
+        assert "0.0% | exact |" in shown
+        assert "| predicted from SmolLM2-135M |" in shown
+        assert "the model was trained for 131,072 tokens." in shown
+        assert advice.code in shown

@@ -18,6 +18,7 @@ from veloxlab.models.shapes import SIZES
 from veloxlab.widgets.pages import advice_runs, advise
 from veloxlab.widgets.pages.advice_words import answer_said
 from veloxlab.widgets.pages.memory import HERE
+from veloxlab.widgets.selection import Choice
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +50,11 @@ def test_an_eight_billion_model_on_sixteen_gigabytes_is_answered_in_a_sentence(p
     turn(page, model="8B, as Llama 3.1", context=131_072)
     expected = vl.advise(SIZES["8B, as Llama 3.1"], context=131_072, memory="16 GB")
     assert page.advice.frame.equals(expected.frame)
-    assert f"Take {expected.best['name']}: {expected.best['reason']}" in page._verdict.value
+    assert f"Take {expected.best['name']} for 131,072 tokens: {expected.best['reason']}" in page._verdict.value
     assert page.row["fits"]
     assert page.row["method"] in page._code.value
-    assert "predicted" in page._table.value
+    assert ">loss is</th>" in page._table.value
+    assert "predicted from SmolLM2-135M" in page._table.value
     assert page.picked == page.advice.best["name"]
     for words in ("Measure the first 3", "Which layers may go to 2 bits?", "Does the answer change?"):
         assert button(page, words).disabled
@@ -137,9 +139,13 @@ def test_an_answer_is_compared_with_the_cache_of_the_shown_code(page, monkeypatc
         for cache in (vl.make_cache(names["model"], *plans), names["cache"])
     )
     assert ours == copied
-    assert (
-        "The answer does not change in 64 tokens. At its end, 0 of 77 tokens (0%) are in codes" in page._answered.value
-    )
+    assert "This chat is too short to tell: 0 of 77 tokens are in codes." in page._answered.value
+    page.all_codes = True
+    assert "veloxlab-stale" in page._answered._dom_classes
+    pressed(page, "Does the answer change?")
+    assert (plans[-1].sinks, plans[-1].window) == (4, 0)
+    assert "too short" not in page._answered.value
+    page.all_codes = False
 
 
 def test_a_changed_answer_reports_how_close_the_probabilities_were():
@@ -153,12 +159,14 @@ def test_a_changed_answer_reports_how_close_the_probabilities_were():
         columns = ["side", "position", "token", "text", "exact_probability"]
         return pl.DataFrame(every, schema=columns, orient="row")
 
-    said = answer_said(rows(("ab<", (1, 0.5, 0.4)), ("abd", (1, 0.5, 0.35))), "12 of 80 tokens (15%) are in codes.")
-    assert said.startswith("The answer changes at token 3. At its end, 12 of 80 tokens (15%) are in codes.")
+    choice = Choice(sinks=4, window=64)  # codes are made of 32 tokens at once
+    said = answer_said(rows(("ab<", (1, 0.5, 0.4)), ("abd", (1, 0.5, 0.35))), choice, 80)
+    assert said.startswith("The answer changes at token 3. At its end, 0 of 80 tokens (0%) are in codes;")
     assert "There the exact cache gives \u201c&lt;\u201d 40% and \u201cd\u201d 35%." in said
     same = ("ab", (1, 0.5))
-    assert answer_said(rows(same, same), "").startswith("The answer does not change in 2 tokens.")
-    assert "There the exact cache" not in answer_said(rows(same, ("a", (1,))), "")  # one ended
+    assert answer_said(rows(same, same), choice, 100).startswith("The answer does not change in 2 tokens.")
+    assert answer_said(rows(same, same), choice, 99).startswith("This chat is too short to tell: 0 of 99 tokens")
+    assert "There the exact cache" not in answer_said(rows(same, ("a", (1,))), choice, 99)  # one ended
 
 
 def test_a_missing_model_is_reported_and_the_last_advice_stays(page):
@@ -189,11 +197,11 @@ def test_the_result_of_a_job_for_another_model_is_stale(page):
     page.model = HERE  # its advice waits for that job
     assert "veloxlab-stale" in page._verdict._dom_classes
     page.picked = "rabitq 4 bit"  # everything is drawn again, with the old advice
-    assert "4.52 GB for the weights" in page._verdict.value
+    assert "4.52 GB for 4-bit weights" in page._verdict.value
     assert "veloxlab-stale" in page._verdict._dom_classes
     end.set()
     assert page.wait(60)
-    assert "4.52 GB for the weights" not in page._verdict.value
+    assert "4.52 GB for 4-bit weights" not in page._verdict.value
     assert "veloxlab-stale" not in page._verdict._dom_classes
 
 
@@ -223,3 +231,56 @@ def test_a_button_states_that_it_calibrates_first_and_for_how_long(page):
     turn(page, picked="fp16")
     assert answer.disabled
     assert answer.tooltip == "fp16 is not a method of veloxlab: pick another cache."
+
+
+def test_an_entry_is_read_as_the_command_reads_it_and_a_wrong_one_is_refused(page):
+    fields = controls(page)
+    for words, entry, trait, value, shown in (
+        ("context", "64k", "context", 65_536, "65,536"),
+        ("RAM (GB)", "24 GB", "memory_gb", 24, "24"),
+        ("RAM (GB)", "16", "memory_gb", 16, "16"),
+        ("sequences", "2", "batch", 2, "2"),
+    ):
+        fields[words].value = entry
+        assert page.wait(60)
+        assert (getattr(page, trait), fields[words].value) == (value, shown)
+    assert "for 2 sequences of 65,536 tokens" in page._verdict.value
+    for words, entry, shown in (
+        ("context", "99999999k", "65,536"),
+        ("RAM (GB)", "-3", "16"),
+        ("sequences", "1.5", "2"),
+    ):
+        fields[words].value = entry
+        assert fields[words].value == shown
+        assert " cannot be used: give " in page._message.value
+    turn(page, batch=1)
+
+
+def test_weight_bits_of_the_loaded_model_cannot_be_set(page):
+    bits = controls(page)["weight bits"]
+    assert bits.disabled
+    assert "their bytes are known" in bits.tooltip
+    page.model = "8B, as Llama 3.1"
+    assert not bits.disabled
+    bits.value = "3"
+    assert page.wait(60)
+    assert "for 3-bit weights" in page._verdict.value
+    turn(page, weight_bits=4)
+
+
+def test_a_cache_that_does_not_fit_is_not_marked_and_does_not_set_the_controls(page):
+    turn(page, model="70B, as Llama 3.1", memory_gb=8.0)
+    turn(page, picked="turboquant 4 bit")
+    assert "\u25b6" not in page._table.value
+    assert button(page, "Set the controls").disabled
+    assert button(page, "Set the controls").tooltip.startswith("turboquant 4 bit does not fit: it takes ")
+
+
+def test_the_token_that_ends_an_answer_is_not_shown(page, monkeypatch):
+    letters = Letters()
+    rows = [(side, 0, letters.encode("z")[0], "z", 1.0) for side in ("exact", "compressed")]
+    frame = pl.DataFrame(rows, schema=["side", "position", "token", "text", "exact_probability"], orient="row")
+    monkeypatch.setattr(advice_runs, "side_by_side", lambda *_, **__: frame)
+    monkeypatch.setattr(advice_runs, "stops", lambda _: {rows[0][2]})
+    choice = page.selection.choice
+    assert "\u201c\u201d" in advice_runs.answered(page.experiment, choice, "hello", lambda *_: None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +31,17 @@ def number_of_bits(bits: float | str) -> float:
     """Bits as an int if whole, else as a float, for methods that take fractions."""
     number = float(bits)
     return int(number) if number.is_integer() else number
+
+
+_TOKENS = re.compile(r"\s*(\d[\d,]*)\s*(k?)\s*", re.IGNORECASE)
+
+
+def number_of_tokens(words: str) -> int:
+    """Read a number of tokens: ``"32768"``, ``"32,768"`` or ``"32k"``; raises `InputError` for other words."""
+    found = _TOKENS.fullmatch(words)
+    if not found:
+        raise InputError(f"{words} is not a number of tokens: give 32768 or 32k.")
+    return int(found[1].replace(",", "")) * (1024 if found[2] else 1)
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,16 @@ def whole(least: float = -INF, most: float = INF) -> Check:
     limits = f", {least} or more" if most == INF else f" from {least} to {most}"
     words = f"a whole number{limits if least > -INF else ''}"
     return Check(words, lambda value: not isinstance(value, bool) and least <= value <= most, operator.index)
+
+
+def number_of_tokens_up_to(most: int) -> Check:
+    """A number of tokens, or its words."""
+    number = whole(1, most)
+
+    def convert(value: object) -> Any:  # noqa: ANN401
+        return number.read(number_of_tokens(value) if isinstance(value, str) else value)
+
+    return Check(f'{number.words}, or words such as "32k"', convert=convert)
 
 
 def real(*, above: float = -INF, below: float = INF, least: float = -INF, most: float = INF) -> Check:

@@ -95,8 +95,8 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     advisor.locator(".veloxlab-verdict", has_text="Take fp16").wait_for()
     model = advisor.locator("input[list]")
     for name, held in (
-        ("70B, as Llama 3.1", "39.69 GB for the weights"),
-        ("8B, as Llama 3.1", "4.52 GB for the weights"),
+        ("70B, as Llama 3.1", "39.69 GB for 4-bit weights"),
+        ("8B, as Llama 3.1", "4.52 GB for 4-bit weights"),
     ):
         model.fill(name)
         model.press("Enter")

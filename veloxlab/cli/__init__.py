@@ -18,7 +18,7 @@ from typing import Any
 
 import veloxlab
 from veloxlab import texts
-from veloxlab.checks import number_of_bits
+from veloxlab.checks import number_of_bits, number_of_tokens
 from veloxlab.cli import measurements, results, times
 from veloxlab.errors import InputError
 from veloxlab.store import make_folder, write_atomically
@@ -110,11 +110,10 @@ def _layers(word: str) -> tuple[int, ...]:
 
 
 def _tokens(word: str) -> int:
-    number, thousands, _ = word.lower().partition("k")
     try:
-        return int(number) * 1024 if thousands else int(number)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{word} is not a number of tokens: give 32768 or 32k") from None
+        return number_of_tokens(word)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 MODEL = _one("--model", "name, .gguf file, folder or repo id", default="smollm2-135m")
@@ -144,9 +143,9 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         measurements.advise_cache,
         _one("model", "smollm2-135m, a .gguf file, a config.json or its folder, a cached repo id, or a size: 8B"),
         _one("--context", "tokens of each sequence; 32k is 32768", _tokens, 32_768),
-        _one("--memory", 'of the machine, such as "16 GB" (default: this device\'s)'),
+        _one("--memory", 'of the machine, such as "16 GB"; a plain number is in GB (default: this device\'s)'),
         _one("--goal", "what the text is for: chat, retrieval or draft", default="chat"),
-        _one("--weights", 'size of the weights, such as "4.5 GB" (default: from the model)'),
+        _one("--weights", 'size of the weights, such as "4.5 GB" or 4.5 (default: from the model)'),
         _one("--weight-bits", "bits of a weight of a configuration", int, 4),
         _one("--batch", "number of sequences", int, 1),
     ),

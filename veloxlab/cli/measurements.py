@@ -24,7 +24,7 @@ def advise_cache(model: str, **given: Any) -> None:
     from veloxlab.models.shapes import taken_as
 
     advice = vl.advise(model, **given)
-    print("\n".join(filter(None, [taken_as(model), f"{advice}\n", tables.advice_table(advice.frame)])))
+    print("\n".join(filter(None, [taken_as(model), repr(advice)])))
 
 
 def ask_tasks(

@@ -59,18 +59,6 @@ def front_table(frame: pl.DataFrame) -> str:
     )
 
 
-def advice_table(frame: pl.DataFrame) -> str:
-    """Return `measure.advise.ADVICE` as a Markdown table."""
-    return markdown(
-        "cache | held, MB: | most tokens: | fits | KL (nats): | top-1 flips: | from",
-        "{name} | {held} | {most_tokens:,} | {fitting} | {kl_mean:.4f} | {flips} % | {kind}",
-        frame,
-        held=_scaled("held_bytes", 1e-6),
-        fitting=lambda row: "yes" if row["fits"] else "no",
-        flips=_PERCENT,
-    )
-
-
 def tasks_table(frame: pl.DataFrame) -> str:
     """Return `measure.tasks.EVALUATION` as a Markdown table."""
     return markdown(

@@ -46,7 +46,11 @@ def bytes_of(arrays: Any) -> int:  # noqa: ANN401 - a tree of arrays
 
 @checked(cache=CACHE)
 def report(cache: Sequence[Any]) -> pl.DataFrame:
-    """Return bytes, path and reason of each layer of a cache: `REPORT`; shared tables are the last row."""
+    """Return bytes, path and reason of each layer of a cache: `REPORT`; shared tables are the last row.
+
+    ``fp16_bytes`` counts 16 bits a number. Exact tokens of a model that computes in float32, as on a CPU, take 32, so a
+    short text can hold more bytes than that.
+    """
     rows = [{"layer": i} | _held(slot) for i, entry in enumerate(cache) for slot in slots_of([entry])]
     codecs = {codec for ours in _ours(cache) for codec in (ours.key_codec, ours.value_codec)}
     if codecs:

@@ -195,10 +195,14 @@ class Choice:
         """Code bits of keys and values of one layer; with None, of the layers without bits of their own."""
         return self.own_bits.get(layer, self.pairs[0])  # type: ignore[arg-type]
 
+    def coded(self, tokens: int) -> int:
+        """How many of ``tokens`` tokens of a text are in codes."""
+        windows = Windows.of(self.sinks, self.window, None)
+        return max(0, tokens - self.sinks - self.window) // windows.block * windows.block
+
     def in_codes(self, tokens: int) -> str:
         """A sentence: how many of ``tokens`` tokens of a text are in codes."""
-        windows = Windows.of(self.sinks, self.window, None)
-        packed = max(0, tokens - self.sinks - self.window) // windows.block * windows.block
+        packed = self.coded(tokens)
         return f"{packed} of {tokens} tokens ({packed / tokens:.0%}) are in codes; sinks and window are exact."
 
     def wish_of(self, layer: int | None) -> Bits:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from veloxlab.measure.generation import prompt_ids, side_by_side
+import polars as pl
+
+from veloxlab.measure.generation import prompt_ids, side_by_side, stops
 from veloxlab.measure.narrow import Narrow, narrow_layers
 from veloxlab.measure.quality import Reference
 from veloxlab.progress import Progress
@@ -31,4 +33,5 @@ def answered(experiment: Experiment, choice: Choice, prompt: str, progress: Prog
     settings: dict[str, Any] = {"tokens": ANSWER, "calibration": given, "progress": progress}
     rows = side_by_side(model, tokenizer, prompt, choice.plan(model), **settings)
     read = len(prompt_ids(tokenizer, prompt)) + rows.filter(side="compressed").height
-    return answer_said(rows, choice.in_codes(read))
+    shown = pl.when(pl.col("token").is_in(stops(tokenizer))).then(pl.lit("")).otherwise("text").alias("text")
+    return answer_said(rows.with_columns(shown), choice, read)

@@ -20,11 +20,11 @@ from veloxlab.measure.quality import Reference, reference
 from veloxlab.models.shapes import taken_as
 from veloxlab.views.picture import Section
 from veloxlab.widgets.chosen import Checked
-from veloxlab.widgets.layout import CodeLines, broad, controls
+from veloxlab.widgets.layout import CodeLines, broad, controls, wide
 from veloxlab.widgets.pages.advice_acts import Act
 from veloxlab.widgets.pages.advice_asked import ASKED, Constraints
 from veloxlab.widgets.pages.advice_runs import NARROWEST, answered, narrowed
-from veloxlab.widgets.pages.advice_words import ROWS, advice_table, narrow_lines, narrow_said
+from veloxlab.widgets.pages.advice_words import ALL_CODES, ROWS, advice_table, narrow_lines, narrow_said
 from veloxlab.widgets.pages.experiment import Experiment
 from veloxlab.widgets.pages.generation import PROMPT
 from veloxlab.widgets.pages.memory import HERE
@@ -32,7 +32,7 @@ from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.selection import Bits, Choice, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
-DEPENDS = {"advice": ASKED, "narrow": ("model", "goal", "picked"), "answer": ("model", "prompt", "picked")}
+DEPENDS = {"advice": ASKED, "narrow": ("model", "goal", "picked"), "answer": ("model", "prompt", "picked", "all_codes")}
 MOST = 3  # caches that *Measure* measures
 
 
@@ -51,11 +51,12 @@ class Advisor(Constraints, Panel):
 
     NAME = "advisor"
     HELP = "13_memory_planner.ipynb#Which cache is best for my memory?"
-    SETTINGS = (*ASKED, "prompt")
+    SETTINGS = (*ASKED, "prompt", "all_codes")
 
     prompt = Checked(
         WORDS, PROMPT, help="a message, or a whole chat as text; a longer text has a larger share in codes"
     )
+    all_codes = t.Bool(False, help="answer with every token except the sinks in codes: no window stays exact")
     picked = t.Unicode("", help="the cache of the table that the buttons act on")
 
     def __init__(
@@ -77,7 +78,7 @@ class Advisor(Constraints, Panel):
         self._narrowed, self._answered = ipywidgets.HTML(), ipywidgets.HTML()
         self._said = {"advice": [self._verdict, self._table], "narrow": [self._narrowed], "answer": [self._answered]}
         self._of = dict[str, list[Any]]()  # by part: the settings of the shown result, values of DEPENDS
-        self._caches = ipywidgets.Dropdown(description="cache", tooltip=self.traits()["picked"].help.capitalize())
+        self._caches = wide(ipywidgets.Dropdown(description="cache", tooltip=self.traits()["picked"].help.capitalize()))
         below = self._verdict, self._acts(), self._narrowed, self._answered, self._table, self._code
         self._laid_out([self._constraints()], *below)
         self.observe(lambda _: self._compare_with_chosen(), list({"picked", *self.SETTINGS}))
@@ -112,6 +113,7 @@ class Advisor(Constraints, Panel):
 
     def take(self) -> None:
         """Set the controls of all pages to the picked cache."""
+        self._fits_none()
         row = self._coded_row()
         self.selection.choose(**self._parts(row), layer=None)
         self._with_layers.pop(row["name"], None)
@@ -160,9 +162,10 @@ class Advisor(Constraints, Panel):
         """Start to find whether the answer to the prompt changes with the picked cache, made as in the code."""
         self.selection.fitting.held.clear()
         row, prompt, asked = self._row_to_run(), self.prompt, self._chosen_for("answer")
+        window = 0 if self.all_codes else DEFAULT_WINDOW
 
         def job(progress: Progress) -> str:
-            choice = self.selection.changed(**self._parts(row))
+            choice = self.selection.changed(**self._parts(row, window))
             return answered(self.experiment, choice, prompt, progress)
 
         def done(said: str) -> None:
@@ -184,7 +187,9 @@ class Advisor(Constraints, Panel):
         return []
 
     def _fits_none(self) -> list[str]:
-        self._coded_row()
+        row = self._coded_row()
+        if not row["fits"]:
+            raise InputError(f"{row['name']} does not fit: {row['reason']}")
         return []
 
     def _fits(self, *more: float) -> list[str]:
@@ -279,7 +284,7 @@ class Advisor(Constraints, Panel):
         lines = "<br>".join(html.escape(line) for line in said)
         reason = "" if row["name"] == advice.best["name"] else f"{row['name']}: {row['reason']}"
         self._verdict.value = f"<div class='veloxlab-verdict'>{lines}<br>{html.escape(reason)}</div>"
-        self._table.value = advice_table(advice.frame, self.picked)
+        self._table.value = advice_table(advice.frame, self.picked, advice.note)
         self._code.value, self._caches.value = self._lines(), self.picked
         self._compare_with_chosen()
 
@@ -308,4 +313,6 @@ class Advisor(Constraints, Panel):
         }
         self._buttons = [Act(words, tip, partial(self._saying, act), fits) for words, (tip, act, fits) in acts.items()]
         *made, answer = (act.button for act in self._buttons)
-        return controls(self._caches, *made, broad(prompt), answer)
+        return controls(
+            self._caches, *made, broad(prompt), answer, self._control(ipywidgets.Checkbox, "all_codes", ALL_CODES)
+        )
