@@ -82,7 +82,7 @@ def test_the_error_by_bits_is_that_of_the_summed_errors(seen):
     assert "Relative squared error against true bits per value" in picture.svg(drawn(frame).to_dict())
     broken = frame.with_columns(not_finite=pl.lit(3))
     assert by_bits_caption(broken).endswith("× 12 not finite")
-    with pytest.raises(InputError, match="nothing to pool"):
+    with pytest.raises(InputError, match="no rows to pool"):
         errors_by_bits(tokens.clear(), taken)
 
 

@@ -140,3 +140,10 @@ def test_a_missing_token_is_refused(lab, page):
     with pytest.raises(InputError, match="There is no token 96: the text has 96"):
         lab.token = 96
     assert page.token is None
+
+
+def test_each_page_says_which_tokens_are_in_codes_there(lab, page):
+    turn(lab, sinks=2, window=16)
+    assert " of 96 tokens (" in page._banner.value
+    assert "On this page all 96 tokens are in codes" in lab.turn_to("errors")._banner.value
+    turn(lab, sinks=0, window=0)

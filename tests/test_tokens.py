@@ -169,3 +169,15 @@ def test_white_space_has_a_visible_name_in_lists_and_captions():
     keys = {"key": range(5), "weight": 0.1, "exact_weight": 0.1, "error": 0.0, "state": "codes"}
     attended = in_schema(pl.DataFrame({"text": [*texts]} | keys).with_columns(key_end=pl.col("key") + 1), SEEN)
     assert {*attended_data(attended)["said"].drop_nulls()} == {f"{i}  {name}" for i, name in enumerate(texts.values())}
+
+
+@pytest.mark.parametrize(("now", "said"), [(0.1, "fell from 0.2 to 0.1"), (0.3, "did not fall: other tokens changed")])
+def test_a_prediction_that_moved_is_not_explained_by_a_probability_that_rose(now, said):
+    rows = pl.DataFrame({"position": [7], "text": ["a"], "kl": [0.4], "probability": [now], "exact_probability": [0.2]})
+    assert views.losses_caption(rows) == f"Most: 0.4 nats at token 7 ('a'), whose probability {said}"
+
+
+def test_the_alternative_that_changed_most_is_named():
+    numbers = {"probability": [0.2, 0.6], "exact_probability": [0.3, 0.1]}
+    rows = pl.DataFrame({"position": [7, 7], "rank": [1, 2], "text": ["a", "b"], "came": [True, False]} | numbers)
+    assert views.alternatives_caption(rows).endswith("; most changed: 'b', 0.1 exact, 0.6 now")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import altair as alt
 import polars as pl
 
@@ -61,11 +63,17 @@ def losses_caption(frame: pl.DataFrame) -> str:
     """State which token lost most, and how many divergences are not finite."""
     finite = frame.filter(pl.col("kl").is_finite()).sort("kl", "position")
     said = [
-        f"Most: {row['kl']:.3g} nats at token {row['position']} ({seen(row['text'])!r}), whose probability went from "
-        f"{row['exact_probability']:.3g} to {row['probability']:.3g}"
+        f"Most: {row['kl']:.3g} nats at token {row['position']} ({seen(row['text'])!r}), {_own_change(row)}"
         for row in finite.filter(pl.col("kl") > 0).tail(1).iter_rows(named=True)
     ]
     return marks.sentence(*said or ["No prediction moved"], marks.broken(frame.height - finite.height))
+
+
+def _own_change(row: dict[str, Any]) -> str:
+    """A divergence is of the whole prediction: the probability of the text's token may even rise."""
+    exact, now = row["exact_probability"], row["probability"]
+    fell = f"whose probability fell from {exact:.3g} to {now:.3g}"
+    return fell if now < exact else "whose probability did not fall: other tokens changed"
 
 
 def token_heads(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
@@ -188,7 +196,11 @@ def alternatives_caption(frame: pl.DataFrame) -> str:
     )
     (came,) = frame.filter("came").to_dicts()
     text = f"the text has {seen(came['text'])!r}, {came['exact_probability']:.3g} exact, {came['probability']:.3g} now"
-    return f"Token {came['position']}. {chosen}; {text}"
+    most = frame.sort((pl.col("probability") - pl.col("exact_probability")).abs(), descending=True).row(0, named=True)
+    other = (
+        f"most changed: {seen(most['text'])!r}, {most['exact_probability']:.3g} exact, {most['probability']:.3g} now"
+    )
+    return f"Token {came['position']}. {chosen}; {text}" + ("" if most["came"] else f"; {other}")
 
 
 def _beside(rows: alt.Chart, fields: dict[str, str], title: str, told: list[alt.Tooltip]) -> alt.LayerChart:

@@ -121,7 +121,8 @@ class ErrorExplorer(HeadPage):
         both = f"Values are shown at {bits_said(key_bits)} too; in the cache they have {value_bits}."
         some = f"Errors by bits are drawn where {self.method} is calibrated: choose other bits to calibrate them."
         shown = len(self._look().widths) >= sum(isinstance(width, int) for width in self.selection.widths)
-        return [*super().notes, both if key_bits != value_bits else "", "" if shown else some]
+        every = f"On this page all {self.selection.tokens} tokens are in codes, also those of sinks and window."
+        return [every, *super().notes, both if key_bits != value_bits else "", "" if shown else some]
 
     def _look(self, **changed: Any) -> Look:
         look, fitting = super()._look(**changed), self.selection.fitting

@@ -250,7 +250,8 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
     @property
     def notes(self) -> list[str]:
         other = "This text is a prompt and the answer generated for it." if self.ids else ""
-        return [*super().notes, other, self._missing]
+        coded = self.selection.choice.in_codes(len(self.ids or self.experiment.capture.tokens))
+        return [coded, *super().notes, other, self._missing]
 
     def _look(self, **changed: Any) -> Look:
         look, choice = super()._look(**changed), self.selection.choice
