@@ -101,6 +101,11 @@ def test_a_page_that_is_opened_during_other_work_appears_at_once(lab):
     assert lab.pages["advise"].advice is not None
 
 
+def test_a_page_without_results_says_what_to_press(lab):
+    lab.turn_to("generation").close()
+    assert "Press Generate: the answers" in lab.turn_to("generation")._message.value
+
+
 def test_cancel_names_the_page_whose_work_it_stops_and_only_that_page_offers_retry(lab):
     started, go = threading.Event(), threading.Event()
 

@@ -77,6 +77,7 @@ class SideBySide(OfCache, Panel):
         self._slot = columns()
         self._laid_out([self._controls()], self._slot)
         self.follow()
+        self.say("Press Generate: the answers with the exact and with the compressed cache then appear side by side.")
 
     @property
     def name(self) -> str:
