@@ -147,3 +147,7 @@ def test_each_page_says_which_tokens_are_in_codes_there(lab, page):
     assert " of 96 tokens (" in page._banner.value
     assert "On this page all 96 tokens are in codes" in lab.turn_to("errors")._banner.value
     turn(lab, sinks=0, window=0)
+
+
+def test_the_page_compare_says_what_to_press_before_the_first_measurement(lab):
+    assert "Press one of the buttons that measure" in lab.page_of("compare")._message.value

@@ -151,6 +151,7 @@ class Comparison(OfExperiment):
         runs = self.points.every
         self._take.disabled = not runs
         if not runs:
+            self.say("Press one of the buttons that measure: a chart of loss against bytes then compares the caches.")
             return
         self._layouts += [layouts(self.experiment.model, run.choice) for run in runs[len(self._layouts) :]]
         self._draw_points()
