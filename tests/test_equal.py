@@ -9,7 +9,7 @@ from tests.test_runs import run
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
 from veloxlab.measure.equal import EQUAL, POINTS, at_equal_bits
-from veloxlab.widgets.pages.equal_bits import around, comparable
+from veloxlab.widgets.pages.equal_bits import around, comparable, equal_said
 from veloxlab.widgets.selection import Choice
 
 
@@ -64,6 +64,17 @@ def test_caches_around_some_bits_are_the_nearest_ones_on_either_side():
     assert around(2.6, choices, held) == choices[1:]
     assert around(2.5, choices, held) == [choices[1]]
     assert around(4, choices, held) == around(1, choices, held) == []
+
+
+def test_the_ranking_says_what_held_bits_are_and_why_a_row_has_no_interval():
+    def said(*windows: float) -> str:
+        known = points(rvq={2.0: [*windows], 4.0: [*windows]}, qjl={3.0: [1.0] * len(windows)})
+        return equal_said(at_equal_bits(known, 3), known, run(), 3, 4096, 1e6)
+
+    assert "Held bits count codes, scales, sinks and window" in said(0.1)
+    assert said(0.1).count("none: one window") == said(0.1).count("reference") == 1
+    assert "one window" not in said(0.1, 0.2)
+    assert "0.21 to 1.5</td>" in said(0.1, 0.2)  # 0.85, with the 12.7 standard errors of 0.05 of two windows
 
 
 def test_the_page_measures_missing_points_of_a_ranking_once():

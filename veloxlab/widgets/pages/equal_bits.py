@@ -102,7 +102,7 @@ def equal_said(ranked: pl.DataFrame, known: pl.DataFrame, newest: Run, bits: flo
             row["method"],
             f"{row['kl_mean']:.3g}",
             f"+{row['difference']:.2g}" if i else "",
-            "" if row["low"] is None or not i else f"{row['low']:.2g} to {row['high']:.2g}{_doubt(row)}",
+            _interval(row) if i else "reference",
             f"{row['below']:.2f} and {row['above']:.2f}" if row["below"] < row["above"] else "measured there",
         )
         for i, row in enumerate(ranked.to_dicts())
@@ -111,12 +111,16 @@ def equal_said(ranked: pl.DataFrame, known: pl.DataFrame, newest: Run, bits: flo
     left = f" Not ranked, because not measured on both sides: {', '.join(others)}." if others else ""
     exact = f"sinks={newest.choice.sinks}, window={newest.choice.window}"
     said = (
-        f"<b>At {bits:g} held bits a value: {amount(nbytes)} at {tokens:,} tokens, {exact}.</b> Interpolated "
-        "between a method's two nearest measured caches, by the logarithm of KL. Caches with different bits for keys "
-        f"and values do not count.{html.escape(left)}"
+        f"<b>At {bits:g} held bits a value: {amount(nbytes)} at {tokens:,} tokens, {exact}.</b> Held bits count codes, "
+        "scales, sinks and window, so they are more than code bits. Interpolated between a method's two nearest "
+        "measured caches, by the logarithm of KL. Caches with different bits for keys and values do not count."
+        f"{html.escape(left)}"
     )
     return said + html_table(TITLES, rows, cell="padding: 1px 14px 1px 0", left=2)
 
 
-def _doubt(row: dict[str, Any]) -> str:
-    return ", not decisive" if row["low"] <= 0 <= row["high"] else ""
+def _interval(row: dict[str, Any]) -> str:
+    if row["low"] is None:
+        return "none: one window"
+    doubt = ", not decisive" if row["low"] <= 0 <= row["high"] else ""
+    return f"{row['low']:.2g} to {row['high']:.2g}{doubt}"
