@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from dataclasses import replace
 
 import polars as pl
 import pytest
@@ -18,7 +19,7 @@ from veloxlab.measure.paired import WINDOWS
 from veloxlab.measure.quality import FIDELITY
 from veloxlab.measure.times import LAYER_TIMES
 from veloxlab.views import times_by_layer, window_losses
-from veloxlab.widgets.runs import RUNS, Run, Runs, Steps, apart
+from veloxlab.widgets.runs import RUNS, Run, Runs, Steps, apart, change_said
 from veloxlab.widgets.selection import Choice, Fitting, Selection
 
 
@@ -125,6 +126,30 @@ def test_moves_of_one_slider_are_one_step_and_another_control_is_another_step(st
         steps.undo()
         found.append((selection.choice.window, selection.choice.sinks))
     assert found == [(40, 1), (40, 4), (64, 4)]
+
+
+def test_a_change_is_named_by_setting_and_values():
+    now = Choice(layer=26, own_bits={26: (5, 4)})
+    assert change_said(now, replace(now, own_bits={26: (3, 4)})) == "K bits of layer 26, 5 to 3"
+    assert change_said(now, replace(now, own_bits={})) == "K bits of layer 26, 5 to 4"
+    assert change_said(now, replace(now, layer=None, token=7)) == "layer, 26 to all; token, the one that lost most to 7"
+    other = Choice("rvq", 2, 3, 0, 0, layer=26, own_bits=now.own_bits)
+    said = "method, turboquant to rvq; K bits, 4 to 2; V bits, 4 to 3; 2 more"
+    assert change_said(now, other) == said
+
+
+def test_undo_and_redo_name_their_change_and_are_off_without_one():
+    lab = vl.Lab(tiny("llama", num_hidden_layers=1), Letters(), tokens=64)
+    undo, redo = lab._undo, lab._redo
+    assert undo.disabled
+    assert redo.disabled
+    lab.selection.choose(sinks=1)
+    assert (undo.disabled, redo.disabled) == (False, True)
+    assert undo.tooltip == "Undo: sinks, 1 to 4"
+    undo.click()
+    assert (undo.disabled, redo.disabled) == (True, False)
+    assert (undo.tooltip, redo.tooltip) == ("Undo: there is nothing", "Redo: sinks, 4 to 1")
+    lab.close()
 
 
 # the page and its report

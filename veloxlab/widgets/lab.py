@@ -31,7 +31,7 @@ from veloxlab.widgets.pages import (
 )
 from veloxlab.widgets.pages.experiment import Experiment, Experimenter, OfExperiment
 from veloxlab.widgets.panel import Panel
-from veloxlab.widgets.runs import Steps
+from veloxlab.widgets.runs import Steps, change_said
 from veloxlab.widgets.worker import sentence
 
 # One line for each page: its name, its title, and a function that makes it from a laboratory.
@@ -106,13 +106,27 @@ class Lab(Experimenter, OfExperiment, OfLayers):
         tight = ipywidgets.ToggleButton(description="Compact", tooltip="Small charts, so that a page fits one screen")
         t.link((self, "compact"), (tight, "value"))
         self._steps = Steps(self.selection)
-        self._watch(self.selection, "choice", self._steps.follow)
-        undo = button("\u21b6", "Undo the last change of the settings", self.undo, width="34px")
-        redo = button("\u21b7", "Redo the change that was undone", self.redo, width="34px")
-        corner = ipywidgets.HBox([undo, redo, tight])
+        self._undo, self._redo = (
+            button(words, "", act, width="34px") for words, act in (("\u21b6", self.undo), ("\u21b7", self.redo))
+        )
+        self._name_steps()
+        self._watch(self.selection, "choice", self._step)
+        corner = ipywidgets.HBox([self._undo, self._redo, tight])
         corner.add_class("veloxlab-corner")
         self.children = [styled(), corner, self._tabs, self._message, ipywidgets.HTML(glossary())]
         self.follow()
+
+    def _step(self, change: dict[str, Any]) -> None:
+        self._steps.follow(change)
+        self._name_steps()
+
+    def _name_steps(self) -> None:
+        """Say on the buttons what they change; a button without a step cannot be pressed."""
+        steps = self._steps
+        for pressed, verb, kept in ((self._undo, "Undo", steps.before), (self._redo, "Redo", steps.undone)):
+            pressed.disabled = not kept
+            what = change_said(self.selection.choice, kept[-1]) if kept else "there is nothing"
+            pressed.tooltip = f"{verb}: {what}"
 
     def undo(self) -> None:
         """Undo the last change of the choice, on all pages; moves of one control within a second are one change."""

@@ -147,6 +147,30 @@ def apart(first: Run, second: Run) -> str:
     return f"{said} ({found.interval}){'' if found.decisive else ': not decisive'}."
 
 
+WORDS = {"method": "method", "key_bits": "K bits", "value_bits": "V bits"}
+WORDS |= {name: name for name in ("sinks", "window", "layer", "head", "token", "seed")}
+NOT_CHOSEN = {"layer": "all", "token": "the one that lost most"}
+MOST_SAID = 3  # changes in a tooltip
+
+
+def change_said(now: Choice, then: Choice) -> str:
+    """What changes from one choice to another, in words such as ``"K bits of layer 26, 5 to 3"``."""
+    said = list[str]()
+    for name, words in WORDS.items():
+        old, new = getattr(now, name), getattr(then, name)
+        if old != new:
+            ends = (NOT_CHOSEN[name] if value is None else value for value in (old, new))
+            said.append(f"{words}, {' to '.join(map(str, ends))}")
+    for layer in sorted({*now.own_bits} | {*then.own_bits}):
+        if now.own_bits.get(layer) != then.own_bits.get(layer):
+            bits = zip("KV", now.bits_of(layer), then.bits_of(layer), strict=True)
+            said += [f"{one} bits of layer {layer}, {old} to {new}" for one, old, new in bits if old != new]
+    if now.ids != then.ids:
+        said.append("text")
+    more = [f"{len(said) - MOST_SAID} more"] if len(said) > MOST_SAID else []
+    return "; ".join(said[:MOST_SAID] + more) or "a setting that has no effect now"
+
+
 class Steps:
     """Earlier choices, and those that were undone. Moves of one control within a second are one step."""
 
