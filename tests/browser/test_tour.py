@@ -79,6 +79,10 @@ def test_every_knob_of_the_tours_laboratory_moves_its_charts(notebook, capsys):
     page.evaluate("() => window.jupyterapp.shell.expandLeft()")
     lab.laid_out(1920, 1000, columns=3)
     lab.laid_out(1440, 900, columns=2)
+    tops = page.locator(f"{LAB} > .widget-tab > .lm-TabBar .lm-TabBar-tab").evaluate_all(
+        "(tabs) => tabs.map((tab) => tab.offsetTop)"
+    )
+    assert max(tops) <= 1  # one row: the open page's tab is a pixel higher
     page.locator(lab.charts).nth(2).scroll_into_view_if_needed()
     inside = (
         "(() => { const at = document.querySelector('.jp-WindowedPanel-outer').getBoundingClientRect(); return %s })()"
