@@ -163,7 +163,7 @@ OWN: dict[str, list[Any]] = {
     "fidelity tokens": [*AMOUNT, 1],
     "load name": [*PATH, "no such model", "no-such.gguf", __file__],
     "advise context": AMOUNT,
-    "plan_memory context": ["x", 0, -1, 5.5, [], [0], ["x"], True, NAN],
+    "plan_memory context": ["x", 0, -1, 5.5, [], [0], ["x"], True, NAN, 2**24 + 1, [2**24 + 1]],
     "rate_budget bits": WIDTHS,
     "reference tokens": [*AMOUNT, 1],
     "register method": [5, "none"],

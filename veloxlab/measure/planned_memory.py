@@ -15,7 +15,7 @@ from veloxlab.cache.calibration import Calibration, layer_codec
 from veloxlab.cache.counts import Windows, own_room
 from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_SLIDING, DEFAULT_WINDOW, Sliding, cache_name, tensor_bits
 from veloxlab.cache.runs import compressed_room
-from veloxlab.checks import checked, either, many, real, whole
+from veloxlab.checks import checked, either, many, number_of_tokens_up_to, real
 from veloxlab.codecs import TENSORS, Codec, find_method
 from veloxlab.codecs.base import token_bytes
 from veloxlab.errors import InputError
@@ -36,6 +36,7 @@ PARTS = ("codes", "scales", "sinks", "window", "exact", "states", "tables")
 model's own caches; states of constant size; and constant tables, which all sequences share."""
 
 GRAIN, MOST_TOKENS = 256, 2**24  # tokens: the largest context is a multiple of the first, up to the second
+CONTEXT = number_of_tokens_up_to(MOST_TOKENS)  # bounded, because a prediction takes time for each chunk of tokens
 
 
 @dataclass(frozen=True)
@@ -143,12 +144,12 @@ def _quantized(shape: ModelShape, bits: int) -> CacheLayout:
     return CacheLayout(f"mlx-lm {bits} bit", layers, shape.state_bytes)
 
 
-@checked(model_or_config=MODEL_OR_CONFIG, context=either(whole(1), many(whole(1))))
+@checked(model_or_config=MODEL_OR_CONFIG, context=either(CONTEXT, many(CONTEXT)))
 def plan_memory(
     model_or_config: ModelOrConfig,
     method: str = "turboquant",
     *,
-    context: int | Sequence[int] = 32_768,
+    context: int | str | Sequence[int | str] = 32_768,
     batch: int = 1,
     decoded: int = 0,
     **settings: Any,
@@ -164,13 +165,13 @@ def plan_memory(
     Parameters
     ----------
     model_or_config : a model, a ``config.json`` or its folder, or a `veloxlab.ModelShape`.
-    context : tokens of each sequence, or several such numbers.
+    context : tokens of each sequence, up to 2^24, such as 32768 or ``"32k"``; or several such numbers.
     batch : sequences; tables are held once for all.
     decoded : number of the newest tokens that were generated, one at a time.
     settings : ``bits``, ``key_bits``, ``value_bits``, ``sinks``, ``window``, ``sliding``, ``calibration`` and the
         method's own, as for `veloxlab.make_cache`.
     """
-    lengths = [context] if isinstance(context, int) else list(context)
+    lengths = [int(tokens) for tokens in ([context] if isinstance(context, int | str) else context)]
     if min(lengths) < decoded:
         raise InputError(f"context={min(lengths)} has fewer tokens than decoded={decoded}: give no less than those.")
     return planned(cache_layouts(model_or_config, method, **settings), lengths, batch, decoded)
