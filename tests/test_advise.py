@@ -13,7 +13,7 @@ from tests.tiny_models import tiny
 from veloxlab import cli
 from veloxlab.codecs import METHODS
 from veloxlab.errors import InputError
-from veloxlab.measure.advise import ADVICE, GOALS
+from veloxlab.measure.advice import ADVICE, GOALS
 from veloxlab.models.shapes import shape_of, usual_size
 
 LLAMA_8B = {

@@ -11,7 +11,9 @@ import traitlets as t
 
 from veloxlab.checks import WORDS, Check, choice, either, number_of_bits, real, whole
 from veloxlab.errors import InputError
-from veloxlab.measure.advise import CONTEXT, GOALS, SIZE_WORDS
+from veloxlab.measure.advice import GOALS
+from veloxlab.measure.advise import SIZE_WORDS
+from veloxlab.measure.planned_memory import CONTEXT
 from veloxlab.models.shapes import SIZES
 from veloxlab.runtime import device
 from veloxlab.widgets.chosen import Checked

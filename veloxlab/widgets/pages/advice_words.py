@@ -6,7 +6,7 @@ import html
 
 import polars as pl
 
-from veloxlab.measure.advise import loss_source
+from veloxlab.measure.advice import loss_source
 from veloxlab.measure.generation import SIDES, first_parting
 from veloxlab.measure.narrow import Narrow
 from veloxlab.views.memory import amount
@@ -20,7 +20,7 @@ TITLES = ["", "cache", "fits", "bytes held", "most tokens", "nats a token", "oth
 
 
 def advice_table(frame: pl.DataFrame, picked: str, note: str = "") -> str:
-    """HTML of the first rows of `veloxlab.measure.advise.ADVICE`, and of the picked row, which is marked if it fits.
+    """HTML of the first rows of `veloxlab.measure.advice.ADVICE`, and of the picked row, which is marked if it fits.
 
     ``note``: the sentence under the table.
     """

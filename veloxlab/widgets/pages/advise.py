@@ -14,7 +14,8 @@ import traitlets as t
 from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW
 from veloxlab.checks import WORDS, number_of_bits
 from veloxlab.errors import InputError
-from veloxlab.measure.advise import ADVICE, GOALS, Advice, advise, fitted, to_measure
+from veloxlab.measure.advice import ADVICE, GOALS, Advice, fitted
+from veloxlab.measure.advise import advise, to_measure
 from veloxlab.measure.narrow import Narrow
 from veloxlab.measure.quality import Reference, reference
 from veloxlab.models.shapes import taken_as
@@ -45,7 +46,7 @@ class Advisor(Constraints, Panel):
 
     The traits are ``model`` (``"this model"``, one of `SIZES`, or a path or id as for `veloxlab.advise`), ``context``
     (tokens of each sequence), ``batch`` (sequences), ``memory_gb`` (of the machine, 10^9 bytes), ``weight_bits``,
-    ``goal`` (a name in `veloxlab.measure.advise.GOALS`), ``prompt``, and ``picked``, the name of a cache in
+    ``goal`` (a name in `veloxlab.measure.advice.GOALS`), ``prompt``, and ``picked``, the name of a cache in
     ``advice.frame``. ``advice`` is the newest result of `veloxlab.advise`, ``narrow`` that of `narrow_layers`.
     """
 
