@@ -98,6 +98,8 @@ def test_the_page_measures_missing_points_of_a_ranking_once():
     assert len(lab.measured) == len(measured)
     page.equal_bits = 0.5
     assert "Measure at equal bits" in page._equal.value
+    with pytest.raises(InputError, match="context=16777217 cannot be used: give a whole number from 1 to 16777216"):
+        page.context = 2**24 + 1
     lab.close()
 
 

@@ -4,6 +4,7 @@ import re
 import threading
 from typing import Any
 
+import ipywidgets
 import polars as pl
 import pytest
 
@@ -149,6 +150,16 @@ def test_a_typed_shape_is_planned(planner):
     assert planner.chart.frame["cache"].unique().sort().to_list() == ["fp16", "turboquant K4 V4"]
 
 
+def test_each_context_that_is_accepted_is_planned_and_shown_by_the_slider(planner):
+    (slider,) = (
+        each for each in planner.children[1].children[0].children if isinstance(each, ipywidgets.FloatLogSlider)
+    )
+    for given, tokens in (("32k", 32_768), (1, 1), (100, 100), (2**24, 2**24)):
+        turn(planner, context=given)
+        assert planner.context == slider.value == tokens
+        assert drawn(planner) == expected(context=given)
+
+
 def test_more_memory_is_a_larger_context(planner):
     first = planner.largest["tokens"][0]
     turn(planner, memory_gb=16.0)
@@ -178,7 +189,8 @@ def test_an_impossible_shape_is_reported_and_the_chart_stays(planner):
 @pytest.mark.parametrize(
     ("knob", "value", "sentence"),
     [
-        ("context", 0, "context=0 cannot be used: give a whole number from 256 to 2097152"),
+        ("context", 0, "context=0 cannot be used: give a whole number from 1 to 16777216"),
+        ("context", 2**24 + 1, "context=16777217 cannot be used: give a whole number from 1 to 16777216"),
         ("window", -1, "window=-1 cannot be used: give a whole number, 0 or more"),
         ("memory_gb", 0.0, "memory_gb=0.0 cannot be used: give a finite number above 0"),
         ("method", "turbo", "Unknown method 'turbo'"),

@@ -10,9 +10,10 @@ import ipywidgets
 import polars as pl
 import traitlets as t
 
-from veloxlab.checks import real, whole
+from veloxlab.checks import real
 from veloxlab.errors import InputError
 from veloxlab.measure.equal import EQUAL, at_equal_bits
+from veloxlab.measure.planned_memory import CONTEXT, MOST_TOKENS
 from veloxlab.views import frontier
 from veloxlab.views.picture import Section
 from veloxlab.widgets.chosen import Checked
@@ -47,7 +48,7 @@ class Comparison(OfExperiment):
     WHY: ClassVar[dict[str, str]] = {
         "frontier": "Which cache loses least at the same bytes.",
     }
-    context = Checked(whole(1), 4096, help="tokens at which the bytes of caches are compared")
+    context = Checked(CONTEXT, 4096, help="tokens at which the bytes of caches are compared")
     equal_bits = Checked(real(above=0), 3.0, help="held bits of a value at which methods are ranked, including scales")
     calibrate = t.Bool(False, help="first calibrate the methods that need it; finished calibrations are on disk")
     frontier = property(lambda page: page.charts.get("frontier"), doc="The chart; None before the first measurement.")
@@ -66,7 +67,7 @@ class Comparison(OfExperiment):
         tip = "Measure each of these methods at the widths just below and just above the equal bits"
         equal = button("Measure at equal bits", tip, self.compare_equal, width="auto")
         self._list.observe(self._pick, "value")
-        context = self._control(ipywidgets.BoundedIntText, "context", min=1, max=2**24)
+        context = self._control(ipywidgets.BoundedIntText, "context", min=1, max=MOST_TOKENS)
         bits = self._control(ipywidgets.BoundedFloatText, "equal_bits", "equal bits", min=0.5, max=16, step=0.5)
         self.observe(lambda _: self._draw_points(), ["context", "equal_bits"])
         fit = self._control(ipywidgets.Checkbox, "calibrate", CALIBRATE, indent=False)

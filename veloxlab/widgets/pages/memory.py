@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from math import log2
 from typing import Any
 
 import ipywidgets
@@ -17,7 +18,7 @@ from veloxlab.codecs import METHODS
 from veloxlab.errors import InputError
 from veloxlab.measure.advise import KEPT, weights_bytes
 from veloxlab.measure.known import EXACT, UNKNOWN, Loss, expected_loss
-from veloxlab.measure.planned_memory import CacheLayout, cache_layouts, largest, planned
+from veloxlab.measure.planned_memory import CONTEXT, MOST_TOKENS, CacheLayout, cache_layouts, largest, planned
 from veloxlab.models.shapes import MODEL_OR_CONFIG, SIZES, ModelOrConfig, ModelShape, shape_of
 from veloxlab.runtime import device
 from veloxlab.views import memory_plan, plan_caption
@@ -34,7 +35,6 @@ TYPED_IN = "typed in"
 TITLES = ["cache", "bytes held", "most tokens", "nats a token", "other first choice", "", "source"]
 GIGABYTE = 1e9
 HERE = "this model"
-LEAST, MOST = 8, 21  # ends of the context slider, as powers of two
 TYPED = {"layers": "layers", "kv_heads": "KV heads", "head_dim": "head dim"}
 TYPED |= {"sliding_window": "sliding", "full_every": "full every"}
 OWN = ("context", "batch", "memory_gb", "model", *TYPED)
@@ -102,7 +102,7 @@ class MemoryPlanner(OfCache, ChartPage):
     model = Checked(WORDS, help="which model: this one, a usual size, typed in, or a folder, config.json or cached id")
     weight_bits = Checked(whole(1, 32), 4, help="bits of a weight, usually 4, 8 or 16; known for a loaded model")
     machine_gb = Checked(real(above=0), help="memory of the whole machine, 10^9 bytes; the system keeps a quarter")
-    context = Count(2**LEAST, 2**MOST, 32_768, "tokens of each sequence, its prompt and the generated text")
+    context = Checked(CONTEXT, 32_768, help="tokens of each sequence, its prompt and the generated text; 32k is 32,768")
     batch = Count(1, 100_000, 1, "sequences that are held at once")
     memory_gb = Checked(
         real(above=0), help="memory for the cache alone, 10^9 bytes; at first 8, or all memory of a smaller machine"
@@ -110,7 +110,7 @@ class MemoryPlanner(OfCache, ChartPage):
     layers = Count(1, 1000, 32, "layers that keep keys and values")
     kv_heads = Count(1, 1000, 8, "KV heads of a layer")
     head_dim = Count(1, 10_000, 128, "numbers of a key or value of one head")
-    sliding_window = Count(0, 2**MOST, 0, "tokens that a sliding layer sees; 0: no layer slides")
+    sliding_window = Count(0, MOST_TOKENS, 0, "tokens that a sliding layer sees; 0: no layer slides")
     full_every = Count(0, 1000, 0, "each n-th layer sees all tokens; 0: no layer does")
     plan = _of_chart(0, "Bytes by part at this context: `veloxlab.measure.planned_memory.PLANNED`.")
     largest = _of_chart(1, "The largest contexts that fit: `veloxlab.measure.planned_memory.LARGEST`.")
@@ -230,9 +230,9 @@ class MemoryPlanner(OfCache, ChartPage):
 
     def _controls(self) -> ipywidgets.Widget:
         context = ipywidgets.FloatLogSlider(
-            value=self.context, base=2, min=LEAST, max=MOST, step=0.25, description="context", readout_format=",.0f"
+            self.context, base=2, min=0, max=log2(MOST_TOKENS), step=0.25, description="context", readout_format=",.0f"
         )
-        context.tooltip = f"Tokens of each sequence ({2**LEAST:,} to {2**MOST:,})"
+        context.tooltip = f"Tokens of each sequence (1 to {MOST_TOKENS:,})"
         t.link((self, "context"), (context, "value"), transform=(float, round))
 
         def box(trait: str, words: str) -> ipywidgets.Widget:
