@@ -201,3 +201,20 @@ def test_no_widget_sends_a_number_that_json_does_not_have(lab):
         for rows in content["datasets"].values():
             json.loads(rows, parse_constant=pytest.fail)
         json.dumps([state, {**content, "datasets": {}}], allow_nan=False)
+
+
+# the legend
+
+
+def test_the_legend_of_a_page_has_only_the_marks_of_its_charts(lab):
+    def said(page: str) -> list[str]:
+        panel = lab.turn_to(page)
+        assert lab.wait(120)
+        return re.findall(r"</b> ([^<]*)<", panel._legend.value)
+
+    assert said("cache") == ["keys", "values", "exact", "picked", "not finite", "above the scale"]
+    assert said("errors") == ["keys", "values", "picked", "not finite"]
+    assert said("tokens")[2:4] == ["exact", "compressed"]
+    assert said("compare") == []  # without a chart before its first measurement
+    lab.measure()
+    assert said("compare") == ["picked"]

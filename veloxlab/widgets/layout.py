@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,14 +18,14 @@ STATIC = Path(__file__).parent / "static"
 STYLE = f"<style>{(STATIC / 'pages.css').read_text('utf-8')}</style>"
 BROAD = "veloxlab-broad"  # a control that has a row of its own
 WIDE = "veloxlab-wide"  # a control as wide as two
-LEGEND = (
-    ("●", theme.KEYS, "keys"),
-    ("■", theme.VALUES, "values"),
-    ("◆", theme.NEUTRAL, "exact"),
-    ("●", theme.CHOSEN, "compressed"),
-    ("▭", theme.PICKED, "picked"),
-    ("×", theme.PICKED, "not finite"),
-    ("▲", theme.PICKED, "above the scale"),
+LEGEND = (  # mark, colour, words, and what a chart's spec has that uses the mark
+    ("●", theme.KEYS, "keys", """["']keys["'](?!:)"""),
+    ("■", theme.VALUES, "values", """["']values["'](?!:)"""),
+    ("◆", theme.NEUTRAL, "exact", r'"domain":\[[^]]*"(exact|fp16)'),
+    ("●", theme.CHOSEN, "compressed", r'"domain":\[[^]]*"compressed"'),
+    ("▭", theme.PICKED, "picked", '"picked_'),
+    ("×", theme.PICKED, "not finite", r'"\\u00d7"'),
+    ("▲", theme.PICKED, "above the scale", r'"\\u25b2"'),
 )
 
 
@@ -33,10 +34,15 @@ def laid_out(head: Iterable[ipywidgets.Widget], *parts: ipywidgets.Widget) -> li
     return [styled(), _box("veloxlab-head", head, ipywidgets.VBox), *parts]
 
 
-def about(help_at: str) -> ipywidgets.HTML:
-    """The legend of marks, and a pointer to the notebook and heading that explain a page: ``"file.ipynb#heading"``.
+def marks_in(spec: str) -> set[str]:
+    """Words of the marks that a chart uses; ``spec``: its Vega-Lite spec without rows, as compact JSON."""
+    return {words for _, _, words, used in LEGEND if re.search(used, spec)}
 
-    The pointer is a link if that notebook is in the present folder.
+
+def about(help_at: str, used: Container[str] = ()) -> str:
+    """HTML of the legend of ``used`` marks, and of a pointer to the notebook and heading that explain a page.
+
+    ``help_at``: ``"file.ipynb#heading"``. The pointer is a link if that notebook is in the present folder.
     """
     file, heading = help_at.split("#")
     words = f"Explained in {file}, “{html.escape(heading)}”"
@@ -44,8 +50,9 @@ def about(help_at: str) -> ipywidgets.HTML:
     if Path(file).is_file():
         at = f"{file}#{quote(heading.replace(' ', '-'))}"
         link = f"<a class='veloxlab-help' href='{at}' target='_blank' title='{words}' aria-label='{words}'>?</a>"
-    marks = "".join(f"<span><b style='color: {colour}'>{mark}</b> {word}</span>" for mark, colour, word in LEGEND)
-    return ipywidgets.HTML(f"<div class='veloxlab-legend'>{marks}{link}</div>")
+    shown = ((mark, colour, word) for mark, colour, word, _ in LEGEND if word in used)
+    marks = "".join(f"<span><b style='color: {colour}'>{mark}</b> {word}</span>" for mark, colour, word in shown)
+    return f"<div class='veloxlab-legend'>{marks}{link}</div>"
 
 
 def styled() -> ipywidgets.HTML:

@@ -17,7 +17,7 @@ from veloxlab.store import make_folder, write_atomically
 from veloxlab.views.picture import Section, report
 from veloxlab.widgets.chart_view import PATIENCE, ChartView, ensure_bundle
 from veloxlab.widgets.chosen import Chosen, ChosenBits
-from veloxlab.widgets.layout import about, button, laid_out, note, status
+from veloxlab.widgets.layout import about, button, laid_out, marks_in, note, status
 from veloxlab.widgets.lifetime import Ending, loosen, weakly
 from veloxlab.widgets.progress_bar import ProgressBar
 from veloxlab.widgets.selection import Selection
@@ -53,6 +53,8 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         self._message, self._banner = ipywidgets.HTML(), ipywidgets.HTML()
         loosen(self._message)  # the next lines may fail
         loosen(self._banner)
+        self._legend, self._marks = ipywidgets.HTML(), set[str]()  # of the charts so far
+        loosen(self._legend)
         super().__init__(**settings)
         self._seen = self._chosen()
         self.add_class(f"veloxlab-{self.NAME}")
@@ -157,7 +159,8 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         """Set the children: a head that stays in sight, with the banner (or ``told``) and the bar, then ``parts``."""
         self._bar = self.progress()
         said = status([told or self._banner, self._message, self._bar.before], self._bar)
-        self.children = laid_out([*head, said, about(self.HELP)], *parts)
+        self._legend.value = about(self.HELP, self._marks)
+        self.children = laid_out([*head, said, self._legend], *parts)
 
     def _saying(self, act: Callable[[], object]) -> None:
         """Call ``act``, and show an `InputError` as the message."""
@@ -179,7 +182,14 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         view = ChartView(chart, settle=weakly(self._settle))
         view.note = note(why, badge)
         self._watch(view, "picked_token", self._token_picked)
+        self._watch(view, "spec", self._drawn_as)
+        self._drawn_as({"new": view.spec})
         return view
+
+    def _drawn_as(self, change: dict[str, Any]) -> None:
+        """Add the marks of a chart to the legend."""
+        self._marks = self._marks | marks_in(change["new"]["json"])
+        self._legend.value = about(self.HELP, self._marks)
 
     @property
     def _token(self) -> int | None:
