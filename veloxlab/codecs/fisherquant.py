@@ -39,8 +39,8 @@ Options that switch a part off; one calibration serves all of them
     ``planning="head"``: equal bits for every head; ``"none"``: for every coordinate. ``scale="none"``: scales are 1.
 Options of a calibration
     ``positions``: the length of texts to be read, 8,192 by default. With 512, short texts lose less, and long ones much
-    more. ``basis="before_rope"``: keys are coded before RoPE, and lose less, because positions do not blur their
-    structure. No kernel reads such keys: MLX operations decode and rotate them, tile by tile.
+    more. ``basis="before_rope"``: keys are coded before RoPE. They lose less, and in long texts much less, because
+    positions do not blur their structure. No kernel reads them: MLX operations decode and rotate them, tile by tile.
 
 Without gradients in the sample H is E[qqᵀ] of the queries that read a head, for values the identity. Every head then
 counts the same, because only directions are known.

@@ -51,7 +51,7 @@ def calibrate(
 
     Times on one core, SmolLM2 (1,024 tokens, float32), for each width: below 20 s for methods that learn channels,
     means or levels, 30 s for SpectralQuant, 45 to 75 s for VecInfer, and 70 to 170 s for CommVQ at 1 to 4 bits.
-    FisherQuant takes 175 s or more for its 32 windows, once.
+    FisherQuant takes 130 s or more for its 32 windows, once.
     Raises `InputError`: unknown method or option, bits out of range, a text that is too short or too uniform, or
     activations that are not finite.
 
