@@ -61,7 +61,7 @@ def structure() -> dict[str, Any]:
         "view": {"stroke": None, "continuousWidth": WIDTH, "continuousHeight": 220},
         "title": {"anchor": "start", "fontSize": 14, "fontWeight": 600, "offset": 8, "frame": "group"},
         "axis": words | {"titlePadding": 8, "labelPadding": 4, "tickSize": 4, "domain": False},
-        "axisX": {"grid": False, "labelSeparation": 6},  # pixels: "100 200", not "100200"
+        "axisX": {"grid": False},
         "axisY": {"minExtent": 40},  # so that charts below each other align at the left
         "axisBand": {"grid": False, "ticks": False, "labelAngle": 0, "labelOverlap": True, "labelSeparation": 5},
         "header": {"labelFontSize": 12, "labelFontWeight": 600, "titleFontSize": 11},
