@@ -32,7 +32,7 @@ class Constraints(t.HasTraits):
 
     model = Checked(WORDS, HERE, help="which model: this one, a usual size, or a folder, config.json or cached id")
     context = Checked(CONTEXT, 32_768, help="tokens of each sequence that the cache has to hold; 32k is 32,768")
-    batch = Checked(whole(1, 100_000), 1, help="sequences at once")
+    batch = Checked(whole(1, 100_000), 1, help="sequences that are held at once")
     memory_gb = Checked(GIGABYTES, help="memory of the whole machine, GB of 10^9 bytes; the system keeps a quarter")
     weight_bits = Checked(whole(1, 32), 4, help="bits of a weight; known for a loaded model")
     goal = Checked(choice(*GOALS), "chat", help="the use of the model, which decides how many nats a token it may lose")
