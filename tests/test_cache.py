@@ -525,7 +525,7 @@ def test_a_wrong_head_dimension_is_refused():
     [
         ({"sinks": -1}, "sinks=-1 cannot be used: give a whole number, 0 or more"),
         ({"window": 1.5}, "window=1.5 cannot be used"),
-        ({"max_size": 4, "sinks": 4}, "max_size=4 leaves no room behind sinks=4"),
+        ({"max_size": 4, "sinks": 4}, "max_size=4 leaves no room after sinks=4"),
         ({"chunk": "both"}, "chunk='both' cannot be used: give 'exact' or 'codes'"),
     ],
 )

@@ -165,7 +165,7 @@ def test_a_prompt_cache_is_continued_in_another_process_and_one_of_another_width
         (["serve", "smollm2-135m", "--model", "x"], "--model cannot be given here: the model is the first word"),
         (
             ["generate", TINY, "--max-kv-size", "4", "--prompt", "x"],
-            "max_kv_size=4 leaves no room behind sinks=4",
+            "max_kv_size=4 leaves no room after sinks=4",
         ),
         (["serve", "smollm2-135m", "--method", "zip"], "Unknown method 'zip'. Known methods:"),
         (["serve", "smollm2-135m", "--method", "rvq", "--plan", "p.json"], "leave out --method"),

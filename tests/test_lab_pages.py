@@ -369,7 +369,7 @@ def test_the_number_of_tokens_in_codes_is_shown_and_can_be_all(lab):
     controls(lab.pages["cache"])["Code all tokens"].click()
     assert lab.wait(120)
     assert (lab.sinks, lab.window) == (0, 0)
-    assert "in codes" not in banner.value
+    assert "All 128 tokens are in codes." in banner.value
 
 
 def test_saved_output_waits_for_requested_measurements(lab, tmp_path):

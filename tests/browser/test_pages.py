@@ -42,10 +42,7 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     for method in ("rabitq", "turboquant"):
         errors.changes(lambda method=method: errors.dropdown("method").select_option(method), [0, 1, 2, 3])
     errors.idle()
-    for key in (
-        "ArrowLeft",
-        "ArrowRight",
-    ):  # waits for the measurements of these moves; likely next ones are measured ahead
+    for key in ("ArrowLeft", "ArrowRight"):  # waits for their measurements; likely next ones are measured ahead
         errors.pressed("layer", [key], [0, 1, 2, 3])
         errors.idle()
     layers = errors.pressed("layer", ["ArrowLeft", "ArrowRight"] * 2, [0, 1, 2, 3])

@@ -69,7 +69,7 @@ class Windows:
         """
         sinks, window = TOKENS("sinks", sinks), TOKENS("window", window)
         if max_size is not None and max_size <= sinks:
-            raise InputError(f"max_size={max_size} leaves no room behind sinks={sinks}: give more than that.")
+            raise InputError(f"max_size={max_size} leaves no room after sinks={sinks}: give more than that.")
         reach = None if max_size is None else max_size - sinks
         if reach is not None:
             window = min(window, reach // 4)

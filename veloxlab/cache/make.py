@@ -69,7 +69,7 @@ def make_cache(
     """
     if "method" in options:
         said = f"method={options['method']!r} is none of a method's options"
-        raise InputError(f"{said}: give the method as method_or_plan, behind the model.")
+        raise InputError(f"{said}: give the method as method_or_plan, after the model.")
     plan = plan_of(method_or_plan)
     alone = None if isinstance(calibration, Sequence) else calibration  # one calibration is for all methods
     given = calibration if isinstance(calibration, Sequence) else [alone] if alone else []
@@ -85,7 +85,7 @@ def make_cache(
     asked = {"sinks": sinks, "window": window, "chunk": chunk, "sliding": sliding}
     plan = replace(plan, **{key: value for key, value in asked.items() if value is not None})
     if max_kv_size is not None and max_kv_size <= plan.sinks:
-        raise InputError(f"max_kv_size={max_kv_size} leaves no room behind sinks={plan.sinks}: give more than that.")
+        raise InputError(f"max_kv_size={max_kv_size} leaves no room after sinks={plan.sinks}: give more than that.")
     attach()
     settings = plan.settings_for(model)
     fitted = dict.fromkeys(METHODS, alone) | {one.method: one for one in given}

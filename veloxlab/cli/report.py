@@ -56,7 +56,7 @@ def first_section(title: str, space: Mapping[str, Any]) -> Section:
     tokens = held["tokens"].max()
     answer = (
         f"Texts of {tokens:,} tokens are read, of which {plan.sinks} sinks and a window of {plan.window} stay exact. "
-        f"Predictions move by {kl.mean:.3g} nats a token ({kl.interval}); {said['flip'].mean():.1%} of tokens have "
+        f"Predictions move by {kl.mean:.3g} nats a token ({kl.interval}); {said['flip'].mean():.1%} of tokens get "
         f"another first choice. After {tokens:,} tokens the cache holds {bytes_caption(layers)}"
     )
     perplexity = {name: exp(said[name].mean()) for name in ("nll", "nll_exact")}

@@ -19,7 +19,7 @@ context, and the most tokens that fit; mean KL divergence in nats, and the share
 
 GOALS = {"chat": 0.05, "retrieval": 0.02, "draft": 0.2}
 """Loss in nats a token that a use can accept: our choice, not measured on that use. On SmolLM2-135M, one token in nine
-has another first choice at .05, and one in four at .2."""
+gets another first choice at .05, and one in four at .2."""
 
 OVERHEAD_BITS = 0.5  # of a quantized weight: a scale and a bias of 16 bits for 64
 EXACT = "fp16"
@@ -138,7 +138,8 @@ def reason(row: dict[str, Any], advice: Advice) -> str:
     if row["name"] == EXACT:
         return f"{takes}, and loses nothing."
     where = "on this model" if row["kind"] == "measured" else f"on {DEMO}"
-    lost = f"loses {row['kl_mean']:.3f} nats a token {where}, where {row['top1_flips']:.0%} have another first choice"
+    flips = f"{row['top1_flips']:.0%} of tokens get another first choice"
+    lost = f"loses {row['kl_mean']:.3f} nats a token {where}, where {flips}"
     limit = GOALS[advice.goal]
     if row["method"] and row["kind"] == "predicted" and row["sinks"] < DEFAULT_SINKS:
         lost += f", without the {DEFAULT_SINKS} sinks that this cache has"

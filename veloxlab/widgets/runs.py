@@ -21,15 +21,8 @@ from veloxlab.store import read_parquet, reading, write_parquet
 from veloxlab.widgets.selection import Choice, Selection
 
 FORMAT = "veloxlab runs 2"
-SETTINGS = (
-    "method",
-    "key_bits",
-    "value_bits",
-    "sinks",
-    "window",
-    "own_bits",
-    "seed",
-)  # parts of a choice that decide a cache
+# parts of a choice that decide a cache
+SETTINGS = ("method", "key_bits", "value_bits", "sinks", "window", "own_bits", "seed")
 TOGETHER = 1.0  # seconds in which moves of one control are one step
 MOST = 100  # steps kept for undo
 
@@ -127,7 +120,7 @@ class Runs(t.HasTraits):
         return write_parquet(path, self.table, FORMAT, {})
 
     def open(self, path: str | Path) -> pl.DataFrame:
-        """Add the runs of a file that `save` wrote, and return what they say; raises `InputError` for other files."""
+        """Add the runs of a file that `save` wrote, and return a summary; raises `InputError` for other files."""
         with reading("history of runs", Path(path), "save it again with runs.save"):
             frame, _ = read_parquet(Path(path), FORMAT)
             self.every = (*self.every, *map(Run.of_row, frame.to_dicts()))

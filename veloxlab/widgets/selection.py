@@ -203,6 +203,8 @@ class Choice:
     def in_codes(self, tokens: int) -> str:
         """A sentence: how many of ``tokens`` tokens of a text are in codes."""
         packed = self.coded(tokens)
+        if not self.sinks and not self.window:
+            return f"All {tokens} tokens are in codes."
         return f"{packed} of {tokens} tokens ({packed / tokens:.0%}) are in codes; sinks and window are exact."
 
     def wish_of(self, layer: int | None) -> Bits:

@@ -205,9 +205,8 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
 
     @property
     def notes(self) -> list[str]:
-        few = self.sinks or self.window
-        seen = self.selection.choice.in_codes(len(self.experiment.capture.tokens)) if few else ""
-        return [seen, *super().notes, *self._unusual, "" if self._shown else NO_QUERIES]
+        in_codes = self.selection.choice.in_codes(len(self.experiment.capture.tokens))
+        return [in_codes, *super().notes, *self._unusual, "" if self._shown else NO_QUERIES]
 
     def _controls(self) -> ipywidgets.Widget:
         layers = [("all layers", ALL), *((str(layer), layer) for layer in self.selection.layers)]
