@@ -20,7 +20,7 @@ from veloxlab.measure.distributions import CHANNELS, DENSITIES, OUTLIERS, SPACES
 from veloxlab.measure.errors import ATTENTION_MAP, ERROR_DENSITIES, PROFILE
 from veloxlab.measure.levels import ANGLES, LEVELS
 from veloxlab.measure.spectra import DIMENSIONS, PAIR_POINTS, PAIRS, SPECTRUM
-from veloxlab.views import picture, theme
+from veloxlab.views import errors, picture, theme
 from veloxlab.views.distributions import SPACE_WORDS
 from veloxlab.views.spec import Spec, split
 
@@ -398,6 +398,14 @@ def test_the_three_maps_share_one_scale():
     drawing = drawn(views.attention_maps(attention()))
     assert {"exact keys", "compressed keys", "|difference|"} <= set(words(drawing))
     assert words(drawing).count("attention weight") == 1  # one legend
+
+
+def test_labels_under_narrow_maps_do_not_run_together(monkeypatch):
+    monkeypatch.setattr(errors, "SIDE", 105)  # pixels: at 1440 pixels of window, 512 tokens need as much room
+    drawing = drawn(views.attention_maps(attention(32).with_columns(pl.col("^(query|key)(_end)?$") * 4)))
+    labels = re.findall(r"translate\(\d[^>]*>[1-5]00<", drawing)  # of the x axes: those of the y axis are left of 0
+    shown = {label[-4:-1] for label in labels if 'opacity="0"' not in label}
+    assert shown == {"200", "400"}  # the others are 21 pixels apart, and about 20 wide
 
 
 def test_vectors_without_error_are_counted():

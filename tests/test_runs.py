@@ -19,7 +19,7 @@ from veloxlab.measure.paired import WINDOWS
 from veloxlab.measure.quality import FIDELITY
 from veloxlab.measure.times import LAYER_TIMES
 from veloxlab.views import times_by_layer, window_losses
-from veloxlab.widgets.runs import RUNS, Run, Runs, Steps, apart, change_said
+from veloxlab.widgets.runs import RUNS, Run, Runs, Steps, apart, change_said, verdict
 from veloxlab.widgets.selection import Choice, Fitting, Selection
 
 
@@ -258,3 +258,19 @@ def test_the_page_of_times_measures_on_request(lab):
 def test_windows_without_loss_are_drawn_too():
     frame = run(kl=(0.0, 0.25)).windows.with_columns(pl.lit(0.1).alias("top1_flips"), cache=pl.lit("a"))
     assert "Mean KL in nats: a 0.125." in json.dumps(window_losses(frame).to_dict())
+
+
+@pytest.mark.parametrize(
+    ("kl", "said"),
+    [
+        (0.01, "within the limits of the page Advise for all uses: chat, retrieval, draft."),
+        (0.05, "above the limits of the page Advise for retrieval (0.02): try more K bits"),
+        (float("nan"), "above the limits of the page Advise for chat (0.05), retrieval (0.02), draft (0.2)"),
+    ],
+)
+def test_a_loss_is_compared_with_the_limits_of_each_use(kl, said):
+    assert said in verdict(kl)
+
+
+def test_the_newest_run_has_its_verdict(lab):
+    assert lab.points.newest.endswith(verdict(lab.points.every[-1].kl.mean))

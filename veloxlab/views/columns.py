@@ -100,8 +100,8 @@ AXES: dict[str, str | list[str]] = {
 """Titles of axes that are longer than the tooltip's, with the unit."""
 
 _PLACES = {
-    "axis": "format grid labelAngle labelExpr labelLimit labelOverlap labels minExtent tickCount tickMinStep ticks "
-    "values",
+    "axis": "format grid labelAngle labelExpr labelLimit labelOverlap labelSeparation labels minExtent tickCount "
+    "tickMinStep ticks values",
     "scale": "base clamp domain domainMin nice padding paddingInner paddingOuter reverse type zero",
 }
 _PLACE = {name: place for place, names in _PLACES.items() for name in names.split()}

@@ -235,6 +235,7 @@ def attention_maps(
     instance layer, head and method.
     """
     shown = columns.require(frame, "attention_maps", "kind query query_end key key_end weight moved").drop("moved")
+    below = {"nice": False, "tickCount": 4, "labelSeparation": 6}  # pixels: "100 200", not "100200"
 
     def draw(kind: str, last: bool) -> marks.Plot:
         own, first, words = marks.only(kind=kind), kind == "exact", KINDS[kind]
@@ -243,7 +244,7 @@ def attention_maps(
         # no text for a screen reader on each of 630 cells; the caption has the important numbers
         cells = columns.on_log_scale(size, "size", WEIGHTS).mark_rect(cursor="pointer", aria=False)
         cells = cells.encode(
-            x=columns.x("key", "" if kind == "compressed" else None, nice=False, tickCount=4),
+            x=columns.x("key", "" if kind == "compressed" else None, **below),
             x2=alt.X2("key_end:Q"),
             y=columns.y("query", "" if first else None, **left),
             y2=alt.Y2("query_end:Q"),

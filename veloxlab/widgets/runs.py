@@ -14,6 +14,7 @@ import polars as pl
 import traitlets as t
 
 from veloxlab.errors import InputError
+from veloxlab.measure.advice import GOALS
 from veloxlab.measure.frames import schema
 from veloxlab.measure.paired import WINDOWS, Mean, difference
 from veloxlab.measure.quality import FIDELITY
@@ -105,7 +106,7 @@ class Runs(t.HasTraits):
         """A sentence about the newest run."""
         run = self.every[-1]
         found = f"mean KL {run.kl.mean:.3g} nats from the exact cache ({run.kl.interval})"
-        return f"Measured {run.name}: {found}, perplexity {run.row['perplexity'].item():.2f}."
+        return f"Measured {run.name}: {found}, perplexity {run.row['perplexity'].item():.2f}. {verdict(run.kl.mean)}"
 
     def add(self, run: Run) -> None:
         """Add a run."""
@@ -125,6 +126,14 @@ class Runs(t.HasTraits):
             frame, _ = read_parquet(Path(path), FORMAT)
             self.every = (*self.every, *map(Run.of_row, frame.to_dicts()))
         return frame.select("name", "measured", "kl_mean", "low", "high", "held_bytes")
+
+
+def verdict(kl: float) -> str:
+    """A sentence: the uses that accept a loss of ``kl`` nats a token, or a way to lose less."""
+    above = [f"{goal} ({limit:g})" for goal, limit in GOALS.items() if not kl <= limit]
+    if not above:
+        return f"This is within the limits of the page Advise for all uses: {', '.join(GOALS)}."
+    return f"This is above the limits of the page Advise for {', '.join(above)}: try more K bits, or the page Compare."
 
 
 def apart(first: Run, second: Run) -> str:
