@@ -45,6 +45,9 @@ SAMPLED = [*product(["turboquant"], [2, 3, 4]), ("rabitq", 4), ("mlx-lm", 4), ("
 PREFIX, NEW, ENDING = 256, 16, 128  # tokens: common prefix, new text, ending that is trimmed between
 LONG, ALONE, CALL = 8192, 1024, 512  # tokens of a long text, of its windows, and of one call
 IN_LONG = [("turboquant", 2), ("turboquant", 4), ("fisherquant", 2), ("mlx-lm", 4)]
+ALL_IN_LONG = [
+    (method, bits) for method, bits in product(vl.codecs.METHODS, (2, 3, 4)) if bits in vl.codecs.METHODS[method].bits
+]
 Row = dict[str, Any]
 
 
@@ -235,6 +238,9 @@ def longest() -> Iterator[Row]:
         yield {"first": first, "count": count, "method": method, "bits": bits}
     for first, count in (alone[0], (0, LONG)):  # not guessed: asked after FisherQuant's loss was seen to grow
         yield {"first": first, "count": count, "method": "fisherquant", "bits": 2, "basis": "before_rope"}
+    for (first, count), (method, bits) in product((alone[0], (0, LONG)), ALL_IN_LONG):
+        if (method, bits) not in IN_LONG:
+            yield {"first": first, "count": count, "method": method, "bits": bits}
 
 
 # the runner -----------------------------------------------------------------------------------------------------------
