@@ -231,4 +231,5 @@ METHOD = Method(
     colour="#cc5aa0",
     mark="cross",
     space="before_rope",
+    timed=True,
 )

@@ -49,7 +49,7 @@ class Method:
     mark: str = "triangle-left"
     space: str | None = None  # in which it codes, of `veloxlab.measure.distributions`; drawn in its colour
     per_head: bool = False  # whether it has an option ``head_bits``, a width for each KV head
-    timed: bool = False  # whether `veloxlab speed` times its encoder, which is a kernel
+    timed: bool = False  # whether `veloxlab bench --only encode` times its encoder, a kernel
     fractional: bool = False  # whether ``bits`` may be any number between the least and the most
     planned: Callable[..., Mapping[Any, Any]] | None = None  # plans bits for codecs that are fitted to gradients
     prediction: Prediction | None = None  # of losses, for budgets; needs an option ``words``
