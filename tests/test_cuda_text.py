@@ -1,4 +1,7 @@
-"""The CUDA text of attention compiles for every layout of codes: ``nvcc`` needs no GPU. Nothing is run."""
+"""The CUDA text of attention, for every layout of codes, and of an encoder compiles: ``nvcc`` needs no GPU.
+
+Nothing is run.
+"""
 
 import shutil
 import subprocess
@@ -12,6 +15,8 @@ from tests.test_kernels_on_host import CASES as TABLES
 from tests.test_kernels_on_host import calls
 from tests.test_readers_on_host import CASES as OTHERS
 from tests.test_readers_on_host import TRELLISES
+from veloxlab.codecs.commvq import CommVQ
+from veloxlab.kernels.backend import run_vectors
 from veloxlab.kernels.devices import CUDA
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc to compile CUDA text")
@@ -54,9 +59,8 @@ def kernel_text(source, inputs, outputs):
     return f"{FACTS}{source.header('cuda.h')}\n{signature} {{\n{source.body}\n}}\n"
 
 
-@pytest.mark.parametrize("case", TABLES[::4] + OTHERS + TRELLISES, ids=str)
-def test_attention_compiles(case):
-    texts = []  # of all launched kernels, which do nothing here
+def without_launches(texts):
+    """Return a back end that adds the text of each kernel to ``texts``, and runs none."""
 
     def built(source):
         def kernel(*, inputs, output_shapes, output_dtypes, **_):
@@ -65,9 +69,23 @@ def test_attention_compiles(case):
 
         return kernel
 
-    next(calls(case, [(33, 4, 5)])).attend(case, replace(CUDA, build=built, large_bytes=lambda: 200 << 10))
+    return replace(CUDA, build=built, large_bytes=lambda: 200 << 10)
+
+
+@pytest.mark.parametrize("case", TABLES[::4] + OTHERS + TRELLISES, ids=str)
+def test_attention_compiles(case):
+    texts = []
+    next(calls(case, [(33, 4, 5)])).attend(case, without_launches(texts))
     assert len(texts) == 2
     assert compiled(texts[0]) == ""
+
+
+@pytest.mark.parametrize("dim", [128, 576])
+def test_encoding_by_sums_compiles(dim):
+    texts = []
+    kernel = CommVQ(dim, 1, "values", stages=3).blank(2)._encoder
+    run_vectors(kernel, without_launches(texts), mx.zeros((1, 2, 5, dim), mx.float16))
+    assert [compiled(text) for text in texts] == [""]
 
 
 def test_an_invalid_text_does_not_compile():

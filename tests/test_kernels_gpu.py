@@ -262,7 +262,7 @@ def test_encoding_trellis_codes(dim, bits, options, tensor, monkeypatch):
     check_encoding(fisher(dim, bits, tensor, options), mx.float16, monkeypatch, heads=2)
 
 
-@pytest.mark.parametrize(("dim", "bits", "stages"), [(64, 2, 0), (128, 1, 0), (192, 1, 2)])
+@pytest.mark.parametrize(("dim", "bits", "stages"), [(64, 4, 0), (80, 2, 0), (128, 1, 0), (256, 1, 3), (576, 1, 2)])
 def test_encoding_by_sums_loses_no_more_than_the_reference(dim, bits, stages):
     sample = Sample(normal(1, 2, 512, dim, seed=7), rope=Rope(dim))
     codec = CommVQ(dim, bits, "keys", stages).fit(sample)

@@ -1,5 +1,6 @@
 """The Metal text that encodes by sums of entries, run on the CPU by `tests.metal_on_host`, against CommVQ's search."""
 
+import math
 import shutil
 
 import mlx.core as mx
@@ -32,7 +33,8 @@ def fitted(dim, bits, tensor, rope, **options):
         (64, 2, "values", None, {"scale": "unbiased"}),
         (80, 1, "keys", Rope(32, traditional=True), {"scale": "norm"}),
         (128, 1, "values", None, {}),
-        (192, 1, "keys", Rope(192), {"stages": 2}),
+        (256, 1, "keys", Rope(64), {"stages": 2}),  # the largest of eight vectors a threadgroup
+        (576, 1, "values", None, {"stages": 1}),  # and of four
     ],
 )
 def test_codes_are_those_of_the_reference(dim, bits, tensor, rope, options):
@@ -51,6 +53,19 @@ def test_codes_are_those_of_the_reference(dim, bits, tensor, rope, options):
     assert lost <= 1.001 * least
 
 
+def test_vectors_that_are_not_finite_have_no_finite_scale_and_change_no_other():
+    codec = fitted(64, 1, "values", None)
+    x = mx.random.normal((1, 2, 5, 64), key=mx.random.key(3))
+    wanted = run_vectors(codec._encoder, HOST, x)
+    x[0, 1, 2, 7], x[0, 1, 3, 7] = math.nan, math.inf
+    found = run_vectors(codec._encoder, HOST, x)
+    scale, ours = found["root_scale"].squeeze(-1), mx.arange(10).reshape(1, 2, 5)
+    broken = (ours == 7) | (ours == 8)
+    assert mx.array_equal(mx.isfinite(scale), ~broken)
+    for name, array in wanted.items():
+        assert mx.all((found[name] == array).all(axis=-1) | broken)
+
+
 def test_vectors_too_large_for_threadgroup_memory_have_no_kernel():
-    codec = fitted(256, 1, "values", None, stages=1)
-    assert vectors_key(codec._encoder, HOST, mx.zeros((1, 2, 1, 256))) is None
+    codec = CommVQ(578, 1, "values", stages=1).blank(2)
+    assert vectors_key(codec._encoder, HOST, mx.zeros((1, 2, 1, 578))) is None

@@ -117,7 +117,7 @@ def vectors_source(kernel: VectorKernel, backend: Backend, *given: mx.array) -> 
         defines |= {"THREADS": kernel.threads, "VECTORS": kernel.at_once}
         kernel.sources[which] = Source(
             name=kernel.name,
-            inputs=(*kernel.given, *kernel.tables),
+            inputs=(*kernel.given, *kernel.tables, *kernel.transient),
             outputs=kernel.outputs or tuple(kernel.rows),
             defines=tuple((n, backend.types[v] if isinstance(v, mx.Dtype) else v) for n, v in defines.items()),
             headers=kernel.headers,
@@ -148,11 +148,13 @@ def run_vectors(kernel: VectorKernel, backend: Backend, *given: mx.array) -> dic
     if backend.run is not None:
         return dict(zip(kernel.rows, backend.run(kernel, given), strict=True))
     lead, rows = given[0].shape[:-1], kernel.rows.values()
+    sequences, tokens = (math.prod(lead[:-1]), lead[-1]) if kernel.of_head else (1, math.prod(lead))
+    transient = [made() for made in kernel.transient.values()]
     written = launch(
         vectors_source(kernel, backend, *given),
-        suited([*given, *kernel.tables.values()], backend),
+        suited([*given, *kernel.tables.values(), *transient], backend),
         backend=backend,
-        groups=(-(-math.prod(lead) // kernel.at_once), kernel.spans, 1),
+        groups=(sequences * -(-tokens // kernel.at_once), kernel.spans, 1),
         threads=kernel.threads,
         shapes=[(*lead, count) for count, _ in rows],
         types=[dtype for _, dtype in rows],

@@ -27,7 +27,8 @@ _FACTORS: Final = {
     "mse": "(inner > 0.0f ? inner : 0.0f) / squares",
     "unbiased": "energy / (inner > energy / {largest}f ? inner : energy / {largest}f)",
 }
-_MOST_SHARED = 192  # largest dimension of table entries in Metal's threadgroup memory
+# vectors of a threadgroup by their largest dimension, so that what is left of them fits Metal's threadgroup memory
+_OF_SUMS = {256: 8, 576: 4}
 _SEARCH_SIMDGROUPS = 8  # of a threadgroup that searches a codebook
 _TRELLIS_SIMDGROUPS = 8  # of a threadgroup, each with one head at a time
 _SCALE_BITS = 4  # of a head, in a row of a trellis
@@ -202,21 +203,20 @@ def sums_kernel(
     Returns
     -------
     A kernel of vectors ``[B, H, S, D]``. It gives ``codes`` ``[B, H, S, bytes]`` uint8, a and b of each stage in a
-    string of bits, and ``root_scale`` ``[B, H, S, 1]`` float16. No GPU has it for vectors of more than 192 numbers.
+    string of bits, and ``root_scale`` ``[B, H, S, 1]`` float16. No GPU has it for vectors of more than 576 numbers.
     """
     _, stages, entries, dim = table.shape
     bits = entries.bit_length() - 1
     count = -(-2 * stages * bits // 8)
+    at_once = next((vectors for most, vectors in _OF_SUMS.items() if dim <= most), 0)
     return VectorKernel(
         name="encode_sums",
-        file="sums.metal" if dim <= _MOST_SHARED else None,
+        file="sums.metal" if at_once else None,
         given=("x",),
         rows={"codes": (count, mx.uint8), "root_scale": (1, mx.float16)},
         variant={"starts": starts, "rounds": rounds, "scale": scale, "largest": largest},
         defines={
             "HEAD_DIM": f"{dim}u",
-            "HALF": f"{dim // 2}u",
-            "ROW": f"{dim + 2}u",  # of an entry: lanes that read one each use different banks
             "ENTRIES": f"{entries}u",
             "INDEX_BITS": f"{bits}u",
             "CODE_BYTES": f"{count}u",
@@ -225,12 +225,23 @@ def sums_kernel(
             "ROUNDS": f"{rounds}u",
             "FACTOR": FACTORS[scale],
             "MOST": f"{largest}f",
+            "GROUPS_PER_PROCESSOR": 2,
         },
         headers=("simd.h", "least.h"),
         tables={"table": table, "order": order},
-        threads=starts * SIMD,
+        transient={"joint": lambda: _joint(table, order)},
+        at_once=at_once,
+        of_head=True,
+        threads=at_once * SIMD,
         loss=loss,
     )
+
+
+def _joint(table: mx.array, order: mx.array) -> mx.array:
+    """2·T_a·(i·T_b) of all pairs of entries ``[H·R·N·N]`` float32, see `sums_kernel`."""
+    real, imaginary = mx.split(mx.take(table, order, axis=-1).astype(mx.float32), 2, axis=-1)
+    product = 2 * imaginary @ real.swapaxes(-1, -2)
+    return (product - product.swapaxes(-1, -2)).reshape(-1)
 
 
 def trellis_kernel(

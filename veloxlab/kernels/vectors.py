@@ -34,12 +34,15 @@ class VectorKernel:
     given: tuple[str, ...]  # names of the given arrays in the body, [B, H, S, ·]
     rows: Mapping[str, tuple[int, mx.Dtype]]  # by output: the number of values for a vector, and their type
     at_once: int = 1  # vectors of a threadgroup
+    of_head: bool = False  # whether these are tokens of one head of one sequence
     defines: Mapping[str, int | str | mx.Dtype] = field(default_factory=dict)  # constants of the build
     variant: Mapping[str, Any] = field(default_factory=dict)
     types: Mapping[str, int] = field(default_factory=lambda: {"IN_TYPE": 0})
     headers: tuple[str, ...] = IN_LANES  # files of ``source/`` that the body needs
     texts: Mapping[str, str] = field(default_factory=dict)  # replacements of each ``$name`` in the body
     tables: Mapping[str, mx.array] = field(default_factory=dict)  # further inputs, the same for all vectors
+    # more of them on a GPU, made for each launch, because for all layers they would take too much memory
+    transient: Mapping[str, Callable[[], mx.array]] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()  # names of the outputs in the body, if they differ from those of `rows`
     spans: int = 1  # threadgroups that share a vector
     threads: int = THREADS  # of a threadgroup
