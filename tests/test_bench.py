@@ -228,9 +228,9 @@ def test_a_cpu_is_measured_by_one_command_and_no_parts_only_write_the_file_again
     assert ["of_ops" in row for row in few] == [False, False, True, True]
     assert [row["cache"] for row in encode] == ["turboquant 4 bit", "spectralquant 4 bit"]
     assert [row["cache"] for row in fit] == ["spectralquant 4 bit"]
-    assert [row["cache"] for row in on_host] == 2 * ["exact 32 bit", "turboquant 4 bit", "spectralquant 4 bit"]
-    assert [row["sequences"] for row in on_host] == [1, 1, 1, 8, 8, 8]
-    for rows in (on_host[:3], on_host[3:]):
+    assert [row["cache"] for row in on_host] == 3 * ["exact 32 bit", "turboquant 4 bit", "spectralquant 4 bit"]
+    assert [row["sequences"] for row in on_host] == [1, 1, 1, 8, 8, 8, 32, 32, 32]
+    for rows in (on_host[:3], on_host[3:6], on_host[6:]):
         assert [row["beyond_exact"] for row in rows] == [row["microseconds"] - rows[0]["microseconds"] for row in rows]
     assert all(0 < row["microseconds"] <= row["most_microseconds"] for row in on_host)
     assert devices.BACKENDS["cpu"] is devices.CPU

@@ -219,20 +219,30 @@ def assert_attention_is_as_by_its_definition(case, more=0.0, backend=HOST, runs=
 
 # sinks and packed tokens of each sequence: nothing packed, nothing recent, sinks alone, and no sinks
 PLACES = [
-    sharing.Places(5, 0, packed_entry=0, first_packed=0, exact_entry=3, first_recent=150, column=20),
-    sharing.Places(5, 650, packed_entry=1, first_packed=40, exact_entry=2, first_recent=180, column=250),
-    sharing.Places(2, 0, packed_entry=0, first_packed=9, exact_entry=1, first_recent=180, column=0),
-    sharing.Places(0, 300, packed_entry=1, first_packed=17, exact_entry=0, first_recent=49, column=474),
+    sharing.Places(0, 150, 5, packed_entry=0, first_packed=0, exact_entry=3, column=20),
+    sharing.Places(650, 180, 5, packed_entry=1, first_packed=40, exact_entry=2, column=250),
+    sharing.Places(0, 180, 2, packed_entry=0, first_packed=9, exact_entry=1, column=0),
+    sharing.Places(300, 49, 0, packed_entry=1, first_packed=17, exact_entry=0, column=474),
+]
+# the same when an earlier token came. Since then no token left (one more must come), a block left a window of 0, there
+# was nothing to leave, and four blocks left, the first one smaller: the window began 61 columns before the first one
+EARLIER = [
+    PLACES[0]._replace(window=11, block=20),
+    PLACES[1]._replace(packed=630, first_recent=160, window=0, block=20),
+    PLACES[2]._replace(window=1, block=1),
+    PLACES[3]._replace(packed=190, first_recent=2**32 - 61, window=126, block=30, less=10),
 ]
 RECENT_END = 180  # of 200
 
 
 @pytest.mark.parametrize("case", [CASES[i] for i in (1, 3, 7, 9)], ids=str)
-def test_sequences_of_a_batch_have_separate_tokens_in_shared_arrays(case):
+@pytest.mark.parametrize("known", [PLACES, EARLIER], ids=["now", "earlier"])
+def test_sequences_of_a_batch_have_separate_tokens_in_shared_arrays(case, known):
     (call,) = calls(dataclasses.replace(case, batch=len(PLACES)), [(700, 5, 200)])
     given = dataclasses.replace(call.queries, coded=None) if case.rotated else call.queries
     kernel = attend_kernel(given, call.tokens, HOST)
-    sizes = sharing.sizes_of(PLACES, call.tokens.recent.room, kernel)
+    splits = sharing.sizes_of(PLACES, call.tokens.recent.room, kernel).splits
+    sizes = sharing.Sizes(sharing.numbers_of(known), splits)
     found, found_coded = kernel.prepared_anywhere(given, call.tokens)(given, call.tokens.recent, sizes, RECENT_END)
     for i, at in enumerate(PLACES):
         wanted, wanted_coded = reading.attend(*of_sequence(call, i, at))

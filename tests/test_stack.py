@@ -15,14 +15,16 @@ from tests.metal_on_host.launch import HOST
 from tests.test_batch import DIM, HEADS, LENGTHS, SOME_EXACT, WANTED, Reference, alone, make, step, together, tokens
 from tests.tiny_models import tiny
 from veloxlab.cache import coming, counts, histories, past, places, stack
+from veloxlab.cache.histories import StackHistory
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.stack import Stack
-from veloxlab.codecs import METHODS
+from veloxlab.codecs import METHODS, TENSORS
 from veloxlab.codecs.base import Sample
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
 from veloxlab.kernels import checked
 from veloxlab.kernels.devices import CUDA
+from veloxlab.kernels.splits import Threadgroups
 from veloxlab.measure.bench.host import zeros_of
 
 needs_compilers = pytest.mark.skipif(
@@ -261,6 +263,29 @@ def test_a_bad_row_is_reported_and_the_others_continue_without_it(monkeypatch, l
     batch.settle()
 
 
+def test_a_bad_token_in_a_window_is_reported_no_later_than_alone(monkeypatch):
+    monkeypatch.setattr(coming, "device_backend", lambda: BACKEND)
+    rows = [make(sinks=3, window=16) for _ in range(3)]
+    for i, row in enumerate(rows):
+        row.update_and_fetch(*[tokens(40 + 5 * i, i)] * 2)
+    caches, reported = {"batch": CompressedKVCache.merge(rows), "alone": rows[1]}, {}
+    for token in range(40):
+        x = np.array(tokens(1, token, 3))
+        x[1, 0, 0, 5] = np.nan if token == 2 else 1
+        for name in caches.keys() - reported:
+            caches[name].update_and_fetch(*[mx.array(x if name == "batch" else x[1:2])] * 2)
+            try:
+                caches[name].settle()
+            except InputError as error:
+                assert "Layer 0: the keys of a token are NaN" in str(error)  # noqa: PT017
+                reported[name] = token
+    assert 2 < reported["batch"] <= reported["alone"]
+    caches["batch"].filter([0, 2])
+    for token in range(40):
+        caches["batch"].update_and_fetch(*[tokens(1, token, 2)] * 2)
+    caches["batch"].settle()
+
+
 def test_the_mask_that_shows_each_row_all_its_tokens_is_not_read(monkeypatch):
     """Not at the first step either, because that would build a kernel with masks."""
     monkeypatch.setattr(histories, "current_backend", lambda: replace(CUDA, build=zeros_of, tried=False))
@@ -290,6 +315,63 @@ def test_a_step_has_as_many_operations_for_many_rows_as_for_few(tmp_path, monkey
     assert counts[0] == counts[1] < 20
 
 
+def described(stack):
+    """Return packed and recent tokens of each row, as a kernel finds them in its numbers."""
+    found = []
+    for packed, first, *_, window, block, less in np.array(stack._numbers[1]).astype(np.int32).tolist():
+        over = stack.column - first - window
+        gone = (over + less) // block * block - less if over >= block else 0
+        found.append((packed + gone, window + over - gone))
+    return found
+
+
+@pytest.mark.parametrize("window", [1, 16, 64])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_each_block_leaves_in_the_step_in_which_it_leaves_alone(monkeypatch, window, layer):
+    monkeypatch.setattr(histories, "current_backend", lambda: replace(CUDA, build=zeros_of, tried=False))
+    references = [Reference(make(sinks=3, window=window, layer=layer)) for _ in range(5)]
+    for reference, count in zip(references, (4, 20, 60, 147, 200), strict=True):
+        reference.add(tokens(count, count))
+    batch = CompressedKVCache.merge([reference.cache for reference in references])
+    for seed in range(150):
+        if seed == 100:  # tokens that have left the windows remain encoded
+            for cache in (batch, *references):
+                cache.trim(20)
+        decode(batch, references, seed)
+        StackHistory(batch._stack).attend(tokens(1, seed, 5), 0.2, None)
+        alone = [(reference.cache.packed.tokens, reference.cache.recent.tokens) for reference in references]
+        assert described(batch._stack) == alone
+    assert_same(batch, references)
+
+
+def test_the_splits_of_a_kernel_have_room_for_blocks_that_will_leave():
+    kernel = Threadgroups(kv_heads=2, rows=8, row_tiles=1, groups=100, simdgroups=4)
+    later, now = ((places.Part(0, 0, packed, 0, 400, ahead),) for packed, ahead in ((288, 0), (256, 32)))
+    assert places.splits(places.form_of(3, now), 100, kernel) == places.splits(places.form_of(3, later), 100, kernel)
+
+
+def test_blocks_of_many_sequences_are_encoded_together_and_in_each_layer_at_another_step(monkeypatch):
+    """Each of 16 rows has a block that leaves at another step."""
+    codecs = [METHODS["turboquant"].codec(DIM, 4, tensor) for tensor in TENSORS]
+    calls, encode, steps = [], type(codecs[0]).encode, {0: set(), 3: set()}
+    monkeypatch.setattr(type(codecs[0]), "encode", lambda *given: calls.append(given) or encode(*given))
+    for layer, encoding in steps.items():
+        rows = [CompressedKVCache(*codecs, layer=layer) for _ in range(16)]
+        for i, row in enumerate(rows):
+            row.update_and_fetch(*[tokens(200 + 3 * i, i)] * 2)
+        batch = CompressedKVCache.merge(rows)
+        for token in range(3 * counts.BLOCK):
+            calls.clear()
+            batch.update_and_fetch(*[tokens(1, token, 16)] * 2)
+            if calls:
+                assert len(calls) == len(TENSORS)
+                encoding.add(token)
+            if token == counts.BLOCK:
+                batch._stack._regrow()  # which keeps the codes of tokens that are in the windows
+    assert [len(encoding) for encoding in steps.values()] == [3, 4]  # as soon as a batch decodes, then once for a block
+    assert steps[0] & steps[3] == {0}
+
+
 def operations(path, *arrays) -> int:
     mx.export_to_dot(str(path), *arrays)
     return path.read_text().count("label")
@@ -313,7 +395,8 @@ def test_a_batch_step_that_encodes_has_the_graph_of_the_others(tmp_path):
         stack = batch._stack
         if token:
             forms.add(operations(tmp_path / "step.dot", answer, *batch.buffers))
-        assert mx.array_equal(stack._numbers[1], places.numbers(stack.form, stack.padding, stack.room))
+        parts = places.advanced(stack.form, stack._windows, stack.column).parts
+        assert described(stack) == [(part.packed, stack.column - part.start) for part in parts]
         mx.eval(answer, batch.buffers)
     assert len(forms) == 1
 

@@ -65,7 +65,7 @@ class Buffers:
     @property
     def columns(self) -> tuple[int, ...]:
         """Columns of the mask before the oldest token of each row."""
-        return places.columns(self.form, self.room, self.padding)  # which are the same for any column
+        return places.columns(self.form, self.padding)
 
     def mask_of_all(self, past: int) -> mx.array:
         """The mask of one token after ``past`` columns, which sees all tokens of its row."""
@@ -74,7 +74,7 @@ class Buffers:
     def sizes(self, kernel: AttendKernel) -> Sizes:
         """The description of all sequences for a kernel."""
         if self._numbers is None or self._numbers[0] != self.padding:
-            self._numbers = self.padding, places.numbers(self.form, self.padding, self.room)
+            self._numbers = self.padding, places.numbers(self.form, self._windows, self.padding)
         return Sizes(self._numbers[1], places.splits(self.form, self.room, kernel))
 
     @property
@@ -88,18 +88,24 @@ class Buffers:
         packed = slice(0, 1), slice(part.base, part.base + part.packed)
         return (entry, slice(0, self.form.sinks)), packed, (entry, slice(part.start, self.column))
 
+    def _advance(self) -> None:
+        """Bring `form` to the present column: attention alone needs no more than the form of an earlier one."""
+        self.form = places.advanced(self.form, self._windows, self.column)
+
     def _regrow(self, packed: Sequence[int] = (), recent: Sequence[int] = ()) -> None:
         """Move all rows into larger buffers, in their order, with room for more rows of these numbers of tokens."""
         old = self.form.parts
-        exact = [*(self.column - part.start for part in old), *recent]
-        self._slide(max(exact))
-        form = places.apart(self.form.sinks, [*(part.packed for part in old), *packed], exact, self.column)
+        tokens = [(part.packed, part.ahead, self.column - part.start) for part in old]
+        tokens += [(count, 0, exact) for count, exact in zip(packed, recent, strict=True)]
+        self._slide(max(exact for *_, exact in tokens))
+        form = places.apart(self.form.sinks, tokens, self.column)
         entries = mx.array([*(part.place for part in old), *[0] * len(recent)])
         self._sinks = {name: places.taken(array, entries, 0) for name, array in self._sinks.items()}
         self._recent = {name: places.taken(array, entries, 0) for name, array in self._recent.items()}
         index = places.sources(self.form, form)
         self._packed = {name: places.taken(array, index, 2) for name, array in self._packed.items()}
         self.form, self.calls, self._numbers = form, {}, None
+        ahead(*self._sinks.values(), *self._recent.values())
 
     def _slide(self, column: int) -> None:
         """Move the windows so that they end before this column."""

@@ -91,11 +91,18 @@ class Windows:
         gone = 0 if self.reach is None or not all_seen else max(0, count - to_sinks - self.reach)
         left = 0 if gone else recent
         new = count - to_sinks - gone
-        over, less = max(0, left + new - self.window), self.less if offset <= self.sinks + recent else 0
-        to_packed = (over + less) // self.block * self.block - less if over >= self.block else 0
+        to_packed = self.aged(left + new, first=offset <= self.sinks + recent)
         from_recent = min(to_packed, left)
         from_new = to_packed - from_recent
         return Arrival(to_sinks, gone, from_recent, from_new, to_packed, new - from_new)
+
+    def aged(self, recent: int, *, first: bool) -> int:
+        """How many of the oldest of ``recent`` tokens leave the window to be encoded; ``first``: no others did before.
+
+        ``window.h`` is the same for kernels.
+        """
+        over, less = recent - self.window, self.less if first else 0
+        return (over + less) // self.block * self.block - less if over >= self.block else 0
 
     def leaving(self, packed: int, recent: int) -> int:
         """How many of the oldest tokens after the sinks are dropped."""

@@ -13,20 +13,31 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.base import create_causal_mask
 
-from veloxlab.cache.counts import BLOCK, SLACK_SHARE
+from veloxlab.cache.counts import BLOCK, SLACK_SHARE, Windows
 from veloxlab.kernels.attend import AttendKernel
 from veloxlab.kernels.backend import few_numbers
 from veloxlab.kernels.splits import Places, Splits, numbers_of, splits_of
 
 
 class Part(NamedTuple):
-    """The position of one sequence."""
+    """The position of one sequence, when some earlier token came: `advanced` gives the present one."""
 
     place: int  # entry of sinks and windows
     start: int  # column of the window's oldest token
     packed: int  # tokens
     base: int  # of the first packed token
     room: int  # for packed tokens
+    ahead: int = 0  # oldest tokens of the window that have codes already, behind those of the packed tokens
+
+    @property
+    def coded(self) -> int:
+        """Tokens that have codes."""
+        return self.packed + self.ahead
+
+    @property
+    def uncoded(self) -> int:
+        """The column of the oldest token that has no code."""
+        return self.start + self.ahead
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +53,11 @@ class Form:
         return min(part.start for part in self.parts)
 
     @cached_property
+    def uncoded(self) -> int:
+        """The first column with a token that has no code."""
+        return min(part.uncoded for part in self.parts)
+
+    @cached_property
     def end(self) -> int:
         """The end of all packed tokens and their room."""
         return max(part.base + part.room for part in self.parts)
@@ -52,9 +68,20 @@ class Form:
         places = tuple(part.place for part in self.parts)
         return None if places == (*range(len(places)),) else _order(places, get_ident())
 
+    @cached_property
+    def before(self) -> tuple[int, ...]:
+        """Tokens of each sequence before column 0, less than 0 if it begins after that. They do not change."""
+        return tuple(self.sinks + part.packed - part.start for part in self.parts)
+
+    @cached_property
+    def beyond(self) -> tuple[int, ...]:
+        """Tokens of each sequence beyond those of the shortest."""
+        shortest = min(self.before)
+        return tuple(tokens - shortest for tokens in self.before)
+
     def lengths(self, column: int) -> list[int]:
         """Tokens of each sequence, the newest of which is before ``column``."""
-        return [self.sinks + part.packed + column - part.start for part in self.parts]
+        return [tokens + column for tokens in self.before]
 
     def fitting(self, packed: Sequence[int], recent: Sequence[int], column: int, room: tuple[int, int]) -> Form | None:
         """The form with more sequences, of these numbers of tokens, if there are free places and room; else None.
@@ -86,12 +113,25 @@ def _order(places: tuple[int, ...], _: int) -> mx.array:
     return mx.array([places.index(i) if i in places else 0 for i in range(max(places) + 1)])
 
 
-def apart(sinks: int, packed: Sequence[int], recent: Sequence[int], column: int) -> Form:
-    """The form of sequences one after the other, with equal room for later tokens."""
-    parts, base, more = [], 0, slack(max(packed))
-    for place, (count, exact) in enumerate(zip(packed, recent, strict=True)):
-        parts.append(Part(place, column - exact, count, base, count + more))
-        base += count + more
+def advanced(form: Form, windows: Windows, column: int) -> Form:
+    """The form when the newest tokens are before ``column``: blocks that have left the windows are packed tokens."""
+    parts = []
+    for part in form.parts:
+        gone = windows.aged(column - part.start, first=not part.packed)
+        left = {"start": part.start + gone, "packed": part.packed + gone, "ahead": part.ahead - gone}
+        parts.append(part._replace(**left) if gone else part)
+    return form_of(form.sinks, tuple(parts))
+
+
+def apart(sinks: int, tokens: Sequence[tuple[int, int, int]], column: int) -> Form:
+    """The form of sequences one after the other, with equal room for later tokens.
+
+    ``tokens`` are packed ones, those with codes ahead and all recent ones of each sequence.
+    """
+    parts, base, more = [], 0, slack(max(packed + ahead for packed, ahead, _ in tokens))
+    for place, (packed, ahead, recent) in enumerate(tokens):
+        parts.append(Part(place, column - recent, packed, base, packed + ahead + more, ahead))
+        base += packed + ahead + more
     return form_of(sinks, tuple(parts))
 
 
@@ -102,9 +142,7 @@ def slack(packed: int) -> int:
 
 def offsets(form: Form, column: int) -> mx.array:
     """Tokens of each sequence ``[B]``: one array for all layers, wherever their tokens lie."""
-    lengths = form.lengths(column)
-    shortest = min(lengths)
-    return _offsets(tuple(length - shortest for length in lengths), shortest, get_ident())
+    return _offsets(form.beyond, min(form.before) + column, get_ident())
 
 
 @lru_cache(maxsize=64)
@@ -120,10 +158,10 @@ def _beyond(tokens: tuple[int, ...], _: int) -> mx.array:
 
 
 @lru_cache(maxsize=64)
-def columns(form: Form, column: int, padding: int) -> tuple[int, ...]:
+def columns(form: Form, padding: int) -> tuple[int, ...]:
     """Columns of a mask before the oldest token of each sequence; the newest tokens are in one column."""
-    lengths = form.lengths(column)
-    return tuple(max(lengths) + padding - length for length in lengths)
+    longest = max(form.before)
+    return tuple(longest + padding - tokens for tokens in form.before)
 
 
 def mask_of_all(before: tuple[int, ...], width: int) -> mx.array:
@@ -139,31 +177,35 @@ def mask_of_all(before: tuple[int, ...], width: int) -> mx.array:
 _masks: WeakValueDictionary[tuple[tuple[int, ...], int], mx.array] = WeakValueDictionary()
 
 
-def numbers(form: Form, padding: int, room: int) -> mx.array:
-    """The description of each sequence for a kernel, with ``room`` columns in a window: `kernels.splits.Sizes`."""
-    both = zip(form.parts, columns(form, room, padding), strict=True)
+def numbers(form: Form, windows: Windows, padding: int) -> mx.array:
+    """The description of each sequence for a kernel: `kernels.splits.Sizes`. It remains valid when blocks leave."""
+    window, block, less = windows.window, windows.block, windows.less
+    both = zip(form.parts, columns(form, padding), strict=True)
     return numbers_of(
-        [Places(form.sinks, part.packed, 0, part.base, part.place, part.start, own) for part, own in both]
+        [
+            Places(p.packed, p.start, form.sinks, 0, p.base, p.place, own, window, block, 0 if p.packed else less)
+            for p, own in both
+        ]
     )
 
 
 @lru_cache(maxsize=64)
 def splits(form: Form, room: int, kernel: AttendKernel) -> Splits:
     """How a kernel shares out the tokens of all sequences among threadgroups."""
-    return splits_of(form.sinks, [part.packed for part in form.parts], room, kernel)
+    return splits_of(form.sinks, [part.coded for part in form.parts], room, kernel)
 
 
 @lru_cache(maxsize=16)
 def sources(old: Form, new: Form) -> mx.array:
-    """The index in ``old`` of each packed token in ``new``; ``old`` has the first sequences of ``new``."""
+    """The index in ``old`` of each code in ``new``; ``old`` has the first sequences of ``new``."""
     index = np.zeros(new.end, np.uint32)
     for before, after in zip(old.parts, new.parts, strict=False):
-        index[after.base : after.base + after.packed] = np.arange(before.base, before.base + after.packed)
+        index[after.base : after.base + after.coded] = np.arange(before.base, before.base + after.coded)
     return mx.array(index)
 
 
 @lru_cache(maxsize=16)
-def indices_of(firsts: tuple[int, ...], count: int) -> mx.array:
+def indices_of(firsts: tuple[int, ...], count: int, _: int) -> mx.array:
     """The indices ``first .. first + count`` for each of ``firsts``, flat."""
     return (few_numbers(firsts)[:, None] + mx.arange(count, dtype=mx.uint32)).flatten()
 
@@ -175,6 +217,12 @@ def taken(array: mx.array, index: mx.array, axis: int) -> mx.array:
     return mx.zeros((*array.shape[:axis], index.size, *array.shape[axis + 1 :]), array.dtype)
 
 
+def blocks(held: mx.array, entries: tuple[int, ...], firsts: tuple[int, ...], count: int) -> mx.array:
+    """``count`` tokens of ``held`` ``[places, H, S, D]`` for each of ``entries``, from its first index on."""
+    columns = indices_of(firsts, count, get_ident()).reshape(-1, count)
+    return held[indices_of(entries, 1, get_ident())[:, None], :, columns].swapaxes(1, 2)
+
+
 def put(held: mx.array, firsts: tuple[int, ...], new: mx.array) -> None:
     """Write tokens ``[rows, H, block, ...]`` to ``held`` ``[1, H, S, ...]``, each row from its first index on."""
     rows, heads, block, numbers = new.shape
@@ -182,4 +230,4 @@ def put(held: mx.array, firsts: tuple[int, ...], new: mx.array) -> None:
         held[:, :, firsts[0] : firsts[0] + block] = new
     else:
         by_head = new.swapaxes(0, 1).reshape(1, heads, rows * block, numbers)
-        held[:, :, indices_of(firsts, block)] = by_head
+        held[:, :, indices_of(firsts, block, get_ident())] = by_head

@@ -59,6 +59,7 @@ class Stack(Buffers):
         self._kind, self._layer, self._checks = _kind(first), first.layer, Checks()
         self._turned = any(isinstance(x, Rope) for codec in self.codecs for x in vars(codec).values())
         self._asked: Asked = [], []
+        self._steps = 0
         self._shown = False
         self.add(rows)
 
@@ -77,68 +78,69 @@ class Stack(Buffers):
         self._checks.look(self._layer)
         self._hide()
         if self.column == self.room:
+            self._advance()
             self._slide(self.column - self.form.oldest)
         if self._windows.window:
-            self._evict(self.column + 1)
+            self._evict()
         order, at = self.form.order, self.column
         for held, new in zip(self._recent.values(), (keys, values), strict=True):
             some = new if order is None else new[order]
             held[: some.shape[0], :, at : at + 1] = some
-        self.column += 1
         if not self._windows.window:  # the token itself is encoded
-            try:
-                self._evict(self.column)
-            except InputError:
-                self.column = at
-                raise
+            self._evict()
+        self.column, self._steps = self.column + 1, self._steps + 1
 
-    def _evict(self, column: int) -> None:
-        """Encode the tokens that leave the windows when these end before ``column``."""
-        leaving = column - self._windows.most_recent  # windows that begin before this column
-        if self.form.oldest < leaving:
-            self._pack([i for i, part in enumerate(self.form.parts) if part.start < leaving])
+    def _evict(self) -> None:
+        """Encode the blocks that leave the windows without codes when the next token comes.
+
+        Once in `Windows.block` steps, encode those of all these steps together: else many rows would encode in each.
+        """
+        windows = self._windows
+        leaving = self.column + 1 - windows.most_recent  # blocks that begin before this column
+        if not self._turned and (not self._steps or (self._steps + windows.less) % windows.block == 0):
+            leaving += windows.block - 1
+        if self.form.uncoded < leaving:
+            self._encode(leaving)
         else:
             self._checks.kept(())
             self._asked = self._asked[1], []
 
-    def _pack(self, leaving: list[int]) -> None:
-        """Encode the oldest block of the windows of some rows; rows with equal positions together."""
-        groups, largest = dict[tuple[int, int], list[int]](), list[Largest]()
-        for i in leaving:
-            packed = self.form.parts[i].packed
-            block = self._windows.block - (0 if packed else self._windows.less)
-            groups.setdefault((packed if self._turned else 0, block), []).append(i)
-        codes: list[Arrays] = []
+    def _encode(self, leaving: int) -> None:
+        """Encode the blocks that begin before a column, as few at a time as positions and sizes demand."""
+        groups = dict[tuple[int, int], list[int]]()
+        for i, part in enumerate(self.form.parts):
+            if part.uncoded < leaving:
+                size = self._windows.block - (0 if part.coded else self._windows.less)
+                groups.setdefault((part.coded if self._turned else 0, size), []).append(i)
+        largest, codes = list[Largest](), list[Arrays]()
         for (start, block), group in groups.items():
             both = [self._oldest(held, group, block) for held in self._recent.values()]
             both, of_group = self._checks.of(self._layer, both)
             largest += of_group
             at = self.form.sinks + start
             codes.append(named([codec.encode(x, at) for codec, x in zip(self.codecs, both, strict=True)]))
-        if any(part.packed + self._windows.block > part.room for part in (self.form.parts[i] for i in leaving)):
+        encoded = [self.form.parts[i] for group in groups.values() for i in group]
+        if any(part.coded + self._windows.block > part.room for part in encoded):
             self._regrow()
         self._checks.kept(largest)
         self._asked = self._asked[1], [[self.rows[i] for i in group] for group in groups.values()]
         parts = [*self.form.parts]
         for ((_, block), group), made in zip(groups.items(), codes, strict=True):
-            firsts = tuple(parts[i].base + parts[i].packed for i in group)
+            firsts = tuple(parts[i].base + parts[i].coded for i in group)
             for name, held in self._packed.items():
                 places.put(held, firsts, made[name])
             for i in group:
-                parts[i] = parts[i]._replace(start=parts[i].start + block, packed=parts[i].packed + block)
-                if self._numbers is not None:
-                    self._numbers[1][i, :2] = mx.array([parts[i].packed, parts[i].start], mx.uint32)
+                parts[i] = parts[i]._replace(ahead=parts[i].ahead + block)
         self.form = places.form_of(self.form.sinks, tuple(parts))
-        some = () if self._numbers is None else self._numbers[1:]
-        ahead(*self._packed.values(), *(x for each in largest for x in each), *some)
+        ahead(*self._packed.values(), *(x for each in largest for x in each))
 
     def _oldest(self, held: mx.array, group: Sequence[int], block: int) -> mx.array:
-        """The oldest block of the windows of a group ``[rows, H, block, D]``."""
+        """The oldest block without codes of the windows of a group ``[rows, H, block, D]``."""
         parts = [self.form.parts[i] for i in group]
-        place, start = parts[0].place, parts[0].start
-        if [(part.place, part.start) for part in parts] == [(place + i, start) for i in range(len(parts))]:
-            return held[place : place + len(parts), :, start : start + block]
-        return mx.concatenate([held[part.place : part.place + 1, :, part.start : part.start + block] for part in parts])
+        entries, firsts = tuple(part.place for part in parts), tuple(part.uncoded for part in parts)
+        if firsts == firsts[:1] * len(group) and entries == (*range(entries[0], entries[0] + len(group)),):
+            return held[entries[0] : entries[0] + len(group), :, firsts[0] : firsts[0] + block]
+        return places.blocks(held, entries, firsts, block)
 
     # rows that come and go --------------------------------------------------------------------------------------------
 
@@ -179,10 +181,11 @@ class Stack(Buffers):
         if min(self.lengths) - count < max(1, self.form.sinks):
             return False
         self._hide()
+        self._advance()
         column, parts = max(0, self.column - count), []
         for part in self.form.parts:
             lost = max(0, count - (self.column - part.start))  # packed tokens
-            parts.append(part._replace(start=min(part.start, column), packed=part.packed - lost))
+            parts.append(part._replace(start=min(part.start, column), packed=part.packed - lost, ahead=0))
         self.column, self.form, self._numbers = column, places.form_of(self.form.sinks, tuple(parts)), None
         return True
 
@@ -217,6 +220,7 @@ class Stack(Buffers):
         return self._checks.only((at[0], at[1])), ([x for x in left[0] if x], [x for x in left[1] if x])
 
     def _give(self, own: Callable[[mx.array], mx.array], rows: dict[int, CompressedKVCache] | None = None) -> None:
+        self._advance()
         for i, row in (dict(enumerate(self.rows)) if rows is None else rows).items():
             runs = []
             for held, (entry, span), run in zip(self.held, self._spans(self.form.parts[i]), row.runs, strict=True):

@@ -81,7 +81,7 @@ class AttendKernel(Threadgroups):
             now = room if packed is None else packed, columns
             if sizes is None or now != known:
                 known = now
-                sizes = sizes_of([Places(sinks, now[0], i, 0, i) for i in range(batch)], columns, self)
+                sizes = sizes_of([Places(now[0], 0, sinks, i, 0, i, 0) for i in range(batch)], columns, self)
             return read(queries, recent, sizes, end)
 
         return call
@@ -185,7 +185,7 @@ def _made(queries: Queries, tokens: Tokens, backend: Backend) -> AttendKernel:
             ("HAS_LOGITS", int(queries.logits is not None)),
             ("QUERY_HEADS", f"{query_heads}u"),
         ),
-        headers=("simd.h", "lanes.h"),
+        headers=("simd.h", "lanes.h", "window.h"),
         body=Template(source_file("combine.metal")).substitute(
             value_hartley="" if values.signs is None else hartley_row(values.dim)
         ),
@@ -244,7 +244,7 @@ def _attend_source(
             ("THREADS", simdgroups * SIMD),
             ("GROUPS_PER_PROCESSOR", _at_once(tokens, large)),
         ),
-        headers=("simd.h", "readers.h", *of_readers, "lanes.h", "attend.h", *of_sums),
+        headers=("simd.h", "readers.h", *of_readers, "lanes.h", "window.h", "attend.h", *of_sums),
         body=Template(source_file("attend.metal")).substitute(
             declarations=f"{key.declarations}\n{value.declarations}",
             query_place=_QUERY_PLACES[queries.mask is None],

@@ -13,7 +13,6 @@ from veloxlab.kernels.backend import few_numbers
 from veloxlab.kernels.text import SIMD
 
 SIMDGROUPS = 4  # of a threadgroup
-NUMBERS = 7  # for each sequence
 _TILE = 16  # tokens of one step of a simdgroup
 _EXACT_SPLIT, _MOST_EXACT_SPLITS = 128, 64  # least exact tokens of a split; most splits of either run
 _LEAST_SPLIT = 2 * SIMD * SIMDGROUPS  # packed tokens: fewer are not worth filling a table
@@ -39,26 +38,23 @@ class Places(NamedTuple):
     """The tokens of a sequence, and their places: entry and first index of packed, exact and mask tokens.
 
     Sinks are the first tokens of their entry. The recent tokens of all sequences end at the same index, which is an
-    argument of each call. All numbers here are valid until a block of tokens leaves the window.
+    argument of each call. If they are ``window + block`` or more, their oldest blocks are packed tokens, whose codes
+    come after the others: so these numbers remain valid when a block leaves the window.
     """
 
-    sinks: int
     packed: int
+    first_recent: int
+    sinks: int
     packed_entry: int
     first_packed: int
     exact_entry: int
-    first_recent: int = 0
-    column: int = 0
+    column: int
+    window: int = 1 << 31  # more than any recent tokens, so that none leave
+    block: int = 1
+    less: int = 0  # by how much the first block is smaller
 
-    @property
-    def moving(self) -> tuple[int, int]:
-        """The first numbers, which another block of packed tokens changes."""
-        return self.packed, self.first_recent
 
-    @property
-    def lasting(self) -> tuple[int, ...]:
-        """The numbers that another block does not change."""
-        return self.sinks, self.packed_entry, self.first_packed, self.exact_entry, self.column
+NUMBERS = len(Places._fields)
 
 
 class Splits(NamedTuple):
@@ -72,7 +68,7 @@ class Splits(NamedTuple):
 class Sizes(NamedTuple):
     """The description of the tokens of each sequence for kernels."""
 
-    numbers: mx.array  # of `Places` [B, 7], uint32
+    numbers: mx.array  # of `Places` [B, NUMBERS], uint32
     splits: Splits
 
 
@@ -84,7 +80,7 @@ def most_splits(groups: int) -> int:
 def sizes_of(sequences: Sequence[Places], columns: int, kernel: Threadgroups) -> Sizes:
     """The description of sequences in arrays with ``columns`` recent tokens."""
     if len(sequences) == 1:
-        numbers = few_numbers([*sequences[0].moving, *sequences[0].lasting])[None]
+        numbers = few_numbers(sequences[0])[None]
         mx.async_eval(numbers)
     else:
         numbers = numbers_of(sequences)
@@ -94,7 +90,7 @@ def sizes_of(sequences: Sequence[Places], columns: int, kernel: Threadgroups) ->
 
 def numbers_of(sequences: Sequence[Places]) -> mx.array:
     """`Sizes.numbers` of several sequences. This is slow on a GPU, which waits to copy arrays from Python."""
-    numbers = mx.array([(*each.moving, *each.lasting) for each in sequences], mx.uint32)
+    numbers = mx.array([*sequences], mx.uint32)
     return numbers + mx.array(0, mx.uint32)  # a computed array is in the GPU's own memory
 
 

@@ -9,7 +9,7 @@ const uint first_row = threadgroup_position_in_grid.y % ROW_TILES * ROWS;
 const uint recent_end = common[0], most_splits = common[1], per_split = common[2], exact_per_split = common[3];
 // where a sequence's tokens are: entry and first token of the codes, of the exact arrays, and of the mask
 const global_memory uint* own = sizes + sequence * SIZES;
-const uint packed = own[0], first_recent = own[1], sinks = own[2];
+const uint gone = aged(own, recent_end), packed = own[0] + gone, first_recent = own[1] + gone, sinks = own[2];
 const uint batch = own[3], first_packed = own[4], place = own[5], column = own[6];
 const uint recent = recent_end - first_recent;
 const uint sink_splits = (sinks + exact_per_split - 1) / exact_per_split;

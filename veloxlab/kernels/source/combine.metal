@@ -4,9 +4,10 @@ const uint thread_id = thread_position_in_threadgroup.x, row = threadgroup_posit
 const uint from = row / ALL_ROWS * ALL_PADDED + row % ALL_ROWS; // the last tile of a KV head's rows may be padded
 const global_memory uint* own = sizes + row / (QUERY_HEADS * QUERIES) * SIZES; // of this sequence; see attend.metal
 const uint most_splits = common[1], per_split = common[2], exact_per_split = common[3];
-const uint recent_splits = (common[0] - own[1] + exact_per_split - 1) / exact_per_split;
+const uint gone = aged(own, common[0]), packed = own[0] + gone;
+const uint recent_splits = (common[0] - own[1] - gone + exact_per_split - 1) / exact_per_split;
 const uint exact_splits = (own[2] + exact_per_split - 1) / exact_per_split + recent_splits;
-const uint splits = exact_splits + (own[0] + per_split - 1) / per_split;
+const uint splits = exact_splits + (packed + per_split - 1) / per_split;
 const global_memory float* row_sums = sums + from * most_splits * 2;
 const global_memory float* row_mixed = mixed + from * most_splits * LARGEST_VALUE;
 threadgroup float factors[MOST_SPLITS];

@@ -27,20 +27,23 @@ from veloxlab.measure.bench.cpu import EXACT, codecs, titled
 from veloxlab.measure.bench.timing import Row, Tell, spread
 from veloxlab.mlxlm.hooks import attach
 
-PAST = 1024  # tokens before the first timed one
-SEQUENCES = 1, 8
+PAST = 1024  # tokens before the first timed one, of the longest sequence
+SEQUENCES = 1, 8, 32
+UNLIKE = 13  # difference of their lengths in tokens, so that their blocks leave the windows at different steps
 BLOCKS = 5  # blocks that are encoded while steps are timed
 LAYERS = 4  # layers of a step; they share the work that is done once a token
 
 
 def host(progress: Tell = print) -> list[Row]:
-    """Time Python's work for a layer and step, with the exact cache and with every method, alone and in a batch.
+    """Time Python's work for a layer and step, with the exact cache and with every method.
+
+    One sequence is alone. More are a batch, and no two have the same number of tokens.
 
     Rows: ``cache, sequences, microseconds`` (the median of all steps), ``beyond_exact`` (minus that of the exact
     cache), ``mean_microseconds`` (of all steps: one in `BLOCK` encodes a block), ``most_microseconds, spread, ratio``
     (to the exact cache's).
     """
-    made: dict[str, Callable[[], Any]] = {EXACT: KVCache}
+    made: dict[str, Callable[..., Any]] = {EXACT: lambda **_: KVCache()}
     made |= {titled(name): partial(CompressedKVCache, *two) for name, two in codecs(progress).items()}
     attach()
     rows: list[Row] = []
@@ -48,7 +51,7 @@ def host(progress: Tell = print) -> list[Row]:
         for sequences in SEQUENCES:
             of_exact = 0.0
             for name, cache in made.items():
-                spent = _steps([cache() for _ in range(LAYERS)], sequences)
+                spent = _steps(cache, sequences)
                 row: Row = {"cache": name, "sequences": sequences, "microseconds": median(spent)}
                 row |= {"mean_microseconds": mean(spent), "most_microseconds": max(spent)}
                 of_exact = of_exact or row["microseconds"]
@@ -58,7 +61,7 @@ def host(progress: Tell = print) -> list[Row]:
     return rows
 
 
-def _steps(caches: Sequence[Any], sequences: int) -> list[float]:
+def _steps(make: Callable[..., Any], sequences: int) -> list[float]:
     """Return microseconds of each step and layer; arrays that a step leaves are computed before the next step.
 
     In a batch, each layer requests the places of its tokens, for queries and for keys; the mask is made once.
@@ -66,10 +69,7 @@ def _steps(caches: Sequence[Any], sequences: int) -> list[float]:
     shape = cpu.SHAPE
     forms = (1, shape.kv_heads, PAST), (sequences, shape.kv_heads, 1), (sequences, shape.query_heads, 1)
     past, new, q = (mx.random.normal((*form, shape.head_dim)) for form in forms)
-    for cache in caches:
-        cache.update_and_fetch(past, past)
-    if sequences > 1:
-        caches = [cache.merge([cache] * sequences) for cache in caches]
+    caches = [_filled(make, layer, past, sequences) for layer in range(LAYERS)]
     spent = []
     for _ in range(BLOCKS * BLOCK):
         mx.eval(
@@ -86,6 +86,15 @@ def _steps(caches: Sequence[Any], sequences: int) -> list[float]:
             base.scaled_dot_product_attention(q, keys, values, cache=cache, scale=shape.head_dim**-0.5, mask=mask)
         spent.append(1e6 * (time.perf_counter() - start) / len(caches))
     return spent[BLOCK:]
+
+
+def _filled(make: Callable[..., Any], layer: int, past: mx.array, sequences: int) -> Any:  # noqa: ANN401
+    """Return the cache of a layer after its sequences have come."""
+    rows = []
+    for i in range(sequences):
+        rows.append(make(layer=layer))
+        rows[i].update_and_fetch(*[past[:, :, UNLIKE * i :]] * 2)
+    return rows[0] if sequences == 1 else rows[0].merge(rows)
 
 
 def zeros_of(source: Source) -> Built:
