@@ -10,7 +10,8 @@ from tests.test_calibration import TEXT
 from tests.tiny_models import tiny
 from veloxlab.codecs.base import Sample
 from veloxlab.measure.activations import capture_layers
-from veloxlab.measure.gradients import loss_gradients, with_gradients
+from veloxlab.measure.derivative import loss_gradients
+from veloxlab.measure.gradients import with_gradients
 from veloxlab.mlxlm.hooks import LONG, attach
 from veloxlab.progress import ended_by, may_end, silent
 from veloxlab.widgets import Cancelled, Worker
@@ -58,15 +59,18 @@ def test_a_capture_holds_one_layer_at_a_time_all_the_same(model):
     assert each.asked == 0
 
 
-def test_gradients_end_between_layers_forwards_and_backwards(model):
+def test_gradients_end_within_layers_forwards_and_backwards(model):
     plain = loss_gradients(model, IDS)
     with ended_by(each := Ends()):
         found = loss_gradients(model, IDS)
-    assert each.asked == 2 * LAYERS
+    assert each.asked > 2 * 2 * LAYERS  # more than one step of each layer in each direction
     for own, other in zip(plain, found, strict=True):
         assert all(mx.allclose(a, b, atol=1e-6).item() for a, b in zip(own, other, strict=True))  # float32's rounding
-    with pytest.raises(Cancelled), ended_by(Ends(LAYERS + 1)):
-        loss_gradients(model, IDS)
+    before = mx.get_active_memory()
+    for place in (LAYERS, each.asked - LAYERS):
+        with pytest.raises(Cancelled), ended_by(Ends(place)):
+            loss_gradients(model, IDS)
+    assert mx.get_active_memory() == before  # a step keeps nothing
 
 
 def test_windows_that_other_threads_read_end_too(model, tmp_path):

@@ -23,7 +23,8 @@ from veloxlab.codecs.parts.trellis import TrellisRows, levels_of
 from veloxlab.codecs.parts.water_filling import shared_words
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import computed
-from veloxlab.measure.gradients import drawn_gradients, with_gradients
+from veloxlab.measure.derivative import drawn_gradients
+from veloxlab.measure.gradients import with_gradients
 from veloxlab.mlxlm.probe import slots_of
 
 CODES = [("scalar", 256), ("trellis", 256), ("trellis", 1024)]
@@ -381,7 +382,7 @@ def test_cancelled_work_continues_where_it_stopped(model, tmp_path, monkeypatch)
 
     def counted(*given):
         taken.append(given)
-        if current_thread() is not main_thread():
+        if len(taken) > 2:  # the first two share the cores
             stopped.wait()
         return gradients(*given)
 

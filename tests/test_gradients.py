@@ -1,6 +1,8 @@
 """FisherQuant's metric: gradients that estimate the Fisher matrix, clipped, damped, and of this version."""
 
+import re
 from dataclasses import replace
+from io import StringIO
 
 import mlx.core as mx
 import numpy as np
@@ -13,13 +15,26 @@ from tests.tiny_models import tiny
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.fisherquant_fitting import LONGEST, metric_of, shortened
 from veloxlab.errors import InputError
-from veloxlab.measure.gradients import drawn_gradients, signed_sum
+from veloxlab.measure.derivative import Steps, drawn_gradients, signed_sum
 
 SIZES = mx.array([10.0, 12.0, 14.0])  # of the logits of three positions that see one vector, all nearly certain
 WEIGHTS = mx.random.normal((6, 4), key=mx.random.key(0))
 VECTOR = mx.array([1.0, -0.5, 0.3, 0.8])
 DRAWS = 1000
 SAMPLING = np.sqrt(2 / DRAWS)  # the relative error of a mean of squares of Gaussians
+
+VIEWS = (
+    "Broadcast",
+    "Reshape",
+    "Transpose",
+    "ExpandDims",
+    "Flatten",
+    "Unflatten",
+    "Squeeze",
+    "Slice",
+    "CustomTransforms",
+)
+"""Operations that only describe an array anew."""
 
 
 def logits(x):
@@ -33,7 +48,7 @@ def exact_fisher():
     return sum(m.T @ (np.diag(q) - np.outer(q, q)) @ m for m, q in zip(matrices, p, strict=True))
 
 
-def of_drawn_labels(z, key):
+def of_drawn_labels(z, key, _):
     """The method that `signed_sum` replaces."""
     labels = mx.random.categorical(mx.stop_gradient(z), key=key)[:, None]
     return (mx.logsumexp(z, axis=-1, keepdims=True) - mx.take_along_axis(z, labels, axis=-1)).sum()
@@ -42,7 +57,7 @@ def of_drawn_labels(z, key):
 def estimated(total):
     """Return the relative error of the mean of ggᵀ."""
     vectors = mx.broadcast_to(VECTOR, (DRAWS, 4))
-    g = np.array(mx.grad(lambda x: total(logits(x), mx.random.key(3)))(vectors), np.float64)
+    g = np.array(mx.grad(lambda x: total(logits(x), mx.random.key(3), Steps()))(vectors), np.float64)
     found, wanted = g.T @ g / DRAWS, exact_fisher()
     return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
 
@@ -51,6 +66,16 @@ def test_random_signs_estimate_the_fisher_matrix_better_than_drawn_labels():
     """For one vector that three positions see: their gradients add up, and their cross terms average to zero."""
     assert estimated(signed_sum) < 2 * SAMPLING
     assert estimated(of_drawn_labels) > 5 * SAMPLING
+
+
+def test_a_step_has_few_operations():
+    """MLX starts about 100 in advance: two threads, of which each has one step, then leave room to each other."""
+    run = drawn_gradients(tiny("llama"), Letters().encode(TEXT)[:300], mx.random.key(0))
+    for step in run.forwards + run.backwards:
+        mx.export_to_dot(graph := StringIO(), step)
+        names = re.findall(r'label ?= ?"(\w+)"', graph.getvalue())
+        assert len([name for name in names if name not in VIEWS]) < 70
+        mx.eval(step)
 
 
 def test_the_longest_gradients_are_clipped_to_a_quantile():

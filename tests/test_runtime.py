@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import veloxlab as vl
@@ -443,3 +445,23 @@ def test_threads_that_call_openblas_together_share_its_threads(monkeypatch):
     monkeypatch.setattr(runtime, "blas_threads", lambda: had)
     with runtime.blas_shared_by(1):  # changes nothing
         assert real() == had
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems free memory in their own way")
+def test_freed_memory_is_kept_in_a_block_and_given_back_after_it():
+    size = 64 << 20
+
+    def held() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def use() -> None:
+        np.full(size, 1, np.uint8)
+
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise the array takes memory that this process had before
+    before = held()
+    with runtime.freed_memory_kept():
+        use()
+        assert held() > before + 0.9 * size
+    assert held() < before + 0.1 * size
+    use()
+    assert held() < before + 0.1 * size  # large arrays are apart again

@@ -12,7 +12,7 @@ from tests.tiny_models import tiny
 from veloxlab.allocate.sensitivity import SENSITIVITIES, settled
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Recorder, capture_layers
-from veloxlab.measure.gradients import loss_gradients
+from veloxlab.measure.derivative import loss_gradients
 from veloxlab.mlxlm import probe
 
 SHORT = {"sequences": 2, "tokens": 48, "sinks": 4}
@@ -86,7 +86,7 @@ def test_gradients_agree_with_finite_differences(family):
 def test_blocks_of_queries_attend_as_all_at_once(model, monkeypatch):
     whole = loss_gradients(model, IDS)
     mx.eval(whole)
-    monkeypatch.setattr("veloxlab.measure.gradients._BLOCK", 16)
+    monkeypatch.setattr("veloxlab.measure.derivative._BLOCK", 16)
     for pairs in zip(loss_gradients(model, IDS), whole, strict=True):
         assert all(mx.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*pairs, strict=True))
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import timeit
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -28,7 +28,9 @@ FAST_GFLOPS = 10.0
 SWITCHED_OFF = "VELOXLAB_BLAS=0 switches the fast one off"
 TOO_LATE = "mlx was imported before veloxlab"
 NOT_INSTALLED = "the package ngsolve-openblas is not installed"
-MALLOPT = {-1: 256 << 20, -3: 32 << 20, -8: 1}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (glibc's most), M_ARENA_MAX
+MALLOPT = {-1: 256 << 20, -3: 32 << 20, -4: 65536, -8: 1}
+"""M_TRIM_THRESHOLD, M_MMAP_THRESHOLD (glibc's most), M_MMAP_MAX (glibc's default), M_ARENA_MAX"""
+KEEP_ALL = {-1: 2**31 - 1, -4: 0}  # M_TRIM_THRESHOLD, M_MMAP_MAX
 SPIN = "OPENBLAS_THREAD_TIMEOUT"
 SHORT_SPIN = "4"  # 2^4 cycles, the least that OpenBLAS accepts
 THREADS = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")  # in the order in which OpenBLAS reads them
@@ -173,10 +175,30 @@ def keep_freed_memory() -> None:
     All threads share one arena: with several, each kept its freed memory, and a calibration of FisherQuant held 3.0 GB
     instead of 2.0. Does nothing on other systems, or if an environment variable of glibc sets these values.
     """
+    _set_malloc(MALLOPT)
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Make glibc keep all freed memory in the block, and give it back afterwards; see `keep_freed_memory`.
+
+    For work that frees and allocates large arrays again and again: the system then clears their pages only once.
+    """
+    _set_malloc(KEEP_ALL)
+    try:
+        yield
+    finally:
+        if _set_malloc(MALLOPT):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _set_malloc(options: Mapping[int, int]) -> bool:
+    """Set options of glibc's malloc, and return True; without glibc or beside its own variables, return False."""
     if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    for option, size in MALLOPT.items():
-        ctypes.CDLL(None).mallopt(option, size)
+        return False
+    for option, value in options.items():
+        ctypes.CDLL(None).mallopt(option, value)
+    return True
 
 
 def cores() -> int:

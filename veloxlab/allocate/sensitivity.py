@@ -21,9 +21,9 @@ from veloxlab.checks import checked, choice
 from veloxlab.codecs import TENSORS, Tensor, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import NOT_FINITE, Capture, Recorder, capture_layers, stretches
+from veloxlab.measure.derivative import loss_gradients
 from veloxlab.measure.errors import layer_errors, ratio
 from veloxlab.measure.frames import PLACE, in_schema, schema
-from veloxlab.measure.gradients import loss_gradients
 from veloxlab.measure.quality import check_room, divergence, log_probabilities
 from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.identity import fingerprint
