@@ -22,6 +22,7 @@ import polars as pl
 from veloxlab.codecs.base import Code, Codec, check_vectors
 from veloxlab.codecs.method import Method
 from veloxlab.codecs.parts.packing import Layout, Row, pack, packed, unpack
+from veloxlab.codecs.parts.rope import Start
 from veloxlab.store import write_parquet
 from veloxlab.texts import shipped_folder
 
@@ -55,7 +56,7 @@ class Steps(Codec):
         rows = {"codes": packed(self.head_dim, self.bits), "step": Row(mx.float16, self.head_dim // BLOCK)}
         return rows | ({"least": Row(mx.float16, self.head_dim // BLOCK)} if self.kind == "q5_1" else {})
 
-    def encode(self, x: mx.array, start: int = 0) -> Code:
+    def encode(self, x: mx.array, start: Start = 0) -> Code:
         check_vectors(x, self.head_dim)
         y, top = _blocks(x), 2 ** (self.bits - 1)
         least = y.min(axis=-1, keepdims=True)
@@ -95,7 +96,7 @@ class Floats8(Codec):
     def layout(self) -> Layout:
         return {"codes": Row(mx.uint8, self.head_dim)}
 
-    def encode(self, x: mx.array, start: int = 0) -> Code:
+    def encode(self, x: mx.array, start: Start = 0) -> Code:
         check_vectors(x, self.head_dim)
         if self.kind == "fp8_e4m3":
             return Code({"codes": mx.to_fp8(x.astype(mx.float32))}, start)
@@ -121,7 +122,7 @@ class Nvfp4(Codec):
     def layout(self) -> Layout:
         return {"codes": packed(self.head_dim, 4), "scale": Row(mx.uint8, self.head_dim // 16)}
 
-    def encode(self, x: mx.array, start: int = 0) -> Code:
+    def encode(self, x: mx.array, start: Start = 0) -> Code:
         check_vectors(x, self.head_dim)
         codes, scale = mx.quantize(x.astype(mx.float32), 16, 4, mode="nvfp4")
         return Code({"codes": codes, "scale": scale}, start)

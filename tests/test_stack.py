@@ -372,6 +372,17 @@ def test_blocks_of_many_sequences_are_encoded_together_and_in_each_layer_at_anot
     assert steps[0] & steps[3] == {0}
 
 
+@pytest.mark.parametrize("method", ["commvq", "fisherquant"])
+def test_a_codec_that_undoes_rope_encodes_sequences_at_different_positions_together(method):
+    x, starts = tokens(9, 1, batch=3), (5, 40, 1000)
+    sample = Sample(tokens(512, 7), rope=Rope(DIM), gradients=tokens(512, 8))
+    codec = METHODS[method].codec(DIM, 2, "keys").fit(sample)
+    together = codec.encode(x, mx.array(starts)).arrays
+    for i, start in enumerate(starts):
+        for name, array in codec.encode(x[i : i + 1], start).arrays.items():
+            assert mx.array_equal(together[name][i : i + 1], array)
+
+
 def operations(path, *arrays) -> int:
     mx.export_to_dot(str(path), *arrays)
     return path.read_text().count("label")

@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from veloxlab.codecs import Code, Codec
 from veloxlab.codecs.none import Exact
+from veloxlab.codecs.parts.rope import Start
 from veloxlab.kernels.backend import Backend
 from veloxlab.kernels.checked import agrees, difference, evaluated, made_up, with_derivatives
 from veloxlab.kernels.devices import current_backend, device_backend
@@ -184,7 +185,7 @@ def reader_of(codec: Codec, code: Code) -> Reader | None:
     return code.once("reader", lambda: codec.reader(code))
 
 
-def made_up_code(codec: Codec, start: int, tokens: int, kv_heads: int, dtype: mx.Dtype, seed: int) -> Code:
+def made_up_code(codec: Codec, start: Start, tokens: int, kv_heads: int, dtype: mx.Dtype, seed: int) -> Code:
     """A code of random bits, with scales like those of normal vectors; an exact codec gets normal vectors."""
     x = made_up(mx.zeros((1, kv_heads, 0, codec.head_dim), dtype), tokens, seed)
     arrays = codec.encode(x, start).arrays

@@ -14,6 +14,7 @@ import numpy as np
 from mlx_lm.models.base import create_causal_mask
 
 from veloxlab.cache.counts import BLOCK, SLACK_SHARE, Windows
+from veloxlab.codecs.parts.rope import Start
 from veloxlab.kernels.attend import AttendKernel
 from veloxlab.kernels.backend import few_numbers
 from veloxlab.kernels.splits import Places, Splits, numbers_of, splits_of
@@ -208,6 +209,13 @@ def sources(old: Form, new: Form) -> mx.array:
 def indices_of(firsts: tuple[int, ...], count: int, _: int) -> mx.array:
     """The indices ``first .. first + count`` for each of ``firsts``, flat."""
     return (few_numbers(firsts)[:, None] + mx.arange(count, dtype=mx.uint32)).flatten()
+
+
+def one_or_each(numbers: tuple[int, ...]) -> Start:
+    """The number, if all are equal; else an array of them."""
+    if numbers == numbers[:1] * len(numbers):
+        return numbers[0]
+    return indices_of(numbers, 1, get_ident()).astype(mx.int32)
 
 
 def taken(array: mx.array, index: mx.array, axis: int) -> mx.array:

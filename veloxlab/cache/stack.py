@@ -16,7 +16,6 @@ from veloxlab.cache.coming import Checks, Largest
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.runs import Arrays, Run, named
 from veloxlab.codecs.base import empty_code
-from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import ahead
 from veloxlab.kernels.devices import current_backend
@@ -57,7 +56,6 @@ class Stack(Buffers):
         self.rows: list[CompressedKVCache] = []
         self.refused = False  # whether there was no kernel for the queries
         self._kind, self._layer, self._checks = _kind(first), first.layer, Checks()
-        self._turned = any(isinstance(x, Rope) for codec in self.codecs for x in vars(codec).values())
         self._asked: Asked = [], []
         self._steps = 0
         self._shown = False
@@ -97,7 +95,7 @@ class Stack(Buffers):
         """
         windows = self._windows
         leaving = self.column + 1 - windows.most_recent  # blocks that begin before this column
-        if not self._turned and (not self._steps or (self._steps + windows.less) % windows.block == 0):
+        if not self._steps or (self._steps + windows.less) % windows.block == 0:
             leaving += windows.block - 1
         if self.form.uncoded < leaving:
             self._encode(leaving)
@@ -106,18 +104,17 @@ class Stack(Buffers):
             self._asked = self._asked[1], []
 
     def _encode(self, leaving: int) -> None:
-        """Encode the blocks that begin before a column, as few at a time as positions and sizes demand."""
-        groups = dict[tuple[int, int], list[int]]()
+        """Encode the blocks that begin before a column, all of one size together."""
+        groups = dict[int, list[int]]()
         for i, part in enumerate(self.form.parts):
             if part.uncoded < leaving:
-                size = self._windows.block - (0 if part.coded else self._windows.less)
-                groups.setdefault((part.coded if self._turned else 0, size), []).append(i)
+                groups.setdefault(self._windows.block - (0 if part.coded else self._windows.less), []).append(i)
         largest, codes = list[Largest](), list[Arrays]()
-        for (start, block), group in groups.items():
+        for block, group in groups.items():
             both = [self._oldest(held, group, block) for held in self._recent.values()]
             both, of_group = self._checks.of(self._layer, both)
             largest += of_group
-            at = self.form.sinks + start
+            at = places.one_or_each(tuple(self.form.sinks + self.form.parts[i].coded for i in group))
             codes.append(named([codec.encode(x, at) for codec, x in zip(self.codecs, both, strict=True)]))
         encoded = [self.form.parts[i] for group in groups.values() for i in group]
         if any(part.coded + self._windows.block > part.room for part in encoded):
@@ -125,7 +122,7 @@ class Stack(Buffers):
         self._checks.kept(largest)
         self._asked = self._asked[1], [[self.rows[i] for i in group] for group in groups.values()]
         parts = [*self.form.parts]
-        for ((_, block), group), made in zip(groups.items(), codes, strict=True):
+        for (block, group), made in zip(groups.items(), codes, strict=True):
             firsts = tuple(parts[i].base + parts[i].coded for i in group)
             for name, held in self._packed.items():
                 places.put(held, firsts, made[name])

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from veloxlab.checks import Check, check_fields, choice
 from veloxlab.codecs.parts.packing import Layout
-from veloxlab.codecs.parts.rope import Rope
+from veloxlab.codecs.parts.rope import Rope, Start
 from veloxlab.codecs.parts.scales import load_scale
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import Reader
@@ -31,7 +31,7 @@ class Code:
     """
 
     arrays: dict[str, mx.array]
-    start: int = 0
+    start: Start = 0
     _made: dict[str, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def once(self, name: str, make: Callable[[], Made]) -> Made:
@@ -159,7 +159,7 @@ class Codec(ABC):
         return self.head_dim
 
     @abstractmethod
-    def encode(self, x: mx.array, start: int = 0) -> Code:
+    def encode(self, x: mx.array, start: Start = 0) -> Code:
         """Compress ``x`` ``[B, H, S, D]`` of any float dtype, whose first token is at position ``start``."""
 
     @abstractmethod

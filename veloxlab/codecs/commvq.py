@@ -38,7 +38,7 @@ from veloxlab.codecs.commvq_training import ENTRIES, ROUNDS, STARTS, train_table
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import constant, packing, scales
 from veloxlab.codecs.parts.learning import learnable
-from veloxlab.codecs.parts.rope import Rope, angles_from
+from veloxlab.codecs.parts.rope import Rope, Start, angles_from
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import computed
 from veloxlab.kernels.encode import sums_kernel
@@ -104,7 +104,7 @@ class CommVQ(Codec):
     def blank(self, kv_heads: int) -> Self:
         return replace(self, tables=mx.zeros((kv_heads, self.stages, ENTRIES, self.head_dim), mx.float16))
 
-    def encode(self, x: mx.array, start: int = 0) -> Code:
+    def encode(self, x: mx.array, start: Start = 0) -> Code:
         check_vectors(x, self.head_dim)
         self._checked_tables(x.shape[1])
         return Code(computed(lambda _: self._encoder, self._encode_by_graph, _before_rope(x, self.rope, start)), start)
@@ -188,7 +188,7 @@ class CommVQ(Codec):
         return self.tables
 
 
-def _before_rope(x: mx.array, rope: Rope | None, start: int) -> mx.array:
+def _before_rope(x: mx.array, rope: Rope | None, start: Start) -> mx.array:
     return x.astype(mx.float32) if rope is None else rope.inverse(x.astype(mx.float32), start)
 
 

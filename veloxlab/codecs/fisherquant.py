@@ -63,7 +63,7 @@ from veloxlab.codecs.fisherquant_planning import planned, rows_of, variances_of
 from veloxlab.codecs.method import Method, Prediction, Tensor
 from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.packing import WIDEST, Layout, Row
-from veloxlab.codecs.parts.rope import Rope, angles_from, by_angles
+from veloxlab.codecs.parts.rope import Rope, Start, angles_from, by_angles
 from veloxlab.codecs.parts.trellis import CodeName, TrellisRows, Widths, levels_of
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import computed
@@ -188,13 +188,13 @@ class FisherQuant(Codec):
         (own,) = planned({0: self}, self.bits, **options).values()
         return own  # type: ignore[return-value]  # of the same class
 
-    def encode(self, x: mx.array, start: int = 0) -> Code:
+    def encode(self, x: mx.array, start: Start = 0) -> Code:
         check_vectors(x, self.head_dim)
         forward, _, mean = self._fitted(x.shape[1])
         x = x.astype(mx.float32) if self._undone is None else self._undone.inverse(x.astype(mx.float32), start)
         mean = mean[None, :, None]
         if self._turning is not None:
-            mean = self._turning.forward(mx.broadcast_to(mean, (1, *x.shape[1:])), start)
+            mean = self._turning.forward(mx.broadcast_to(mean, x.shape), start)
         y = ((x - mean) / self.size) @ forward.astype(mx.float32)
         tokens = mx.flatten(y.swapaxes(1, 2), 2)[:, None]
         return Code(computed(lambda _: self._rows.encoder, self._rows.encode, tokens), start)

@@ -10,6 +10,7 @@ import mlx.core as mx
 from veloxlab.codecs.base import Code, Codec, check_vectors
 from veloxlab.codecs.method import Method
 from veloxlab.codecs.parts.packing import Layout, Row
+from veloxlab.codecs.parts.rope import Start
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Exact(Codec):
     def bits_per_value(self) -> float:
         return float(self.bits)
 
-    def encode(self, x: mx.array, start: int = 0) -> Code:
+    def encode(self, x: mx.array, start: Start = 0) -> Code:
         check_vectors(x, self.head_dim)
         return Code({"values": x}, start)
 

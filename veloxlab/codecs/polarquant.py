@@ -36,6 +36,7 @@ from veloxlab.checks import choice, many, whole
 from veloxlab.codecs.base import Code, Sample, check_vectors, not_fitted
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import packing, polar, scales
+from veloxlab.codecs.parts.rope import Start
 from veloxlab.codecs.parts.transforms import RotationName
 from veloxlab.codecs.rotated import RotatedSpace
 from veloxlab.errors import InputError
@@ -114,7 +115,7 @@ class PolarQuant(RotatedSpace):
             learned += (polar.fitted_angles(seen, level, bits) if different >= least else usual).tolist()
         return replace(self, centroids=tuple(learned))
 
-    def encode(self, x: mx.array, start: int = 0) -> Code:
+    def encode(self, x: mx.array, start: Start = 0) -> Code:
         check_vectors(x, self.head_dim)
         if self.codebook == "fitted" and not self._is_fitted:
             raise not_fitted("PolarQuant", ", codebook='fitted'")

@@ -36,6 +36,7 @@ from veloxlab.codecs.base import Code, Codec, check_vectors
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import packing, scales
 from veloxlab.codecs.parts.outliers import SplitCodec
+from veloxlab.codecs.parts.rope import Start
 from veloxlab.codecs.parts.scalar import joint_levels
 from veloxlab.codecs.parts.transforms import SignSketch, SketchName, make_sketch, pack_signs
 from veloxlab.kernels.checked import computed
@@ -75,7 +76,7 @@ class QJL(Codec):
         """b·D signs, and the root of the root-mean-square, which float16 holds for larger vectors than the norm."""
         return {"signs": packing.packed(self.code_dim, 1), "root_rms": scales.SCALE}
 
-    def encode(self, x: mx.array, start: int = 0) -> Code:
+    def encode(self, x: mx.array, start: Start = 0) -> Code:
         check_vectors(x, self.head_dim)
         y = self.query_to_codes(x.astype(mx.float32))
         return Code(computed(lambda _: sign_kernel(x.shape[-1], y.shape[-1]), _signs_and_size, x, y), start)
@@ -143,7 +144,7 @@ class GroupedValues(Codec):
         number = packing.Row(mx.float16, -(-self.head_dim // self.group))
         return {"codes": packing.packed(self.head_dim, self.bits), "half_step": number, "least": number}
 
-    def encode(self, x: mx.array, start: int = 0) -> Code:
+    def encode(self, x: mx.array, start: Start = 0) -> Code:
         check_vectors(x, self.head_dim)
         return Code(computed(lambda _: self._encoder, self._encode_by_graph, x), start)
 

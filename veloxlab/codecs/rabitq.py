@@ -40,6 +40,7 @@ from veloxlab.codecs.base import Code, Sample, check_heads, check_vectors
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import constant, in_turn, packing, scales
 from veloxlab.codecs.parts.learning import learnable
+from veloxlab.codecs.parts.rope import Start
 from veloxlab.codecs.parts.scalar import paired_levels
 from veloxlab.codecs.parts.transforms import RotationName
 from veloxlab.codecs.rotated import RotatedCodec
@@ -168,7 +169,7 @@ class CentredRaBitQ(RaBitQ):
         learnable(mx.flatten(sample.x.swapaxes(1, 2), 2)[:, None], "A centroid")  # one head may be of zeros
         return replace(self, centroid=constant(sample.x.astype(mx.float32).mean(axis=(0, 2))))
 
-    def encode(self, x: mx.array, start: int = 0) -> Code:
+    def encode(self, x: mx.array, start: Start = 0) -> Code:
         check_vectors(x, self.head_dim)
         return super().encode(x if self.centroid is None else x.astype(mx.float32) - self._mean(x.shape[1]), start)
 

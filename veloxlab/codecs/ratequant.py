@@ -28,6 +28,7 @@ from veloxlab.codecs.base import Code, Codec, check_heads, check_vectors, per_kv
 from veloxlab.codecs.method import Method, Tensor, own_part
 from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.packing import BITS, Layout, Row
+from veloxlab.codecs.parts.rope import Start
 from veloxlab.codecs.parts.scales import load_scale
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import WidthsReader, head_widths
@@ -85,7 +86,7 @@ class RateQuant(Codec):
         """Tables of the widths in use; the rotation, which they share, counts for each."""
         return sum(codec.shared_bytes for codec in self.base)
 
-    def encode(self, x: mx.array, start: int = 0) -> Code:
+    def encode(self, x: mx.array, start: Start = 0) -> Code:
         check_vectors(x, self.head_dim)
         check_heads(len(self.head_bits), x.shape[1])
         parts = [codec.encode(x[:, heads], start).arrays for codec, heads in zip(self.base, self._heads, strict=True)]

@@ -11,6 +11,7 @@ import mlx.core as mx
 from veloxlab.codecs.base import Code, Codec, check_vectors
 from veloxlab.codecs.parts import scales
 from veloxlab.codecs.parts.packing import Layout
+from veloxlab.codecs.parts.rope import Start
 from veloxlab.codecs.parts.scalar import ScalarQuantizer
 from veloxlab.codecs.parts.transforms import Rotation, RotationName, SignedHadamard, make_rotation
 from veloxlab.kernels import rotated
@@ -67,7 +68,7 @@ class RotatedCodec(RotatedSpace):
     def _table(self) -> mx.array | None:
         return None
 
-    def encode(self, x: mx.array, start: int = 0) -> Code:
+    def encode(self, x: mx.array, start: Start = 0) -> Code:
         check_vectors(x, self.head_dim)
         return Code(computed(lambda _: self._encoder, self._encode_by_graph, self._for_encoder(x)), start)
 

@@ -38,6 +38,7 @@ from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import Floats, constant, packing, scales
 from veloxlab.codecs.parts.learning import damped, learnable, per_head
+from veloxlab.codecs.parts.rope import Start
 from veloxlab.codecs.parts.scalar import PlannedQuantizer
 from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.codecs.parts.water_filling import greedy_bits
@@ -133,7 +134,7 @@ class SpectralQuant(Codec):
         vectors = np.linalg.eigh(np.swapaxes(metric, 1, 2) @ moment @ metric).eigenvectors  # U
         return metric @ vectors, np.swapaxes(np.linalg.solve(np.swapaxes(metric, 1, 2), vectors), 1, 2)
 
-    def encode(self, x: mx.array, start: int = 0) -> Code:
+    def encode(self, x: mx.array, start: Start = 0) -> Code:
         check_vectors(x, self.head_dim)
         forward, _, _, _ = self._fitted(x.shape[1])
         y = x.astype(mx.float32) @ forward

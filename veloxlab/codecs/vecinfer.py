@@ -32,6 +32,7 @@ from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors
 from veloxlab.codecs.method import Method, Tensor, own_part
 from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.packing import Layout, packed
+from veloxlab.codecs.parts.rope import Start
 from veloxlab.codecs.parts.transforms import Rotation, make_rotation
 from veloxlab.codecs.parts.vector import packed_nearest, train_codebook, unpack_indices
 from veloxlab.errors import InputError
@@ -120,7 +121,7 @@ class VecInfer(Codec):
         centroids = mx.zeros((1 << self.index_bits, self.sub_dim), mx.float16)
         return replace(self, factors=mx.zeros(shape), centroids=centroids)
 
-    def encode(self, x: mx.array, start: int = 0) -> Code:
+    def encode(self, x: mx.array, start: Start = 0) -> Code:
         check_vectors(x, self.head_dim)
         factors, centroids = self._fitted
         if self.smooth:

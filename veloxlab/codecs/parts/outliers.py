@@ -15,6 +15,7 @@ from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors
 from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.learning import learnable
 from veloxlab.codecs.parts.packing import Layout
+from veloxlab.codecs.parts.rope import Start
 from veloxlab.errors import InputError
 
 _OUTLIER = "outlier_"  # prefix of their arrays
@@ -80,7 +81,7 @@ class SplitCodec(Codec):
         found = np.sort(np.argsort(-energy, axis=-1, kind="stable")[:, : self.outliers], axis=-1)
         return replace(self, channels=tuple(found.ravel().tolist()))  # type: ignore[type-var]
 
-    def encode(self, x: mx.array, start: int = 0) -> Code:
+    def encode(self, x: mx.array, start: Start = 0) -> Code:
         check_vectors(x, self.head_dim)
         outliers, rest = (part.encode(y).arrays for part, y in zip(self.parts, self._split(x), strict=True))
         return Code({_OUTLIER + name: array for name, array in outliers.items()} | rest, start)

@@ -9,6 +9,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+Start = int | mx.array  # position in the text of the first token of each sequence: the same, or each [B]
+
 
 @dataclass(frozen=True, eq=False)
 class Rope:
@@ -40,7 +42,7 @@ class Rope:
         own = turned.reshape(-1, 2) if self.traditional else turned.reshape(2, -1).T
         return np.concatenate([own, rest.reshape(2, -1).T])
 
-    def forward(self, x: mx.array, start: int, direction: int = 1) -> mx.array:
+    def forward(self, x: mx.array, start: Start, direction: int = 1) -> mx.array:
         """Rotate ``x`` ``[B, H, S, D]``, whose first token is at position ``start``."""
         if x.size == 0:
             return x
@@ -50,7 +52,7 @@ class Rope:
             x, self.dims, traditional=traditional, base=self.base, scale=scale, offset=start, freqs=self.freqs
         )
 
-    def inverse(self, x: mx.array, start: int) -> mx.array:
+    def inverse(self, x: mx.array, start: Start) -> mx.array:
         """Undo `forward`: the same angles, with the other sign."""
         return self.forward(x, start, direction=-1)
 
