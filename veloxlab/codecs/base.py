@@ -27,11 +27,12 @@ TILE = 1024  # tokens that attention expands at once, so that no decoded history
 class Code:
     """The compressed form of ``[B, H, S, D]``: named arrays ``[B, H, S, ...]``, so any code can be joined and sliced.
 
-    ``start`` is the position in the text of the first token; only a codec that undoes RoPE needs it.
+    ``start`` is the position in the text of the first token of each sequence, one number or an array ``[B]``; only a
+    codec that undoes RoPE needs it.
     """
 
     arrays: dict[str, mx.array]
-    start: Start = 0
+    start: int | mx.array = 0
     _made: dict[str, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def once(self, name: str, make: Callable[[], Made]) -> Made:
@@ -160,7 +161,7 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, x: mx.array, start: Start = 0) -> Code:
-        """Compress ``x`` ``[B, H, S, D]`` of any float dtype, whose first token is at position ``start``."""
+        """Compress ``x`` ``[B, H, S, D]`` of any float dtype, whose first tokens are at ``start``; see `Code`."""
 
     @abstractmethod
     def expand(self, code: Code) -> mx.array:
