@@ -68,6 +68,7 @@ SLOW = frozenset(
         "readers_on_host",
         "search",
         "serving",
+        "slide_on_host",
         "stack",
         "sweep",
         "tasks",

@@ -17,6 +17,7 @@ from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.kernels import checked
 from veloxlab.kernels.devices import CPU, current_backend
+from veloxlab.kernels.slide import by_operations, slid
 
 pytestmark = [
     pytest.mark.gpu,
@@ -281,3 +282,11 @@ def test_trellis_codes_that_a_prompt_reads(dim, bits, options, tensor):
     code = codec.encode(normal(2, 2, 1333, dim, dtype=mx.float16), 7)
     found = expanded([(codec, code)], mx.float16, slice(None), None)
     assert relative(found, codec.decode(code)) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_a_window_that_a_block_leaves(dtype):
+    windows = normal(2, 3, 26, 64, dtype=dtype)[:, :, 2:-4], normal(2, 3, 20, 128, seed=1, dtype=dtype)
+    found, wanted = slid(windows, 8, 19, 30, current_backend()), by_operations(windows, 8, 19, 30)
+    for one, other in zip([*found.windows, *found.largest], [*wanted.windows, *wanted.largest], strict=True):
+        assert mx.array_equal(one, other)

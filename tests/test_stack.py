@@ -14,7 +14,7 @@ import veloxlab as vl
 from tests.metal_on_host.launch import HOST
 from tests.test_batch import DIM, HEADS, LENGTHS, SOME_EXACT, WANTED, Reference, alone, make, step, together, tokens
 from tests.tiny_models import tiny
-from veloxlab.cache import coming, counts, histories, past, places, stack
+from veloxlab.cache import coming, counts, histories, layer, past, places, stack
 from veloxlab.cache.histories import StackHistory
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.stack import Stack
@@ -288,7 +288,8 @@ def test_a_bad_token_in_a_window_is_reported_no_later_than_alone(monkeypatch):
 
 def test_the_mask_that_shows_each_row_all_its_tokens_is_not_read(monkeypatch):
     """Not at the first step either, because that would build a kernel with masks."""
-    monkeypatch.setattr(histories, "current_backend", lambda: replace(CUDA, build=zeros_of, tried=False))
+    for module in (histories, layer):
+        monkeypatch.setattr(module, "current_backend", lambda: replace(CUDA, build=zeros_of, tried=False))
     batch = CompressedKVCache.merge(caches())
     for seed in range(3):
         mask, new = batch.make_mask(1), tokens(1, seed, len(batch.rows))
@@ -301,7 +302,8 @@ def test_the_mask_that_shows_each_row_all_its_tokens_is_not_read(monkeypatch):
 
 
 def test_a_step_has_as_many_operations_for_many_rows_as_for_few(tmp_path, monkeypatch):
-    monkeypatch.setattr(histories, "current_backend", lambda: replace(CUDA, build=zeros_of, tried=False))
+    for module in (histories, layer):
+        monkeypatch.setattr(module, "current_backend", lambda: replace(CUDA, build=zeros_of, tried=False))
     counts = []
     for count in (2, 16):
         batch = CompressedKVCache.merge([caches()[3] for _ in range(count)])
@@ -392,7 +394,8 @@ def operations(path, *arrays) -> int:
 def a_gpu(monkeypatch):
     for module in (checked, coming, counts, past):
         monkeypatch.setattr(module, "device_backend", lambda: BACKEND)
-    monkeypatch.setattr(histories, "current_backend", lambda: replace(CUDA, build=zeros_of, tried=False))
+    for module in (histories, layer):
+        monkeypatch.setattr(module, "current_backend", lambda: replace(CUDA, build=zeros_of, tried=False))
 
 
 @pytest.mark.usefixtures("a_gpu")

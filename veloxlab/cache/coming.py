@@ -12,6 +12,7 @@ from veloxlab.cache.runs import Codes
 from veloxlab.codecs import TENSORS, Codec
 from veloxlab.errors import InputError
 from veloxlab.kernels.devices import device_backend
+from veloxlab.kernels.slide import Slid
 
 # The largest magnitude that is stored. An unbiased scale is at most 4 times that, and is kept as the float16 of its
 # root (`store_scale`): 4·1e9 < 65504².
@@ -48,6 +49,7 @@ class Coming(NamedTuple):
     sinks: Codes | None
     packed: Codes | None
     largest: Sequence[Largest]  # of stored tokens that are not checked yet
+    slid: Slid | None  # the window without what leaves it, if it is computed already
 
 
 class Checks:
@@ -62,10 +64,15 @@ class Checks:
 
         MLX computes the arrays after their check.
         """
-        largest = [Largest.of(mx.max(mx.abs(x), (1, 2, 3))) for x in arrays]
+        of_each = [mx.max(mx.abs(x), (1, 2, 3)) for x in arrays]
         if not device_backend().lazy:
-            _check(layer, largest)
+            _check(layer, [Largest.of(x) for x in of_each])
             return arrays, []
+        return self.after(arrays, of_each)
+
+    def after(self, arrays: list[mx.array], of_each: Sequence[mx.array]) -> tuple[list[mx.array], list[Largest]]:
+        """`of` for arrays whose largest magnitudes are known, without a check now."""
+        largest = [Largest.of(x) for x in of_each]
         checked: list[mx.array] = mx.depends(arrays, [each.of_all for each in largest])
         return checked, largest
 

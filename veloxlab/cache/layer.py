@@ -16,7 +16,7 @@ from mlx_lm.models.cache import create_attention_mask
 from veloxlab.cache import saved
 from veloxlab.cache.attention import FEW_QUERIES, History
 from veloxlab.cache.coming import Checks, Coming, Joining, Largest
-from veloxlab.cache.counts import TOKENS, Windows
+from veloxlab.cache.counts import TOKENS, Arrival, Windows
 from veloxlab.cache.past import Past, Segment, before_window, exact_codes, exact_segment, segments_of
 from veloxlab.cache.plan import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
 from veloxlab.cache.runs import Run, Runs
@@ -25,6 +25,8 @@ from veloxlab.codecs import TENSORS, Code, Codec
 from veloxlab.codecs.base import fitted_online
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import begin
+from veloxlab.kernels.devices import current_backend
+from veloxlab.kernels.slide import Slid
 from veloxlab.mlxlm.hooks import loadable
 from veloxlab.mlxlm.probe import Path
 
@@ -127,7 +129,10 @@ class CompressedKVCache(Runs, saved.Saved):
             both = zip(oldest, leaving, strict=True)
             leaving = [mx.concatenate([*pair], axis=2) for pair in both] if leaving else oldest
         joining = [x[:, :, : arrival.to_sinks] for x in (keys, values)] if arrival.to_sinks else []
-        if leaving or joining:
+        slid = self._slid(arrival)
+        if slid is not None:
+            leaving, largest = self._checks.after(leaving, slid.largest)
+        elif leaving or joining:
             checked, largest = self._checks.of(self.layer, [*leaving, *joining])
             leaving, joining = checked[: len(leaving)], checked[len(leaving) :]
         sinks = (Code({"values": joining[0]}), Code({"values": joining[1]})) if joining else None
@@ -136,7 +141,14 @@ class CompressedKVCache(Runs, saved.Saved):
             start = self.offset + first - (0 if arrival.gone else recent)  # of the oldest token to be encoded
             codecs = fitted_online(self.key_codec, leaving[0]), fitted_online(self.value_codec, leaving[1])
             packed = codecs[0].encode(leaving[0], start), codecs[1].encode(leaving[1], start)
-        return Coming(keys, values, all_seen, arrival, codecs, sinks, packed, largest)
+        return Coming(keys, values, all_seen, arrival, codecs, sinks, packed, largest, slid)
+
+    def _slid(self, arrival: Arrival) -> Slid | None:
+        """The window without the block that leaves it when one token comes, by a kernel; else None."""
+        backend = current_backend()
+        if backend is None or not backend.lazy or not arrival.from_recent or arrival.from_new or arrival.to_recent != 1:
+            return None
+        return self.recent.slid(arrival.from_recent, backend)
 
     def handed(self, history: History, count: int) -> tuple[Any, Any]:
         """The input of attention for ``count`` tokens, made from a ``history`` by the path; see the class."""
@@ -153,14 +165,14 @@ class CompressedKVCache(Runs, saved.Saved):
             self._checks.kept(())
             self.recent.join(*coming)
             return History(past=self._past, newest=self.recent.exact)
-        keys, values, all_seen, arrival, codecs, sinks, packed, largest = coming
+        keys, values, all_seen, arrival, codecs, sinks, packed, largest, slid = coming
         self._checks.kept(largest)
         last, self._past, self._dtype = self._past, None, keys.dtype
         self._values_per_token = keys.shape[0] * keys.shape[1] * (keys.shape[-1] + values.shape[-1])
         hidden, rest = self.held - self.visible, arrival.to_sinks + arrival.gone + arrival.from_new
         segments = (*self._segments(hidden), exact_segment(exact_codes(keys, values))) if all_seen else ()
         self.key_codec, self.value_codec = codecs
-        self.take(arrival, sinks, packed, exact_codes(keys, values, rest))
+        self.take(arrival, sinks, packed, exact_codes(keys, values, rest), slid)
         if self._stays and keys.shape[2] == 1 and self.recent.tokens:
             self._past, self._one = before_window(self, codecs, last), (keys.shape, values.shape)
             return History(past=self._past, newest=self.recent.exact)

@@ -10,8 +10,10 @@ import mlx.core as mx
 from veloxlab.cache.counts import BLOCK, CHUNK, SLACK_SHARE, STEP, Arrival, Room, Windows, calls, window_step
 from veloxlab.codecs import TENSORS, Code, Tensor
 from veloxlab.codecs.base import TOKENS
+from veloxlab.kernels.backend import Backend
 from veloxlab.kernels.call import Exact
 from veloxlab.kernels.checked import ahead
+from veloxlab.kernels.slide import Slid, slid
 
 Arrays = dict[str, mx.array]
 Codes = tuple[Code, Code]  # of keys and of values
@@ -82,16 +84,16 @@ class Run:
         self.buffers["keys/values"][:, :, at:total] = keys
         self.buffers["values/values"][:, :, at:total] = values
 
-    def make_way(self, oldest: int) -> int:
-        """Drop the ``oldest`` tokens in place before one comes, if the room stays; returns how many are left."""
-        tokens = self.tokens - oldest
-        if self.most is None or self.room != tokens + 1 + min(window_step(), self.most - tokens - 1):
-            return oldest
+    def slid(self, oldest: int, backend: Backend) -> Slid | None:
+        """The buffers without the ``oldest`` tokens and with room for one more, by a kernel."""
+        windows = self.buffers["keys/values"], self.buffers["values/values"]
+        return slid(windows, oldest, self.tokens, self._grown(self.tokens - oldest + 1, 1), backend)
+
+    def replace(self, tokens: int, keys: mx.array, values: mx.array) -> None:
+        """Hold the first ``tokens`` of these exact ones."""
         self._codes.clear()
-        for buffer in self.buffers.values():
-            buffer[:, :, :tokens] = buffer[:, :, oldest : self.tokens]
-        self.tokens = tokens
-        return 0
+        self.tokens, self.room = tokens, keys.shape[2]
+        self.buffers = {"keys/values": keys, "values/values": values}
 
     @property
     def exact(self) -> Exact:
@@ -103,6 +105,9 @@ class Run:
         tokens = self.tokens + new
         if tokens <= self.room and (new == 1 or self.most is None):
             return self.room
+        return self._grown(tokens, new)
+
+    def _grown(self, tokens: int, new: int) -> int:
         if self.most is not None:
             return tokens + (min(window_step(), self.most - tokens) if new == 1 else 0)
         return tokens + (max(STEP * (new == 1), tokens // SLACK_SHARE) if new <= BLOCK else 0)
@@ -183,18 +188,27 @@ class Runs:
         return sum(buffer.nbytes for run in self.runs for buffer in run.tensor_buffers(tensor).values())
 
     def take(
-        self, arrival: Arrival, sinks: Codes | None = None, packed: Codes | None = None, recent: Codes | None = None
+        self,
+        arrival: Arrival,
+        sinks: Codes | None = None,
+        packed: Codes | None = None,
+        recent: Codes | None = None,
+        slid: Slid | None = None,
     ) -> None:
-        """Move tokens by the counts of ``arrival``; without codes the tokens are only counted."""
+        """Move tokens by the counts of ``arrival``; without codes the tokens are only counted.
+
+        ``slid`` is the window without the tokens that leave it, if it is computed already.
+        """
         self.sinks.append(arrival.to_sinks, sinks)
         if arrival.gone:
             self._drop_oldest(self.packed.tokens + self.recent.tokens)
             self.evicted += arrival.gone
         self.packed.append(arrival.to_packed, packed)
         oldest = arrival.from_recent
-        if oldest and arrival.to_recent == 1 and not arrival.from_new:  # only old tokens move
-            oldest = self.recent.make_way(oldest)
-            ahead(*self.packed.buffers.values(), *self.recent.buffers.values())
+        if slid is not None:
+            self.recent.replace(self.recent.tokens - oldest, *slid.windows)
+            ahead(*self.packed.buffers.values(), *slid.windows)
+            oldest = 0
         self.recent.append(arrival.to_recent, recent, oldest)
 
     def evict(self) -> None:
