@@ -97,11 +97,10 @@ class TrellisReader(Reader):
         declarations += [f"threadgroup uint {ends}[{dim + dim // _PADDED}];"]
         if copies and home == prefix:
             declarations += [declared.format(kind="half", name=levels, count=entries * copies * apart)]
-        of_level = 2 * copies * apart  # bytes
-        kind = f"SharedLevels<{of_level}>" if copies else f"GlobalLevels<{states}, {alone}>"
-        table = f"{levels}, lane % {copies} * {2 * apart}" if copies else f"{home}_table"
+        kind = f"SharedLevels<{copies * apart}>" if copies else f"GlobalLevels<{states}, {alone}>"
+        table = f"place_of({levels} + lane % {copies} * {apart})" if copies else f"{home}_table"
         setup = (
-            f"fill_windows<{dim}, {states}, {reach}, {alone}, {dim} / {shares} % 4 == 0 ? 4 : 2, {kind}::lift>"
+            f"fill_windows<{dim}, {states}, {reach}, {alone}, {dim} / {shares} % 4 == 0 ? 4 : 2>"
             f"((local_memory uint*){plan}, {ends}, {window}, thread_id, THREADS);\n"
         )
         if copies and home == prefix:

@@ -68,6 +68,8 @@ FUNCTION pair_t small_pair(float x, float y) { return __floats2half2_rn(x, y); }
 FUNCTION pair_t pair_of(half x, half y) { return __halves2half2(x, y); }
 FUNCTION float2 pair_floats(pair_t x) { return __half22float2(x); }
 
+// the lowest byte of one word, the others of another
+FUNCTION uint with_byte(uint low, uint rest) { return __byte_perm(low, rest, 0x7650); }
 template <int BYTE>
 FUNCTION uint byte_of(uint word) { return __byte_perm(word, 0, 0x4440 + BYTE); }
 

@@ -50,6 +50,8 @@ FUNCTION void multiply(thread float2& sum, float2 a, float2 b) {
   sum = reinterpret_cast<thread float2&>(total.thread_elements());
 }
 
+// the lowest byte of one word, the others of another
+FUNCTION uint with_byte(uint low, uint rest) { return (low & 0xffu) | (rest & ~0xffu); }
 template <int BYTE>
 FUNCTION uint byte_of(uint word) { return word >> (8 * BYTE) & 0xff; }
 

@@ -4,10 +4,13 @@
 
 // What is known of all vectors of a head lies in threadgroup memory: at which bit of a row each coordinate's code ends, and
 // how its state becomes a level. Of TOGETHER neighbours the first says how many bits are dropped behind them (6 bits), others
-// by how many bits they end behind the first (5 bits); above a state is the number of the coordinate's width. A state is read
-// LIFT bits up, where it is by how many bytes a level is behind the first of its width.
+// by how many bits they end behind the first (5 bits); above a state is the number of the coordinate's width.
 FUNCTION uint ends_place(uint coordinate) { return coordinate + coordinate / 32; }     // shares of a vector begin together
-FUNCTION uint planned_four(uint coordinate) { return coordinate + coordinate / 32 * 4; } // in no bank
+FUNCTION constexpr uint planned_four(uint coordinate) { return coordinate + coordinate / 32 * 4; } // in no bank
+template <int WIDTH>
+FUNCTION uint planned_at(uint share, uint i) { // what the share adds is found once, where it can be
+  return 32 % WIDTH == 0 || WIDTH % 32 == 0 ? planned_four(share * WIDTH) + planned_four(i) : planned_four(share * WIDTH + i);
+}
 
 // A coordinate as it is given, four numbers: where the bits of its state begin, their mask, by how much they are shifted up,
 // and the first level of its width, 0 for no bits.
@@ -24,7 +27,7 @@ FUNCTION uint begin_of(const global_memory uint* windows) { // the string's
   return end_of<STATES, REACH, ALONE>(window) - window[3] / STATES;
 }
 
-template <int DIM, int STATES, int REACH, int ALONE, int TOGETHER, int LIFT>
+template <int DIM, int STATES, int REACH, int ALONE, int TOGETHER>
 FUNCTION void fill_windows(
     local_memory uint* plan, local_memory uint* ends, const global_memory uint* windows, uint thread_id, uint threads) {
   for (uint i = thread_id; i < DIM; i += threads) {
@@ -34,7 +37,7 @@ FUNCTION void fill_windows(
     const uint width = window_of<DIM>(windows, i)[3] / STATES, row = width > 1 ? width - 1 : 0;
     const uint dropped = end_of<STATES, REACH, ALONE>(window_of<DIM>(windows, next)) - begin;
     ends[ends_place(i)] = end;
-    plan[planned_four(i)] = (i == first ? dropped : end - begin) | row * STATES << LIFT;
+    plan[planned_four(i)] = (i == first ? dropped : end - begin) | row * STATES;
   }
 }
 
@@ -55,19 +58,17 @@ FUNCTION void fill_levels(local_memory half* levels, const global_memory float* 
 
 // Levels of the first WIDTHS widths in threadgroup memory, each COPIES times, so that lanes meet in fewer banks: of 32 copies
 // that are APART by two, a bank's width, in none.
-template <int BYTES>
+template <int EACH>
 struct SharedLevels {
-  enum { lift = log2_of(BYTES) }; // of all copies of a level
-  const local_memory half* table;
-  uint own; // where the lane's copy is
+  place_t table; // the lane's copy, of which each level is EACH from the next
 
-  FUNCTION half level(uint bytes) const { return *(const local_memory half*)((const local_memory uchar*)table + bytes); }
-  FUNCTION pair_t pair(uint first, uint second) const { return pair_of(level(first), level(second)); }
+  FUNCTION pair_t pair(uint first, uint second) const {
+    return pair_of(half_at(table, first * (2 * EACH)), half_at(table, second * (2 * EACH)));
+  }
 };
 
 template <int STATES, int ALONE>
 struct GlobalLevels {
-  enum { lift = 0, own = 0 };
   const global_memory float* given;
 
   FUNCTION pair_t pair(uint first, uint second) const {
@@ -111,29 +112,29 @@ struct TrellisReader {
   // words as they are stored: they are moved when they have come
   template <int WIDTH>
   struct Fetched {
-    uint words[(WIDTH * MOST + REACH + Levels::lift + 31) / 32 + 1];
+    uint words[(WIDTH * MOST + REACH + 31) / 32 + 1];
   };
 
   template <int WIDTH>
   FUNCTION void fetch(int distance, uint share, thread Fetched<WIDTH>& to) const {
     const global_memory uint* row = rows + distance * int(token_stride);
     // below 0 where few bits are before the first string
-    const int first = int(ends[ends_place(share * WIDTH)]) - REACH - Levels::lift;
+    const int first = int(ends[ends_place(share * WIDTH)]) - REACH;
     const int last = int(ends[ends_place(share * WIDTH + WIDTH - 1)]) - 1, word = first >> 5;
-    to.words[0] = word < 0 ? 0u : row[word];
-    UNROLL for (int i = 1; i < (WIDTH * MOST + REACH + Levels::lift + 31) / 32 + 1; i++) {
+    to.words[0] = row[word < 0 ? 0 : word]; // all of it is before the string's begin then
+    UNROLL for (int i = 1; i < (WIDTH * MOST + REACH + 31) / 32 + 1; i++) {
       to.words[i] = 32 * (word + i) <= last ? row[word + i] : 0u;
     }
   }
 
   template <int WIDTH>
   FUNCTION void decode(thread const Fetched<WIDTH>& from, uint share, thread pair_t (&x)[WIDTH / 2]) const {
-    constexpr int count = (WIDTH * MOST + REACH + Levels::lift + 31) / 32;
+    constexpr int count = (WIDTH * MOST + REACH + 31) / 32;
     constexpr int together = WIDTH % 4 == 0 ? 4 : 2; // coordinates whose states are in two words, whatever their widths
-    constexpr uint state_bits = uint(STATES - 1) << Levels::lift, width_bits = ~((uint(STATES) << Levels::lift) - 1);
-    const uint first = ends[ends_place(share * WIDTH)], shift = first - REACH - Levels::lift & 31u;
+    constexpr uint state_bits = STATES - 1;
+    const uint first = ends[ends_place(share * WIDTH)], shift = first - REACH & 31u;
     // bits that are before the string's begin
-    const uint before = Levels::lift + (first - begin < REACH ? REACH - (first - begin) : 0u);
+    const uint before = first - begin < REACH ? REACH - (first - begin) : 0u;
     uint words[count + 1];
     UNROLL for (int i = 0; i < count; i++) words[i] = funnel(from.words[i], from.words[i + 1], shift);
     words[0] = words[0] >> before << before;
@@ -141,18 +142,18 @@ struct TrellisReader {
     UNROLL for (int i = 0; i < WIDTH; i += together) {
       uint planned[4], entry[4];
       if (together == 4) {
-        const uint4 four = *(const local_memory uint4*)(plan + planned_four(share * WIDTH + i));
+        const uint4 four = *(const local_memory uint4*)(plan + planned_at<WIDTH>(share, i));
         planned[0] = four.x, planned[1] = four.y, planned[2] = four.z, planned[3] = four.w;
       } else {
-        planned[0] = plan[planned_four(share * WIDTH + i)], planned[1] = plan[planned_four(share * WIDTH + i + 1)];
+        planned[0] = plan[planned_at<WIDTH>(share, i)], planned[1] = plan[planned_at<WIDTH>(share, i + 1)];
       }
       UNROLL for (int j = 0; j < together; j++) {
         const uint state = j == 0 ? words[0] : funnel_low(words[0], words[1], planned[j]);
-        entry[j] = (state & state_bits) | opaque((planned[j] & width_bits) | levels.own);
+        entry[j] = STATES == 256 ? with_byte(state, planned[j]) : (state & state_bits) | (planned[j] & ~state_bits);
       }
       UNROLL for (int j = 0; j < together; j += 2) x[(i + j) / 2] = levels.pair(entry[j], entry[j + 1]);
       UNROLL for (int k = 0; k < count; k++) { // of what is left no coordinate has more than 8 bits
-        if (32 * k < REACH + Levels::lift + 8 * (WIDTH - i - together - 1)) words[k] = funnel(words[k], words[k + 1], planned[0] & 63u);
+        if (32 * k < REACH + 8 * (WIDTH - i - together - 1)) words[k] = funnel(words[k], words[k + 1], planned[0] & 63u);
       }
     }
   }
