@@ -126,6 +126,11 @@ def test_decoding_is_timed_with_caches_that_are_full(quick):
     assert len(told) == len(rows)
 
 
+def test_a_token_that_is_slow_in_one_run_alone_is_not_the_slowest():
+    runs = [[1, 2, 9, 2, 1], [1, 9, 2, 5, 1], [9, 1, 1, 4, 1]]  # the fourth is slow in two of three
+    assert models._of_runs(runs, [7, 7, 7])[:3] == (2, 4, 7)
+
+
 def test_a_step_of_a_batch_is_timed(quick):
     exact, ours = models.batch_steps([(3, 96)], 1, 1, lambda _: None)
     assert (exact["sequences"], exact["ratio"]) == (3, 1)

@@ -150,9 +150,10 @@ def decode_steps(
 
     ``shapes``: models and their numbers of layers; models with few layers also have shorter caches. Caches are filled
     with random keys and values. Rows: ``shape, layers, cache, tokens, milliseconds`` (of a token: the median over
-    ``runs`` of the median of each), ``slowest_milliseconds`` (the same for the slowest token), ``ratio`` (to the exact
-    cache's time), ``held_bytes, spread``. A cache that MLX cannot read on this device is reported to ``progress`` and
-    left out.
+    ``runs`` of the median of each), ``slowest_milliseconds`` (of the slowest token, where each token's time is its
+    median over ``runs``: a step that does more work is slow in all of them, one that other work delays is not),
+    ``ratio`` (to the exact cache's time), ``held_bytes, spread``. A cache that MLX cannot read on this device is
+    reported to ``progress`` and left out.
     """
     rows: list[Row] = []
     for shape, layers in shapes.items():
@@ -200,20 +201,26 @@ def _in_turn(
     model: Model, made: Mapping[str, Maker], runs: int, progress: Tell, sequences: int = 1
 ) -> dict[str, tuple[float, float, int, float]]:
     """Return by cache median and slowest seconds of a token, bytes and `spread`: medians over ``runs``, in turn."""
-    found: dict[str, list[tuple[float, float, int, float]]] = {name: [] for name in made}
+    found: dict[str, list[tuple[list[float], int]]] = {name: [] for name in made}
     for _ in range(runs):
         for name, make in made.items():
             caches = make()
             try:
                 spent = token_seconds(model, caches, sequences)
-                held = sum(cache.nbytes for cache in caches)
-                found[name].append((statistics.median(spent), max(spent), held, spread(spent)))
+                found[name].append((spent, sum(cache.nbytes for cache in caches)))
             except RuntimeError as error:
                 # MLX 0.32.4 on CUDA has no product of one row with quantized ones for some numbers of tokens
                 progress(f"{name} fails: {error}")
             del caches
             mx.clear_cache()
-    return {name: tuple(map(statistics.median, zip(*rows, strict=True))) for name, rows in found.items() if rows}
+    return {name: _of_runs(*zip(*timed, strict=True)) for name, timed in found.items() if timed}
+
+
+def _of_runs(seconds: Sequence[list[float]], held: Sequence[int]) -> tuple[float, float, int, float]:
+    """Return median and slowest seconds of a token, bytes and `spread` of some runs' seconds from token to token."""
+    typical = statistics.median(statistics.median(run) for run in seconds)
+    slowest = max(statistics.median(token) for token in zip(*seconds, strict=True))
+    return typical, slowest, held[0], statistics.median(spread(run) for run in seconds)
 
 
 def read_prompts(
