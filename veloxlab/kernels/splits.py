@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import get_ident
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ SIMDGROUPS = 4  # of a threadgroup
 _TILE = 16  # tokens of one step of a simdgroup
 _EXACT_SPLIT, _MOST_EXACT_SPLITS = 128, 64  # least exact tokens of a split; most splits of either run
 _LEAST_SPLIT = 2 * SIMD * SIMDGROUPS  # packed tokens: fewer are not worth filling a table
+_NEXT = 256  # counts of packed tokens whose numbers are computed together
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,12 +82,25 @@ def most_splits(groups: int) -> int:
 def sizes_of(sequences: Sequence[Places], columns: int, kernel: Threadgroups) -> Sizes:
     """The description of sequences in arrays with ``columns`` recent tokens."""
     if len(sequences) == 1:
-        numbers = few_numbers(sequences[0])[None]
-        mx.async_eval(numbers)
+        packed, *others = sequences[0]
+        place = packed % _NEXT
+        numbers = _with_next(packed - place, tuple(others), get_ident())[place : place + 1]
     else:
         numbers = numbers_of(sequences)
     sinks = max(each.sinks for each in sequences)
     return Sizes(numbers, splits_of(sinks, [each.packed for each in sequences], columns, kernel))
+
+
+@lru_cache(maxsize=64)
+def _with_next(packed: int, others: tuple[int, ...], _: int) -> mx.array:
+    """Numbers of one sequence with ``packed`` tokens and with each of the next counts, for all layers; by thread.
+
+    So a layer whose packed tokens become more takes a view, without a computation of its own.
+    """
+    counts = mx.arange(packed, packed + _NEXT, dtype=mx.uint32)[:, None]
+    numbers = mx.concatenate([counts, mx.broadcast_to(few_numbers(others), (_NEXT, len(others)))], axis=1)
+    mx.async_eval(numbers)
+    return numbers
 
 
 def numbers_of(sequences: Sequence[Places]) -> mx.array:
