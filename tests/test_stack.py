@@ -357,8 +357,8 @@ def test_blocks_of_many_sequences_are_encoded_together_and_in_each_layer_at_anot
     codecs = [METHODS["turboquant"].codec(DIM, 4, tensor) for tensor in TENSORS]
     calls, encode, steps = [], type(codecs[0]).encode, {0: set(), 3: set()}
     monkeypatch.setattr(type(codecs[0]), "encode", lambda *given: calls.append(given) or encode(*given))
-    for layer, encoding in steps.items():
-        rows = [CompressedKVCache(*codecs, layer=layer) for _ in range(16)]
+    for number, encoding in steps.items():
+        rows = [CompressedKVCache(*codecs, layer=number) for _ in range(16)]
         for i, row in enumerate(rows):
             row.update_and_fetch(*[tokens(200 + 3 * i, i)] * 2)
         batch = CompressedKVCache.merge(rows)
