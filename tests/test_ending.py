@@ -11,7 +11,7 @@ from tests.tiny_models import tiny
 from veloxlab.codecs.base import Sample
 from veloxlab.measure.activations import capture_layers
 from veloxlab.measure.derivative import loss_gradients
-from veloxlab.measure.gradients import with_gradients
+from veloxlab.measure.gradients import AHEAD, Room, with_gradients, write_gradients
 from veloxlab.mlxlm.hooks import LONG, attach
 from veloxlab.progress import ended_by, may_end, silent
 from veloxlab.widgets import Cancelled, Worker
@@ -82,6 +82,23 @@ def test_windows_that_other_threads_read_end_too(model, tmp_path):
     with pytest.raises(Cancelled), ended_by(Ends(2 * LAYERS + 1)):  # in the second window, or in the wait for it
         list(with_gradients(model, windows, 2, 0, tmp_path / "b", silent))
     assert len([*(tmp_path / "b").glob("*.safetensors")]) < len(windows)
+
+
+def test_a_window_waits_for_room_and_gives_it_back_when_it_ends(model, tmp_path):
+    room = Room(LAYERS)
+
+    def write():
+        return write_gradients(model, IDS, {"seed": 0}, tmp_path / "0.safetensors", room)
+
+    for steps in (1, 4 * LAYERS):
+        with pytest.raises(Cancelled), ended_by(Ends(steps)):
+            write()
+    with ended_by(Ends(60)):  # without room it would end in the wait
+        assert write().exists()
+    for _ in range(LAYERS + 1 + LAYERS * AHEAD // 100):
+        room.take()
+    with pytest.raises(Cancelled), ended_by(Ends(1)):
+        write()
 
 
 def test_errors_end_between_layers_and_caches_while_they_are_filled(model):

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from io import StringIO
+from itertools import chain
 
 import mlx.core as mx
 import numpy as np
@@ -71,7 +72,7 @@ def test_random_signs_estimate_the_fisher_matrix_better_than_drawn_labels():
 def test_a_step_has_few_operations():
     """MLX starts about 100 in advance: two threads, of which each has one step, then leave room to each other."""
     run = drawn_gradients(tiny("llama"), Letters().encode(TEXT)[:300], mx.random.key(0))
-    for step in run.forwards + run.backwards:
+    for step in chain(*run.forwards, *run.backwards):
         mx.export_to_dot(graph := StringIO(), step)
         names = re.findall(r'label ?= ?"(\w+)"', graph.getvalue())
         assert len([name for name in names if name not in VIEWS]) < 70

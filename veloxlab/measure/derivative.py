@@ -25,10 +25,10 @@ Pairs = Sequence[tuple[mx.array, ...]]
 
 
 class Steps:
-    """Arrays of a run, and of its derivative, in the order of their evaluation, while a graph is built.
+    """Arrays of a part of a run, such as a layer, and of its derivative, in the order of their evaluation.
 
-    On a CPU a step is a part of a layer. MLX starts about 100 operations in advance, counted over all threads: a thread
-    that evaluates a whole layer at once leaves no room to a thread beside it.
+    MLX starts about 100 operations in advance on a CPU, counted over all threads: a thread that evaluates a whole layer
+    at once leaves no room to a thread beside it.
     """
 
     def __init__(self) -> None:
@@ -52,12 +52,16 @@ class Steps:
 
 @dataclass(frozen=True)
 class Run:
-    """Keys and values of each layer, gradients by them, and the steps to both: arrays that are not evaluated yet."""
+    """Keys and values of each layer, and gradients by them, which are not evaluated yet.
+
+    ``forwards`` has the steps of each layer and then of the logits, and ``backwards`` those of the logits' gradients,
+    and then of each layer from the last to the first.
+    """
 
     seen: Pairs
     gradients: Pairs
-    forwards: list[mx.array]
-    backwards: list[mx.array]
+    forwards: list[list[mx.array]]
+    backwards: list[list[mx.array]]
 
 
 def evaluate(steps: list[mx.array]) -> None:
@@ -71,15 +75,15 @@ def evaluate(steps: list[mx.array]) -> None:
 class _Perturbed(Recorder):
     """Adds a perturbation to keys and values where they enter the cache; the loss is differentiated by it."""
 
-    def __init__(self, facts: probe.LayerFacts, perturbation: tuple[mx.array, ...], steps: Steps) -> None:
+    def __init__(self, facts: probe.LayerFacts, perturbation: tuple[mx.array, ...]) -> None:
         super().__init__(facts)
-        self._perturbation, self._steps = perturbation, steps
+        self._perturbation, self.steps = perturbation, Steps()
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         of_keys, of_values = self._perturbation
         perturbed = keys + of_keys.astype(keys.dtype), values + of_values.astype(values.dtype)
-        self._steps.forwards += perturbed
-        return super().update_and_fetch(*(self._steps.back_through(x) for x in perturbed))
+        self.steps.forwards += perturbed
+        return super().update_and_fetch(*(self.steps.back_through(x) for x in perturbed))
 
     def attend(
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None
@@ -88,13 +92,13 @@ class _Perturbed(Recorder):
         if not isinstance(mask, str) or runtime.backend() != "cpu":  # "causal" is the only text
             return super().attend(q, scale, mask, sinks, cap)
         before, total = self.stored_keys.shape[2] - q.shape[2], self.stored_keys.shape[2]
-        parts, q = [], self._steps.back_through(q)
+        parts, q = [], self.steps.back_through(q)
         for i in range(0, q.shape[2], _BLOCK):
             seen = min(before + i + _BLOCK, total)
             own = q[:, :, i : i + _BLOCK], self.stored_keys[:, :, :seen], self.mixed[:, :, :seen]
             parts.append(attend_exactly(*own, scale, mask, sinks, cap, softmax))
-        self._steps.forwards += parts
-        return self._steps.back_through(mx.concatenate(parts, axis=2))
+        self.steps.forwards += parts
+        return self.steps.back_through(mx.concatenate(parts, axis=2))
 
 
 def loss_gradients(model: Module, ids: Sequence[int]) -> Pairs:
@@ -110,8 +114,8 @@ def loss_gradients(model: Module, ids: Sequence[int]) -> Pairs:
 
     run = _differentiated(model, ids[:-1], total)
     if is_endable():
-        evaluate(run.forwards)
-        evaluate(run.backwards)
+        for steps in run.forwards + run.backwards:
+            evaluate(steps)
     return run.gradients
 
 
@@ -128,8 +132,11 @@ def signed_sum(logits: mx.array, key: mx.array, steps: Steps) -> mx.array:
     But if the model is nearly sure of a token, the label is almost always that token, with a gradient near zero, and
     another one only once in 1 / (1 − p) draws: the mean of few draws has a large error.
 
-    Each step of the derivative has the gradients of a few positions, so that few arrays of their size are held.
+    Few arrays of the logits' size are held: the signs are a step before the logits, and the gradients of a few
+    positions are a step of the derivative.
     """
+    signs = mx.random.bernoulli(0.5, logits.shape, key)
+    steps.forwards.append(signs)
 
     @mx.custom_function
     def zero(_: mx.array) -> mx.array:
@@ -137,12 +144,12 @@ def signed_sum(logits: mx.array, key: mx.array, steps: Steps) -> mx.array:
 
     @zero.vjp
     def gradients(logits: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        signs, parts = mx.random.bernoulli(0.5, logits.shape, key), []
+        parts = []
         for i in range(0, len(logits), _ROWS):
             p = softmax(logits[i : i + _ROWS])
             signed = (2.0 * signs[i : i + _ROWS] - 1) * mx.sqrt(p)
             parts.append(cotangent * (signed - p * signed.sum(axis=-1, keepdims=True)))
-        steps.backwards += [signs, *parts]
+        steps.backwards += parts
         return mx.concatenate(parts)
 
     return cast("mx.array", zero(logits))
@@ -150,23 +157,27 @@ def signed_sum(logits: mx.array, key: mx.array, steps: Steps) -> mx.array:
 
 def _differentiated(model: Module, ids: Sequence[int], total: Callable[[mx.array, Steps], mx.array]) -> Run:
     """Return a run with the gradients of ``total``, which is a function of logits ``[S, vocabulary]``."""
-    x, steps = mx.array([list(ids)]), Steps()
+    x, parts = mx.array([list(ids)]), [Steps()]  # of the logits, and of each layer from the last to the first
 
     def loss(perturbations: Pairs) -> tuple[mx.array, Pairs]:
         left = iter(perturbations)
-        caches = probe.with_caches(model, lambda found: _Perturbed(found, next(left), steps))
+        caches = probe.with_caches(model, lambda found: _Perturbed(found, next(left)))
         logits = model(x, cache=caches).squeeze(0).astype(mx.float32)  # an index would make its gradient a scatter
-        steps.forwards.append(logits)
-        seen = [(own.stored_keys, own.stored_values) for own in probe.probes_of(caches) if isinstance(own, Recorder)]
-        return total(logits, steps), seen
+        value = total(logits, parts[0])
+        parts[0].forwards.append(logits)
+        layers = [own for own in probe.probes_of(caches) if isinstance(own, _Perturbed)]
+        parts.extend(own.steps for own in layers[::-1])
+        return value, [(own.stored_keys, own.stored_values) for own in layers]
 
     plain = [facts for facts in probe.probe(model) if facts.compressible]
     zeros = [tuple(mx.zeros((1, f.kv_heads, len(ids), dim)) for dim in f.dims.values()) for f in plain]
     try:
         with ended_by(None):  # MLX evaluates nothing within a transformation
             (_, seen), gradients = mx.value_and_grad(loss)(zeros)
-        last = [gradient for pair in gradients[::-1] for gradient in pair]
-        return Run(seen, gradients, steps.forwards[:], steps.backwards + last)
+        last = [(), *gradients[::-1]]
+        backwards = [[*own.backwards, *pair] for own, pair in zip(parts, last, strict=True)]
+        return Run(seen, gradients, [own.forwards[:] for own in parts[::-1]], backwards)
     finally:  # the arrays keep the functions of `back_through`, and these the lists: a cycle that Python cannot see
-        steps.forwards.clear()
-        steps.backwards.clear()
+        for own in parts:
+            own.forwards.clear()
+            own.backwards.clear()

@@ -10,7 +10,7 @@ from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Lock
+from threading import Lock, Semaphore
 from typing import Any
 
 import mlx.core as mx
@@ -31,6 +31,7 @@ from veloxlab.store import digest, make_folder, read_arrays, reading, write_arra
 PATIENCE = 0.2  # seconds between two checks of whether the work may end, while another thread does it
 FORMAT = "veloxlab gradients 1"
 WINDOW = 512  # tokens of a window of text
+AHEAD = 40  # percent of the layers, which a window goes while another differentiates its logits
 _HELD = mx.bfloat16  # dtype of stored windows: magnitudes vary much, and eight bits are enough for a mean
 
 
@@ -68,12 +69,12 @@ def _write_all(
 ) -> Iterator[int]:
     """Write the missing files, and yield the number of each window before the wait for its file.
 
-    Much of the work has one thread. So on a CPU two windows share the cores, and a lock lets only one run forwards:
-    together they need little more memory than one. A window that another thread cannot read, such as the first one of a
-    model without gradients, is read again here.
+    Much of the work has one thread. So on a CPU two windows share the cores, and need little more memory than one: see
+    `Room`. A window that another thread cannot read, such as the first one of a model without gradients, is read again
+    here.
     """
     missing = [w for w, each in enumerate(zip(said, files, strict=True)) if not _is_there(*each)]
-    forwards, differentiable = Lock(), True
+    room, differentiable = Room(sum(found.compressible for found in probe.probe(model))), True
     begun: dict[int, Future[Path]] = {}
     with ExitStack() as stack:
         if runtime.backend() == "cpu":
@@ -82,7 +83,7 @@ def _write_all(
             pool = ThreadPoolExecutor(2)
             stack.callback(pool.shutdown, cancel_futures=True)
             for w in missing:
-                read = partial(_write_gradients, model, windows[w], said[w], files[w], forwards)
+                read = partial(write_gradients, model, windows[w], said[w], files[w], room)
                 begun[w] = pool.submit(copy_context().run, read)  # the work can end in that thread too
         for w in range(len(windows)):
             yield w
@@ -93,10 +94,31 @@ def _write_all(
                     begun.pop(w).result()
                     continue
             if w in missing:
-                differentiable = _write(model, windows[w], said[w], files[w], differentiable, forwards)
+                differentiable = _write(model, windows[w], said[w], files[w], differentiable, room)
             if begun and not differentiable:
                 pool.shutdown(cancel_futures=True)
                 begun.clear()
+
+
+class Room:
+    """Room in memory for the activations of a window and of some layers more.
+
+    One window at a time runs forwards. Each layer takes its part of the room, and gives it back on the way back.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.forwards = Lock()
+        self._free = Semaphore(layers + 1 + layers * AHEAD // 100)  # one for the logits
+
+    def take(self) -> None:
+        """Wait for a part; the work can end meanwhile."""
+        while not self._free.acquire(timeout=PATIENCE):
+            may_end()
+
+    def give_back(self, parts: int = 1) -> None:
+        """Let the other window go on."""
+        if parts:
+            self._free.release(parts)
 
 
 @contextmanager
@@ -113,12 +135,12 @@ def _writable(folder: Path) -> Iterator[Path]:
 
 
 def _write(
-    model: Module, ids: Sequence[int], said: Mapping[str, Any], file: Path, differentiable: bool, forwards: Lock
+    model: Module, ids: Sequence[int], said: Mapping[str, Any], file: Path, differentiable: bool, room: Room
 ) -> bool:
     """Write the arrays of a window, and return whether they have gradients."""
     if differentiable:
         try:
-            _write_gradients(model, ids, said, file, forwards)
+            write_gradients(model, ids, said, file, room)
             return True
         except InputError:  # in the file
             raise
@@ -137,12 +159,22 @@ def _write(
     return False
 
 
-def _write_gradients(model: Module, ids: Sequence[int], said: Mapping[str, Any], file: Path, forwards: Lock) -> Path:
+def write_gradients(model: Module, ids: Sequence[int], said: Mapping[str, Any], file: Path, room: Room) -> Path:
     """Write keys, values and gradients by both of each layer; RuntimeError or ValueError if some have none."""
-    with forwards:
-        run = drawn_gradients(model, ids, mx.random.key(said["seed"]))
-        evaluate(run.forwards)
-    evaluate(run.backwards)
+    taken = 0
+    try:
+        with room.forwards:
+            run = drawn_gradients(model, ids, mx.random.key(said["seed"]))
+            for steps in run.forwards:
+                room.take()
+                taken += 1
+                evaluate(steps)
+        for steps in run.backwards:
+            evaluate(steps)
+            room.give_back()
+            taken -= 1
+    finally:
+        room.give_back(taken)
     if not all(mx.isfinite(g).all().item() and g.any().item() for pair in run.gradients for g in pair):
         raise ValueError("some gradients are zero or not finite")
     names = "keys", "values", "of_keys", "of_values"
