@@ -1,8 +1,11 @@
 """Families with their own attention arithmetic read codes, and their original functions are restored by `detach`."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models import llama
 
 import veloxlab as vl
 from tests.tiny_models import stepwise, tiny
@@ -78,3 +81,19 @@ def test_a_capture_of_gemma2_equals_its_own_attention():
     (layer, *_) = capture_layers(model, list(range(1, 30)))
     assert layer.cap == 0.05
     assert mx.abs(layer.logits(layer.vectors("keys"))).max() <= 0.05
+
+
+def test_swiglu_is_replaced_in_a_block_for_this_thread_and_restored_by_detach():
+    model, ids = tiny("llama"), mx.array([[1, 2, 3]])
+    detach()
+    own = vars(llama)["swiglu"]
+    attach()
+    assert vars(llama)["swiglu"] is not own
+    native = model(ids)
+    with hooks.swiglu_by(lambda gate, x: gate * 0), ThreadPoolExecutor(1) as pool:
+        assert not mx.allclose(model(ids), native)
+        assert np.array_equal(pool.submit(lambda: np.array(model(ids))).result(), np.array(native))
+    assert mx.array_equal(model(ids), native)
+    detach()
+    assert vars(llama)["swiglu"] is own
+    attach()

@@ -12,9 +12,9 @@ from mlx.nn.layers.base import Module
 from veloxlab import runtime
 from veloxlab.cache.arithmetic import attend_exactly
 from veloxlab.measure.activations import Recorder
-from veloxlab.measure.softmax import softmax
+from veloxlab.measure.exponentials import softmax, swiglu
 from veloxlab.mlxlm import probe
-from veloxlab.mlxlm.hooks import Mask
+from veloxlab.mlxlm.hooks import Mask, swiglu_by
 from veloxlab.progress import ended_by, is_endable, may_end
 
 _BLOCK = 128  # queries that attend together
@@ -172,7 +172,7 @@ def _differentiated(model: Module, ids: Sequence[int], total: Callable[[mx.array
     plain = [facts for facts in probe.probe(model) if facts.compressible]
     zeros = [tuple(mx.zeros((1, f.kv_heads, len(ids), dim)) for dim in f.dims.values()) for f in plain]
     try:
-        with ended_by(None):  # MLX evaluates nothing within a transformation
+        with ended_by(None), swiglu_by(swiglu):  # MLX evaluates nothing within a transformation
             (_, seen), gradients = mx.value_and_grad(loss)(zeros)
         last = [(), *gradients[::-1]]
         backwards = [[*own.backwards, *pair] for own, pair in zip(parts, last, strict=True)]

@@ -4,15 +4,18 @@ Models call ``models.base.scaled_dot_product_attention``, most of them by a name
 it in every module of mlx-lm that holds it. It also replaces ``quantized_scaled_dot_product_attention``, for modules
 that `attach` does not see: the original sends any cache with ``bits`` there. With a `Handle`, both replacements call
 `Handle.attend`; with anything else, the original runs. mlx-vlm has functions of the same names, which are replaced
-too after its import.
+too after its import. `swiglu_by` replaces the gate of an MLP in a block, for gradients on a CPU.
 """
 
 from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from inspect import signature
+from types import ModuleType
 from typing import Any, Literal, Self, TypeVar
 
 import mlx.core as mx
@@ -81,7 +84,7 @@ def shape_in_common(lead: tuple[int, ...], key_dim: int, value_dim: int) -> tupl
 
 
 def stands_in_for(name: str) -> Callable[[Callable[..., mx.array]], Callable[..., mx.array]]:
-    """Register a replacement for an mlx-lm function that computes attention itself; its first argument is the original.
+    """Register a replacement for a function of mlx-lm; its first argument is the original.
 
     ``name``: of a function or method in ``mlx_lm.models``, such as ``"gemma2.Attention.__call__"``.
     """
@@ -91,6 +94,24 @@ def stands_in_for(name: str) -> Callable[[Callable[..., mx.array]], Callable[...
         return function
 
     return kept
+
+
+_swiglu: ContextVar[Callable[[mx.array, mx.array], mx.array] | None] = ContextVar("swiglu", default=None)
+
+
+@contextmanager
+def swiglu_by(function: Callable[[mx.array, mx.array], mx.array]) -> Iterator[None]:
+    """Let models that run in this thread compute mlx-lm's ``swiglu(gate, x)`` with a function."""
+    before = _swiglu.set(function)
+    try:
+        yield
+    finally:
+        _swiglu.reset(before)
+
+
+@stands_in_for("activations.swiglu")
+def _swiglu_of_context(original: Callable[..., mx.array], gate: mx.array, x: mx.array) -> mx.array:
+    return (_swiglu.get() or original)(gate, x)
 
 
 def _reading_handles(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -127,9 +148,9 @@ def attach() -> None:
         held = getattr(owner, own, None)
         if held is not None and held not in _replaced.get(name, ()):
             _replaced[name] = held, _answering(function, held)
-            setattr(owner, own, _replaced[name][1])
+            _put(owner, own, held, _replaced[name][1])
         elif name in _replaced and held is _replaced[name][0]:
-            setattr(owner, own, _replaced[name][1])
+            _put(owner, own, held, _replaced[name][1])
     for kind in _LOADABLE:
         setattr(mlx_lm_cache, kind.__name__, kind)
 
@@ -142,7 +163,7 @@ def detach() -> None:
     for name, (original, ours) in _replaced.items():
         owner, own = _owner(name)
         if getattr(owner, own, None) is ours:
-            setattr(owner, own, original)
+            _put(owner, own, ours, original)
 
 
 def _owner(name: str) -> tuple[object, str]:
@@ -159,6 +180,14 @@ def _answering(function: Callable[..., mx.array], original: Callable[..., mx.arr
         return function(original, *given, **named)
 
     return attention
+
+
+def _put(owner: object, own: str, held: object, new: object) -> None:
+    """Replace a method of a class, or a function of a module and of the modules that imported it."""
+    if isinstance(owner, ModuleType):
+        _rebind(held, new)
+    else:
+        setattr(owner, own, new)
 
 
 def _rebind(old: object, new: object) -> None:
