@@ -121,8 +121,12 @@ FUNCTION void attend(
     codes.template fetch_keys<false>(key_reader, scale_reader, last - int(score_token(lane)), lane);
     codes.template fetch_values<false>(value_reader, last - int(mix_token(lane)), lane);
   }
+  // many simdgroups leave a thread few registers: it reads queries again for each tile
+  constexpr bool held = SIMDGROUPS <= 4;
   QueryPart query[STEPS];
-  UNROLL for (int s = 0; s < STEPS; s++) query[s] = query_part(queries, QUERY_LENGTH(KEY_DIM), QUARTER + 4, s, lane);
+  UNROLL for (int s = 0; s < STEPS; s++) {
+    if (held) query[s] = small_query_part(queries, QUERY_LENGTH(KEY_DIM), QUARTER + 4, s, lane);
+  }
 
   for (uint tile = first; tile < end; tile += step) {
     const uint next = tile + step;
@@ -148,6 +152,7 @@ FUNCTION void attend(
         UNROLL for (int own = 0; own < SCORE_OWN; own++) {
           UNROLL for (int p = 0; p < SCORE_PAIRS; p++) pairs[own][p] = x[own][s * SCORE_PAIRS + p];
         }
+        if (!held) query[s] = small_query_part(queries, QUERY_LENGTH(KEY_DIM), QUARTER + 4, s, lane);
         scores[part].add(pairs, query[s]);
       }
       UNROLL for (int own = 0; own < SCORE_OWN; own++) {

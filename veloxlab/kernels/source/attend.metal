@@ -16,7 +16,8 @@ const uint sink_splits = (sinks + exact_per_split - 1) / exact_per_split;
 const uint exact_splits = sink_splits + (recent + exact_per_split - 1) / exact_per_split;
 const uint splits = exact_splits + (packed + per_split - 1) / per_split;
 
-threadgroup float queries[PADDED_ROWS * QUERY_LENGTH(LARGEST_KEY)];
+threadgroup float4 query_rows[PADDED_ROWS * QUERY_LENGTH(LARGEST_KEY) / 4]; // of what the matrix unit holds
+local_memory float* const queries = (local_memory float*)query_rows;
 threadgroup float largest[SIMDGROUPS * ROWS], totals[SIMDGROUPS * ROWS];
 threadgroup float joined[ROWS * JOINED_LENGTH(LARGEST_VALUE)];
 $declarations
@@ -58,21 +59,22 @@ for (uint r = simdgroup; r < PADDED_ROWS; r += SIMDGROUPS) {
     const float hartley[Blocks<CODED_KEY>::count] = {$key_hartley};
     spread_lanes<CODED_KEY>(x, hartley, lane % lanes);
     UNROLL for (uint i = 0; i < each; i++) {
-      if (lane < lanes) queries[query_at<CODED_KEY>(r, i * lanes + lane)] = x[i];
+      if (lane < lanes) queries[query_at<CODED_KEY>(r, i * lanes + lane)] = as_query(x[i]);
     }
   }
 #else
   if (!exact) {
     const uint at = ((sequence * KV_HEADS + head) * ALL_ROWS + (real ? row : 0)) * KEY_ROW;
     for (uint i = lane; i < CODED_KEY; i += 32) {
-      queries[query_at<CODED_KEY>(r, KEY_PLACE(i))] = real && KEY_KEPT(i) ? as_float(q_coded[at + i]) * (SCALE * LOG2_E) : 0.0f;
+      const float x = real && KEY_KEPT(i) ? as_float(q_coded[at + i]) * (SCALE * LOG2_E) : 0.0f;
+      queries[query_at<CODED_KEY>(r, KEY_PLACE(i))] = as_query(x);
     }
     $key_queries
   }
 #endif
   if (exact) {
     for (uint i = lane; i < EXACT_KEY; i += 32) {
-      queries[query_at<EXACT_KEY>(r, i)] = real ? as_float(from[i]) * (SCALE * LOG2_E) : 0.0f;
+      queries[query_at<EXACT_KEY>(r, i)] = as_query(real ? as_float(from[i]) * (SCALE * LOG2_E) : 0.0f);
     }
   }
 }

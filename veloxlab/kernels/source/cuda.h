@@ -103,12 +103,9 @@ struct QueryPart {
 FUNCTION uint score_token(uint lane) { return lane / 4; } // the first; `own` ones lie 8 apart
 #define SCORE_DISTANCE(own) (8 * (own))
 FUNCTION uint score_quarter(uint lane) { return lane % 4; }
-// A product takes coordinates 4 · step … of every quarter of a row.
-FUNCTION QueryPart query_part(const float* queries, uint row, uint quarter, uint step, uint lane) { // their lengths
-  const float* q = queries + (lane / 4) * row + (lane % 4) * quarter + 4 * step;
-  return QueryPart{{make_pair(q[0], q[1]), make_pair(q[2], q[3])}};
-}
-// of what half precision holds
+// of a query, in what half precision holds
+FUNCTION float as_query(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
+// A product takes coordinates 4 · step … of every quarter of a row; row and quarter are lengths.
 FUNCTION QueryPart small_query_part(const float* queries, uint row, uint quarter, uint step, uint lane) {
   const float4 q = *(const float4*)(queries + (lane / 4) * row + (lane % 4) * quarter + 4 * step);
   return QueryPart{{small_pair(q.x, q.y), small_pair(q.z, q.w)}};

@@ -74,14 +74,11 @@ struct QueryPart {
 FUNCTION uint score_token(uint lane) { return matrix_row(lane); }
 #define SCORE_DISTANCE(own) 0
 FUNCTION uint score_quarter(uint lane) { return matrix_column(lane) / 2; }
-FUNCTION QueryPart query_part(const threadgroup float* queries, uint row, uint quarter, uint step, uint lane) { // their lengths
+FUNCTION float as_query(float x) { return x; }
+FUNCTION QueryPart small_query_part(const threadgroup float* queries, uint row, uint quarter, uint step, uint lane) {
   const threadgroup float* q =
       queries + matrix_column(lane) * row + matrix_row(lane) / 2 * quarter + 2 * step + matrix_row(lane) % 2;
   return QueryPart{float2(q[0], q[row])};
-}
-FUNCTION QueryPart small_query_part(
-    const threadgroup float* queries, uint row, uint quarter, uint step, uint lane) { // of what half precision holds
-  return query_part(queries, row, quarter, step, lane);
 }
 // A lane gets the sums of its token and of two neighbouring rows.
 struct Scores {
