@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from veloxlab.codecs.base import Sample
 from veloxlab.codecs.parts import Floats
-from veloxlab.codecs.parts.learning import damped, learnable, per_head
+from veloxlab.codecs.parts.learning import check_learnable, damped, per_head
 from veloxlab.codecs.parts.rope import Rope
 
 Singles = NDArray[np.float32]
@@ -46,7 +46,8 @@ def learned(sample: Sample, rope: Rope | None, positions: int, method: str) -> t
     plain = sample.x if rope is None else rope.inverse(sample.x, sample.start)
     mean = plain.mean(axis=(0, 2), keepdims=True)
     moved = mean if rope is None else rope.forward(mx.broadcast_to(mean, plain.shape), sample.start)
-    about = learnable(sample.x - moved, method, plain.shape[-1]).astype(np.float32)
+    about = singles(sample.x - moved)
+    check_learnable(about, method, plain.shape[-1])
     gradients = None if sample.gradients is None else singles(sample.gradients)
     forward, backward = bases(about, gradients, metric_of(about, gradients, sample.queries))
     axes = Axes(forward, ranges(about, gradients, forward, backward), np.array(mean[0, :, 0], np.float64))

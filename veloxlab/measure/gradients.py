@@ -31,7 +31,7 @@ from veloxlab.store import digest, make_folder, read_arrays, reading, write_arra
 PATIENCE = 0.2  # seconds between two checks of whether the work may end, while another thread does it
 FORMAT = "veloxlab gradients 1"
 WINDOW = 512  # tokens of a window of text
-AHEAD = 40  # percent of the layers, which a window goes while another differentiates its logits
+AHEAD = 60  # percent of the layers, which a window goes while another differentiates its logits
 _HELD = mx.bfloat16  # dtype of stored windows: magnitudes vary much, and eight bits are enough for a mean
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from veloxlab.codecs.parts import Floats
 from veloxlab.errors import InputError
@@ -19,8 +22,14 @@ def per_head(x: mx.array) -> Floats:
 
 
 def learnable(x: mx.array, method: str, least: int = _LEAST_TOKENS) -> Floats:
-    """As `per_head`; raises `InputError` unless each head has ``least`` tokens that are not zero, and these vary."""
+    """As `per_head`; raises `InputError` as `check_learnable`."""
     array = per_head(x)
+    check_learnable(array, method, least)
+    return array
+
+
+def check_learnable(array: NDArray[Any], method: str, least: int = _LEAST_TOKENS) -> None:
+    """Raise `InputError` unless each head ``[H, N, D]`` has ``least`` tokens that are not zero, and these vary."""
     tokens = int(array.any(axis=-1).sum(axis=-1).min()) if array.size else 0
     if tokens < least:
         raise InputError(
@@ -29,7 +38,6 @@ def learnable(x: mx.array, method: str, least: int = _LEAST_TOKENS) -> Floats:
         )
     if (array.var(axis=1).mean(axis=-1) < _SAME * np.square(array).mean(axis=(1, 2))).any():
         raise InputError("All tokens of the sample are the same in one KV head: calibrate with a text that varies.")
-    return array
 
 
 def damped(moment: Floats, share: float) -> Floats:
