@@ -195,6 +195,7 @@ class Trellis:
     code: str = "trellis"
     beside: str = ""
     descending: bool = True
+    first: int = 3456  # position
 
     def __str__(self):
         return f"{self.code}{self.entries}-{self.bits}{self.beside}"
@@ -204,7 +205,7 @@ class Trellis:
         widths[0, -1] = 8
         widths = np.sort(widths, axis=1)[:, ::-1] if self.descending else widths
         rows = TrellisRows(tuple(tuple(own) for own in widths.tolist()), levels_of(self.code, self.entries))
-        angles = np.array([3456, *rng.uniform(0, 1, dim // 2 - 3), 0, 0, 0], np.float32)
+        angles = np.array([self.first, *rng.uniform(0, 1, dim // 2 - 3), 0, 0, 0], np.float32)
         return rows, mx.array(rng.standard_normal((heads, dim), np.float32)), mx.array(angles)
 
     def reader(self, rng, table, shape, dim, scaled, signs):
@@ -255,7 +256,7 @@ CASES = [
 ]
 TRELLISES = [
     Case(Trellis(2.25), Trellis(2.25, beside="shifted"), 64, 1, kv_heads=1, batch=1),
-    Case(Trellis(2.25, beside="turned"), Trellis(2.25, beside="shifted"), 64, 3, kv_heads=3),
+    Case(Trellis(2.25, beside="turned", first=1_000_000), Trellis(2.25, beside="shifted"), 64, 3, kv_heads=3),
     Case(Trellis(3.25, beside="turned"), Trellis(1.5, beside="shifted"), 128, 4, kv_heads=9, batch=1, dtype=mx.float16),
     Case(Trellis(1.25, 1024, beside="turned"), Trellis(2.25, 1024, beside="shifted"), 80, 7, length=2, masked=True),
     Case(Trellis(6.0, beside="shifted"), Trellis(7.0), 96, 2, masked=True, logits=True),

@@ -210,8 +210,11 @@ def _attend_source(
     keys, values, simdgroups = tokens.keys, tokens.values, MANY_SIMDGROUPS if large else SIMDGROUPS
     largest_key, largest_value = max(tokens.key_dim, keys.coordinates), max(tokens.value_dim, values.dim)
     # words of threadgroup memory besides the tables; see ``attend.metal``
-    taken = PADDED_ROWS * (largest_key + 16) + rows * (largest_value + 8) + simdgroups * 2 * rows + 64
-    taken += keys.own_words + values.own_words
+    of_queries = PADDED_ROWS * (largest_key + 16)
+    tiles_at = of_queries if large else 0  # of many simdgroups lanes do not hold queries
+    shared = max(of_queries, tiles_at + max(simdgroups * keys.tile_words, rows * (largest_value + 8)))
+    taken = shared + simdgroups * 2 * rows + 32
+    taken += keys.own_words(backend.product_tokens) + values.own_words(backend.product_tokens)
     words = min(backend.shared_bytes // 4 - taken, backend.table_words) // (1 if tokens.one_table else 2)
     room = Room(words, backend.pair_words, large // 4, backend.large)
     key = keys.fragment("k", "k", room)
@@ -237,7 +240,8 @@ def _attend_source(
             ("KEY_ROW", keys.dim),
             ("KEY_KEPT(i)", key.kept),
             ("KEY_PLACE(i)", key.place),
-            ("LARGEST_KEY", largest_key),
+            ("SHARED_FLOAT4S", shared // 4),
+            ("TILES_AT", tiles_at // 4),
             ("EXACT_TYPE", backend.types[tokens.exact_type]),
             ("QUERY_TYPE", backend.types[queries.q.dtype]),
             ("SIMDGROUPS", simdgroups),

@@ -41,6 +41,7 @@ class Backend:
     large: str = "threadgroup {kind} {name}[{count}];"  # and the declaration of an array there
     pair_words: int = 1  # words that a pair of levels takes there: 1 in half precision, 2 in float32
     shares: tuple[int, int] = (1, 1)  # threads of the matrix unit that share a key, and a value
+    product_tokens: int = 0  # whose scores a product of the matrix unit gives
     points_each: int = 1  # points of a codebook search in the registers of a simdgroup
     least_size: int = 0  # least elements of an input: a smaller one is repeated along a last axis of stride 0
     expanded_bytes: int = 16 << 20  # most bytes of decoded keys and values, if KV heads can be read separately

@@ -122,8 +122,12 @@ class Reader(ABC):
         return 0
 
     @property
-    def own_words(self) -> int:
-        """Words of threadgroup memory besides tables."""
+    def tile_words(self) -> int:
+        """Words of threadgroup memory that a simdgroup needs for its tile of tokens, if these are keys."""
+        return 0
+
+    def own_words(self, product_tokens: int) -> int:
+        """Words of threadgroup memory besides these and tables; a product of the matrix unit has so many tokens."""
         return 0
 
     def shares(self, count: int) -> bool:

@@ -71,12 +71,17 @@ class TrellisReader(Reader):
         return self._widths * self._states
 
     @property
-    def own_words(self) -> int:
-        """Words for coordinates, and for queries times means."""
-        plan = self._plan_words + self.coordinates + self.coordinates // _PADDED
+    def tile_words(self) -> int:
+        """Words for cosines and sines of the tile's first token."""
+        return 0 if self.angles is None else self.coordinates + 4 * _QUARTERS
+
+    def own_words(self, product_tokens: int) -> int:
+        """Words for coordinates, and for means: a number of each row, or what ``TurnsAdded`` has."""
+        dim = self.coordinates
+        plan = self._plan_words + dim + dim // _PADDED
         if self.angles is None:
             return plan + _PADDED_ROWS
-        return plan + _PADDED_ROWS * (self.coordinates + _BETWEEN) + 4 * (self.coordinates // 2 + _QUARTERS)
+        return plan + _PADDED_ROWS * (dim + _BETWEEN) + dim + product_tokens * dim // 2
 
     @property
     def _plan_words(self) -> int:
@@ -141,19 +146,19 @@ class TrellisReader(Reader):
         """The fragment with the parts of scores besides levels."""
         dim, of_rows = self.coordinates, f"{prefix}_besides"
         if self.angles is not None:
-            declarations = (
-                f"threadgroup float4 {of_rows}[PADDED_ROWS * QUERY_LENGTH({dim}) / 4];\n"
-                f"threadgroup float4 {prefix}_turns[{dim // 2 + _QUARTERS}];"
-            )
             numbers = f"((local_memory float*){of_rows})"
+            count = f"turns_place<{dim}>() + {dim // 4} + SCORE_TOKENS * {dim // 8}"
+            declarations = f"threadgroup float4 {of_rows}[{count}];"
             queries = (
                 f"for (uint i = lane; i < {dim}; i += 32) {{\n"
                 f"  const float x = real ? as_float(q_coded[at + {dim} + i]) * (SCALE * LOG2_E) : 0.0f;\n"
                 f"  {numbers}[query_at<{dim}>(r, turned_place<{dim}>(i))] = in_half(x);\n"
                 "}"
             )
-            setup = f"fill_turns<{dim}>({prefix}_turns, {prefix}_angles + 1, thread_id, THREADS);\n"
-            added = f"const TurnsAdded<{dim}> added = {{{numbers}, {prefix}_turns, {prefix}_angles[0], first_packed}};"
+            setup = f"fill_turns<{dim}>({of_rows}, {prefix}_angles + 1, thread_id, THREADS);\n"
+            turned = f"shared + TILES_AT + simdgroup * {self.tile_words // 4}"
+            members = f"{of_rows}, {turned}, int({prefix}_angles[0]) - int(first_packed)"
+            added = f"const TurnsAdded<{dim}> added = {{{members}}};"
         elif self.shifts is not None:
             declarations, setup = f"threadgroup float {of_rows}[PADDED_ROWS];", ""
             queries = (

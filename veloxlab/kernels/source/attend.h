@@ -122,11 +122,12 @@ FUNCTION void attend(
     codes.template fetch_values<false>(value_reader, last - int(mix_token(lane)), lane);
   }
   // many simdgroups leave a thread few registers: it reads queries again for each tile
-  constexpr bool held = SIMDGROUPS <= 4;
+  constexpr bool held = TILES_AT == 0;
   QueryPart query[STEPS];
   UNROLL for (int s = 0; s < STEPS; s++) {
     if (held) query[s] = small_query_part(queries, QUERY_LENGTH(KEY_DIM), QUARTER + 4, s, lane);
   }
+  if (held) group_barrier(); // what is of a tile takes their place
 
   for (uint tile = first; tile < end; tile += step) {
     const uint next = tile + step;
@@ -242,7 +243,7 @@ FUNCTION void join(
     uint lane,
     local_memory float* largest, // [simdgroups][ROWS]
     local_memory float* totals,  // [simdgroups][ROWS]
-    local_memory float* joined,  // [ROWS][JOINED_LENGTH(VALUE_DIM)]
+    local_memory float* joined,  // [ROWS][JOINED_LENGTH(VALUE_DIM)], where simdgroups had what is of their tiles
     global_memory float* out_mixed,
     uint out_row,
     global_memory float* out_sums,
@@ -257,6 +258,7 @@ FUNCTION void join(
       totals[simdgroup * ROWS + r] = total;
     }
   }
+  group_barrier(); // some simdgroups have few tokens
   for (uint i = thread_id; i < ROWS * JOINED_LENGTH(VALUE_DIM); i += threads) joined[i] = 0.0f;
   group_barrier();
   if (thread_id < ROWS) {

@@ -16,10 +16,12 @@ const uint sink_splits = (sinks + exact_per_split - 1) / exact_per_split;
 const uint exact_splits = sink_splits + (recent + exact_per_split - 1) / exact_per_split;
 const uint splits = exact_splits + (packed + per_split - 1) / per_split;
 
-threadgroup float4 query_rows[PADDED_ROWS * QUERY_LENGTH(LARGEST_KEY) / 4]; // of what the matrix unit holds
-local_memory float* const queries = (local_memory float*)query_rows;
+// Queries, of what the matrix unit holds. At TILES_AT, which is in their place if lanes hold them, each simdgroup has what
+// is of its tile, and then they join there what they know.
+threadgroup float4 shared[SHARED_FLOAT4S];
+local_memory float* const queries = (local_memory float*)shared;
+local_memory float* const joined = (local_memory float*)(shared + TILES_AT);
 threadgroup float largest[SIMDGROUPS * ROWS], totals[SIMDGROUPS * ROWS];
-threadgroup float joined[ROWS * JOINED_LENGTH(LARGEST_VALUE)];
 $declarations
 
 if (split >= splits) return; // another sequence has more

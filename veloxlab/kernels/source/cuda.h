@@ -124,6 +124,16 @@ struct Scores {
   FUNCTION void add(const pair_t (&x)[2][2], QueryPart q) {
     multiply(sum, x[0][0], x[1][0], x[0][1], x[1][1], q.pairs[0], q.pairs[1]);
   }
+  // Two pairs of each quarter: `stored` c c of both tokens, then s s, with a query's a a b b rotated by c c s s.
+  FUNCTION void add_turned(
+      const half* stored, const float* queries, const float* turned, uint row, uint quarter, uint step, uint lane) {
+    const uint4 x = *(const uint4*)stored;
+    const uint at = (lane % 4) * quarter + 4 * step;
+    const float4 q = *(const float4*)(queries + (lane / 4) * row + at), by = *(const float4*)(turned + at);
+    const pair_t a = small_pair(q.x * by.x + q.z * by.z, q.y * by.y + q.w * by.w);
+    const pair_t b = small_pair(q.z * by.x - q.x * by.z, q.w * by.y - q.y * by.w);
+    multiply(sum, *(const pair_t*)&x.x, *(const pair_t*)&x.y, *(const pair_t*)&x.z, *(const pair_t*)&x.w, a, b);
+  }
 };
 FUNCTION uint score_row(uint lane, uint i) { return 2 * (lane % 4) + i; }
 #define TOKEN_FAR(i) (4u << (i)) // by how much the three lanes that hold other tokens of the same rows are apart

@@ -89,6 +89,17 @@ struct Scores {
     multiply(both, x[0][0], q.pair);
     sum[0] = both.x, sum[1] = both.y;
   }
+  // Two pairs of each quarter: `stored` c c s s of the token, with a query's a a b b rotated by c c s s.
+  FUNCTION void add_turned(
+      const threadgroup half* stored, const threadgroup float* queries, const threadgroup float* turned, uint row,
+      uint quarter, uint step, uint lane) {
+    const threadgroup float* by = turned + matrix_row(lane) / 2 * quarter + 4 * step + matrix_row(lane) % 2;
+    const float2 a = small_query_part(queries, row, quarter, 2 * step, lane).pair;
+    const float2 b = small_query_part(queries, row, quarter, 2 * step + 1, lane).pair;
+    const pair_t cosines[1][1] = {{pair_of(stored[0], stored[1])}}, sines[1][1] = {{pair_of(stored[2], stored[3])}};
+    add(cosines, QueryPart{float2(a.x * by[0] + b.x * by[2], a.y * by[0] + b.y * by[2])});
+    add(sines, QueryPart{float2(b.x * by[0] - a.x * by[2], b.y * by[0] - a.y * by[2])});
+  }
 };
 FUNCTION uint score_row(uint lane, uint i) { return matrix_column(lane) + i; }
 #define TOKEN_FAR(i) ((i) == 2 ? 16u : 2u << (i)) // by how much the three lanes that hold other tokens of the same rows are apart

@@ -1,9 +1,11 @@
 // What attention has besides levels of a trellis: of scores a key's mean before RoPE, or after it, of values their mean.
 
-FUNCTION float in_half(float x) { return x > 65504.0f ? 65504.0f : (x < -65504.0f ? -65504.0f : x); }
+// A query's number: after a rotation with another one half precision still holds it.
+FUNCTION float in_half(float x) { return x > 46300.0f ? 46300.0f : (x < -46300.0f ? -46300.0f : x); }
 
-// q · R_t μ, which is Σ a cos + b sin over the pairs that RoPE turns at a token's position. A quarter of a row of queries has
-// a quarter of the pairs, of two pairs a a b b after each other.
+// q · R_t μ, which is Σ a cos + b sin over the pairs that RoPE turns at a token's position. With the query rotated to the
+// first token of a product, angles are those from that token on, the same for all products. A quarter of a row of queries
+// has a quarter of the pairs, of two pairs a a b b after each other.
 template <int DIM>
 FUNCTION uint turned_place(uint i) { // i is cosines of all pairs, then sines
   constexpr uint pairs = DIM / 2, quarter = DIM / 8;
@@ -11,19 +13,25 @@ FUNCTION uint turned_place(uint i) { // i is cosines of all pairs, then sines
   return pair / quarter * (DIM / 4) + own / 2 * 4 + i / pairs * 2 + own % 2;
 }
 
-// What is known of a pair: how often it turns round in a position, and a correction; cosine and sine of the angle between two
-// tokens of a lane. Those of a quarter begin in a bank of their own.
+// Behind the rows of queries lies, of two pairs each, how often they turn round in a position, x and y, and corrections, z
+// and w. Then come, for each lane, cosines and sines of two pairs of its quarter: c c of each of its tokens, then s s.
 template <int DIM>
-FUNCTION uint turn_place(uint pair) { return pair + pair / (DIM / 8); }
+FUNCTION constexpr uint turns_place() { return PADDED_ROWS * QUERY_LENGTH(DIM) / 4; }
 
 template <int DIM>
-FUNCTION void fill_turns(local_memory float4* turns, const global_memory float* angles, uint thread_id, uint threads) {
+FUNCTION void fill_turns(local_memory float4* queries, const global_memory float* angles, uint thread_id, uint threads) {
+  local_memory float4* turns = queries + turns_place<DIM>();
+  local_memory half* table = (local_memory half*)(turns + DIM / 4);
   for (uint i = thread_id; i < DIM / 2; i += threads) {
     const float by = 0.15915494309189535f, rest = 6.4206383e-9f, whole = angles[i] * by; // 1 / 2π in two parts
-    const float between = small_angle(angles[i] * float(SCORE_DISTANCE(1)));
-    local_memory float4& turn = turns[turn_place<DIM>(i)];
-    turn.x = whole, turn.y = cosine(between), turn.z = sine(between);
-    turn.w = multiply_add(angles[i], by, -whole) + angles[i] * rest;
+    local_memory float* turn = (local_memory float*)(turns + i / 2) + i % 2;
+    turn[0] = whole, turn[2] = multiply_add(angles[i], by, -whole) + angles[i] * rest;
+  }
+  for (uint i = thread_id; i < 4 * SCORE_OWN * DIM; i += threads) {
+    constexpr uint each = 2 * SCORE_OWN;
+    const uint lane = i / each % 32, pair = score_quarter(lane) * (DIM / 8) + i / each / 32 * 2 + i % 2;
+    const float angle = small_angle(float(score_token(lane) + SCORE_DISTANCE(i % each / 2)) * angles[pair]);
+    table[i / each * each + i] = half(small_cosine(angle)), table[i / each * each + i + each] = half(small_sine(angle));
   }
 }
 
@@ -35,33 +43,29 @@ FUNCTION float turned_by(float position, float turn, float correction) {
 
 template <int DIM>
 struct TurnsAdded {
-  const local_memory float* queries; // as `query_at` and `turned_place` say
-  const local_memory float4* turns;
-  float start; // position of the first token
-  uint first;  // that token
+  const local_memory float4* queries; // rows as `query_at` and `turned_place` say, then what `fill_turns` gives
+  local_memory float4* turned;        // the simdgroup's: c c s s of two pairs at a product's first token, as a row of queries
+  int before;                         // positions before token 0
 
   FUNCTION void add(thread Scores& scores, uint token, uint lane) const {
-    constexpr int quarter = DIM / 4, parts = 2 / SCORE_PAIRS;
-    const local_memory float4* own = turns + turn_place<DIM>(score_quarter(lane) * (DIM / 8));
-    const float position = start + float(token - first);
-    UNROLL for (int i = 0; i < DIM / 16; i++) {
-      const float4 a = own[2 * i], b = own[2 * i + 1];
-      const float x = turned_by(position, a.x, a.w), y = turned_by(position, b.x, b.w);
-      float cos_x = small_cosine(x), sin_x = small_sine(x), cos_y = small_cosine(y), sin_y = small_sine(y);
-      pair_t both[SCORE_OWN][2];
-      UNROLL for (int t = 0; t < SCORE_OWN; t++) {
-        both[t][0] = small_pair(cos_x, cos_y), both[t][1] = small_pair(sin_x, sin_y);
-        const float next_x = cos_x * a.y - sin_x * a.z, next_y = cos_y * b.y - sin_y * b.z;
-        sin_x = sin_x * a.y + cos_x * a.z, sin_y = sin_y * b.y + cos_y * b.z;
-        cos_x = next_x, cos_y = next_y;
-      }
-      UNROLL for (int k = 0; k < parts; k++) {
-        pair_t some[SCORE_OWN][SCORE_PAIRS];
-        UNROLL for (int t = 0; t < SCORE_OWN; t++) {
-          UNROLL for (int p = 0; p < SCORE_PAIRS; p++) some[t][p] = both[t][k * SCORE_PAIRS + p];
-        }
-        scores.add(some, small_query_part(queries, QUERY_LENGTH(DIM), quarter + 4, i * parts + k, lane));
-      }
+    constexpr uint steps = DIM / 16;
+    const local_memory float4* turns = queries + turns_place<DIM>();
+    const local_memory half* table = (const local_memory half*)(turns + DIM / 4) + lane * (4 * SCORE_OWN);
+    const float position = float(int(token - score_token(lane)) + before);
+    simd_barrier();
+    UNROLL for (uint first = 0; first < 4 * steps; first += 32) {
+      const uint i = first + lane;
+      if (4 * steps % 32 != 0 && i >= 4 * steps) continue;
+      const float4 turn = turns[i];
+      const float x = turned_by(position, turn.x, turn.z), y = turned_by(position, turn.y, turn.w);
+      local_memory float4& to = turned[i + i / steps];
+      to.x = small_cosine(x), to.y = small_cosine(y), to.z = small_sine(x), to.w = small_sine(y);
+    }
+    simd_barrier();
+    UNROLL for (uint i = 0; i < steps; i++) {
+      scores.add_turned(
+          table + i * (128 * SCORE_OWN), (const local_memory float*)queries, (const local_memory float*)turned,
+          QUERY_LENGTH(DIM), DIM / 4 + 4, i, lane);
     }
   }
 };
