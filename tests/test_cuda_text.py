@@ -3,6 +3,7 @@
 Nothing is run.
 """
 
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -12,9 +13,9 @@ import pytest
 
 from tests.metal_on_host.kept import kept
 from tests.test_kernels_on_host import CASES as TABLES
-from tests.test_kernels_on_host import calls
+from tests.test_kernels_on_host import Case, calls
 from tests.test_readers_on_host import CASES as OTHERS
-from tests.test_readers_on_host import TRELLISES
+from tests.test_readers_on_host import TRELLISES, Polar, Trellis
 from veloxlab.codecs.commvq import CommVQ
 from veloxlab.kernels.backend import run_vectors
 from veloxlab.kernels.devices import CUDA
@@ -30,19 +31,26 @@ TYPES = {
     mx.int32: "int",
     mx.uint8: "unsigned char",
 }
+# the keys' levels have a copy for every lane, the values' table has not
+TWO_TABLES = [Case(Trellis(2.25, beside="turned"), Polar((8, 8, 8)), 128, 8)]
 # MLX passes shapes and strides by value
 FACTS = "template <class T> struct Fact {\n  T v[8];\n  __device__ T operator[](int i) const { return v[i]; }\n};\n"
 
 
-def compiled(text):
-    """Return the compiler's messages on a text; a text that compiled is cached, and not compiled again."""
+def ptx(text):
+    """Return the file with a text's PTX; a text that compiled is cached, and not compiled again."""
 
     def made(path):
         command = ["nvcc", *FLAGS, "-o", str(path), "-"]
         subprocess.run(command, input=text, capture_output=True, text=True, check=True)
 
+    return kept(".ptx", "nvcc", FLAGS, text, made)
+
+
+def compiled(text):
+    """Return the compiler's messages on a text."""
     try:
-        return kept(".ptx", "nvcc", FLAGS, text, made) and ""
+        return ptx(text) and ""
     except subprocess.CalledProcessError as error:
         return error.stderr
 
@@ -72,12 +80,15 @@ def without_launches(texts):
     return replace(CUDA, build=built, large_bytes=lambda: 200 << 10)
 
 
-@pytest.mark.parametrize("case", TABLES[::4] + OTHERS + TRELLISES, ids=str)
-def test_attention_compiles(case):
+@pytest.mark.parametrize("case", TABLES[::4] + OTHERS + TRELLISES + TWO_TABLES, ids=str)
+def test_attention_compiles_and_its_memory_fits(case):
+    """A processor of an H200 has 227 KB of threadgroup memory: 27 KB beside a table with a copy for every lane."""
     texts = []
     next(calls(case, [(33, 4, 5)])).attend(case, without_launches(texts))
     assert len(texts) == 2
     assert compiled(texts[0]) == ""
+    used = sum(map(int, re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\]", ptx(texts[0]).read_text())))
+    assert 0 < used <= (27 << 10 if "extern __shared__" in texts[0] else 48 << 10)
 
 
 @pytest.mark.parametrize("dim", [128, 576])

@@ -45,6 +45,7 @@ from veloxlab.kernels.text import SIMD, Source, source_file
 from veloxlab.kernels.vectors import hartley_row
 
 MANY_SIMDGROUPS = 16  # of a threadgroup alone on a processor
+_PROCESSOR_BYTES = 227 * 1024  # of threadgroup memory that such a threadgroup has
 GROUPS_PER_PROCESSOR = 4  # threadgroups that a processor of an NVIDIA GPU works on at once
 PADDED_ROWS = MOST_ROWS = 8  # query rows that share one read of the codes
 _COMBINE_THREADS = 512
@@ -215,7 +216,8 @@ def _attend_source(
     shared = max(of_queries, tiles_at + max(simdgroups * keys.tile_words, rows * (largest_value + 8)))
     taken = shared + simdgroups * 2 * rows + 32
     taken += keys.own_words(backend.product_tokens) + values.own_words(backend.product_tokens)
-    words = min(backend.shared_bytes // 4 - taken, backend.table_words) // (1 if tokens.one_table else 2)
+    shared_bytes = min(backend.shared_bytes, _PROCESSOR_BYTES - large)
+    words = min(shared_bytes // 4 - taken, backend.table_words) // (1 if tokens.one_table else 2)
     room = Room(words, backend.pair_words, large // 4, backend.large)
     key = keys.fragment("k", "k", room)
     value = values.fragment("v", "k" if tokens.one_table else "v", room)
