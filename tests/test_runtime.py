@@ -431,18 +431,25 @@ def test_doctor_survives_an_mlx_that_cannot_be_imported(monkeypatch):
 
 
 def test_threads_that_call_openblas_together_share_its_threads(monkeypatch):
-    if (had := runtime.blas_threads()) is None:
-        pytest.skip("OpenBLAS is not loaded")
-    real = runtime.blas_threads
-    monkeypatch.setattr(runtime, "blas_threads", lambda: 4)
+    counts = [4, 1]
+    settings = [(lambda i=i: counts[i], lambda count, i=i: counts.__setitem__(i, count)) for i in (0, 1)]
+    monkeypatch.setattr(runtime, "blas_settings", lambda: settings)
     with runtime.blas_shared_by(2):
-        assert real() == 2
-    assert real() == 4
-    with runtime.blas_shared_by(8):
-        assert real() == 1
-    monkeypatch.setattr(runtime, "blas_threads", lambda: had)
-    with runtime.blas_shared_by(1):  # changes nothing
-        assert real() == had
+        assert counts == [2, 1]
+        with runtime.blas_shared_by(8):
+            assert counts == [1, 1]
+        assert counts == [2, 1]
+    assert counts == [4, 1]
+
+
+@on_linux_x86
+def test_numpy_has_an_openblas_of_its_own_with_its_own_threads():
+    """If this fails, NumPy's wheel has other names, and fits in two threads spin."""
+    (_, (get, put)), had = runtime.blas_settings(), runtime.blas_threads()
+    before = get()
+    put(1)
+    assert (get(), runtime.blas_threads()) == (1, had)
+    put(before)
 
 
 FREED = """

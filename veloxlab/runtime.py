@@ -14,7 +14,7 @@ import subprocess
 import sys
 import timeit
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -119,22 +119,31 @@ def blas_threads() -> int | None:
     return None if count is None else int(count())
 
 
+def blas_settings() -> list[tuple[Callable[[], int], Callable[[int], object]]]:
+    """Return the functions that get and set the threads of each OpenBLAS: of MLX, and NumPy's own."""
+    numpys = [own for folder in package_folders("numpy") for own in folder.parent.glob("numpy.libs/libscipy_openblas*")]
+    symbols = [(None, "openblas_{}_num_threads"), *((str(own), "scipy_openblas_{}_num_threads64_") for own in numpys)]
+    found: list[tuple[Callable[[], int], Callable[[int], object]]] = []
+    for library, name in symbols:
+        with suppress(AttributeError):  # not loaded, or another build
+            found.append((ctypes.CDLL(library)[name.format("get")], ctypes.CDLL(library)[name.format("set")]))
+    return found
+
+
 @contextmanager
 def blas_shared_by(callers: int) -> Iterator[None]:
-    """Divide OpenBLAS's threads between ``callers`` threads that call it at the same time, at least one for each.
+    """Divide the threads of each OpenBLAS between ``callers`` threads that call it at the same time, at least one each.
 
-    Otherwise they would wait for each other at each product.
+    Otherwise they would wait for each other at each product, and spin meanwhile.
     """
-    had = blas_threads()
-    if had is None:
-        yield
-        return
-    set_threads = ctypes.CDLL(None).openblas_set_num_threads
-    set_threads(max(1, had // callers))
+    settings = [(put, get()) for get, put in blas_settings()]
+    for put, had in settings:
+        put(max(1, had // callers))
     try:
         yield
     finally:
-        set_threads(had)
+        for put, had in settings:
+            put(had)
 
 
 def cpu_gflops() -> float:

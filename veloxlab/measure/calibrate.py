@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from veloxlab import runtime
 from veloxlab.cache.calibration import FORMAT, Calibration, Place
 from veloxlab.cache.plan import DEFAULT_BITS, DEFAULT_SINKS
 from veloxlab.checks import BITS, checked, either, many, whole
@@ -98,10 +101,15 @@ def calibrate(
 def _to_gradients(
     found: Method, samples: Iterable[tuple[int, Tensor, Sample]], options: Mapping[str, object]
 ) -> Iterator[tuple[Place, Codec]]:
-    """Yield a codec for each layer's keys and values, which serves all widths."""
-    for layer, tensor, sample in samples:
-        codec = found.codec(sample.x.shape[-1], found.bits[0], tensor, **options)
-        yield (layer, tensor, 0), codec.fit(sample)
+    """Yield a codec for each layer's keys and values, which serves all widths; both are fitted at the same time."""
+    with runtime.blas_shared_by(len(TENSORS)), ThreadPoolExecutor(len(TENSORS)) as pool:
+        for pair in zip(*[iter(samples)] * len(TENSORS), strict=True):
+            begun = []
+            for layer, tensor, sample in pair:
+                codec = found.codec(sample.x.shape[-1], found.bits[0], tensor, **options)
+                begun.append((layer, tensor, pool.submit(copy_context().run, codec.fit, sample)))
+            for layer, tensor, fit in begun:
+                yield (layer, tensor, 0), fit.result()
 
 
 def _to_activations(
