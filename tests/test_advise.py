@@ -168,6 +168,27 @@ def test_a_context_beyond_the_trained_one_is_reported(context, said):
     assert (f"up to 8,192 tokens: its output in a context of {context:,} is not" in str(advice)) == said
 
 
+@pytest.mark.parametrize(
+    ("name", "positions", "option"),
+    [("spectralquant 4 bit", 1024, "tokens={N}"), ("fisherquant 4.25 bit", 8192, "basis='before_rope'")],
+)
+def test_a_context_beyond_the_usual_calibration_is_reported_and_the_code_reaches_it(name, positions, option):
+    for context, said in ((positions, False), (positions + 1, True)):
+        own = advise(1e9, context=context)
+        own = replace(own, frame=own.frame.filter(name=name))
+        expected = f"fits the keys of {positions:,} positions, and later keys lose more: calibrate with "
+        assert (expected + option.format(N=context) in own.best["reason"]) == said
+        assert (f", {option.format(N=context)})\n" in own.code) == said
+        assert "or take commvq" in own.best["reason"] or not said
+
+
+def test_methods_that_learn_no_positions_are_advised_for_any_length():
+    reasons = dict(advise(1e10, context=2**20).frame.select("method", "reason").rows())
+    assert [method for method, said in reasons.items() if "positions" in said] == [
+        method for method in reasons if method in ("fisherquant", "spectralquant", "vecinfer")
+    ]
+
+
 def test_the_command_takes_a_usual_size_and_thousands_of_tokens(capsys):
     assert cli.main(["advise", "llama 8b", "--context", "128k", "--memory", "16 GB"]) == 0
     expected = vl.advise("8B, as Llama 3.1", context=131_072, memory="16 GB")

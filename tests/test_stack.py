@@ -14,7 +14,7 @@ import veloxlab as vl
 from tests.metal_on_host.launch import HOST
 from tests.test_batch import DIM, HEADS, LENGTHS, SOME_EXACT, WANTED, Reference, alone, make, step, together, tokens
 from tests.tiny_models import tiny
-from veloxlab.cache import coming, counts, histories, layer, past, places, stack
+from veloxlab.cache import coming, counts, histories, layer, past, places, reach, stack
 from veloxlab.cache.histories import StackHistory
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.stack import Stack
@@ -438,3 +438,15 @@ def test_python_reads_one_number_of_a_check(monkeypatch):
     assert mx.array_equal(largest[1].of_each, 2 * mx.abs(x).max(axis=(1, 2, 3)))
     checks.kept(largest)
     checks.settle(0)
+
+
+def test_a_block_beyond_the_calibration_warns(monkeypatch):
+    monkeypatch.setattr(reach, "_warned", set())
+    rows = [make("turboquant", 3, sinks=0, window=0, reach=21, model="some") for _ in range(2)]
+    for row in rows:
+        row.update_and_fetch(tokens(20, 0), tokens(20, 1))
+    batch = CompressedKVCache.merge(rows)
+    batch.update_and_fetch(tokens(1, 2, batch=2), tokens(1, 3, batch=2))
+    assert is_stacked(batch)
+    with pytest.warns(UserWarning, match="first 21 positions .* up to position 22"):
+        batch.update_and_fetch(tokens(1, 4, batch=2), tokens(1, 5, batch=2))

@@ -19,6 +19,7 @@ from veloxlab.cache.coming import Checks, Coming, Joining, Largest
 from veloxlab.cache.counts import TOKENS, Arrival, Windows
 from veloxlab.cache.past import Past, Segment, before_window, exact_codes, exact_segment, segments_of
 from veloxlab.cache.plan import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
+from veloxlab.cache.reach import warn_beyond
 from veloxlab.cache.runs import Run, Runs
 from veloxlab.checks import ARGUMENTS
 from veloxlab.codecs import TENSORS, Code, Codec
@@ -53,6 +54,8 @@ class CompressedKVCache(Runs, saved.Saved):
     max_size : tokens that a sliding layer sees, including sinks and the query itself; None for all.
     lends : whether later layers read this layer's keys and values (`keys_and_values`).
     model : the name of the model, so that a saved cache is not continued by another one.
+    reach : the positions of a text that the calibration fits; a warning says that later ones are encoded. None for all,
+        or if that is not known, as in a loaded cache.
     """
 
     def __init__(
@@ -69,13 +72,14 @@ class CompressedKVCache(Runs, saved.Saved):
         max_size: int | None = None,
         lends: bool = False,
         model: str = "",
+        reach: int | None = None,
     ) -> None:
         super().__init__(Windows.of(sinks, window, max_size, layer))
         ARGUMENTS["chunk"]("chunk", chunk)
         self.key_codec, self.value_codec = key_codec, value_codec
         self.max_sinks, self.window = self.windows.sinks, self.windows.window
         self.chunk, self.layer, self.path, self.reason = chunk, layer, path, reason
-        self.max_size, self.lends, self.model = max_size, lends, model
+        self.max_size, self.lends, self.model, self.reach = max_size, lends, model, reach
         self._values_per_token = 0  # batch · heads · (Dk + Dv), known from the first tokens on
         self._dtype = mx.float32  # of the keys
         self._lent: History | None = None
@@ -139,9 +143,16 @@ class CompressedKVCache(Runs, saved.Saved):
         codecs, packed = (self.key_codec, self.value_codec), None
         if leaving:
             start = self.offset + first - (0 if arrival.gone else recent)  # of the oldest token to be encoded
+            self.encodes(start + leaving[0].shape[2])
             codecs = fitted_online(self.key_codec, leaving[0]), fitted_online(self.value_codec, leaving[1])
             packed = codecs[0].encode(leaving[0], start), codecs[1].encode(leaving[1], start)
         return Coming(keys, values, all_seen, arrival, codecs, sinks, packed, largest, slid)
+
+    def encodes(self, tokens: int) -> None:
+        """Warn if the calibration does not fit all of the first ``tokens`` positions, of which some are encoded now."""
+        if self.reach is not None and tokens > self.reach:
+            codec = self.value_codec if self.path == "latents" else self.key_codec
+            warn_beyond(codec, self.reach, tokens, self.model)
 
     def _slid(self, arrival: Arrival) -> Slid | None:
         """The window without the block that leaves it when one token comes, by a kernel; else None."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from veloxlab.errors import InputError
 from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.hooks import attach
 from veloxlab.mlxlm.identity import name_of
+from veloxlab.mlxlm.ropes import has_rope
 from veloxlab.store import in_short, write_atomically
 
 Fitted = Mapping[str, Calibration | None]  # by method
@@ -89,7 +91,9 @@ def make_cache(
     attach()
     settings = plan.settings_for(model)
     fitted = dict.fromkeys(METHODS, alone) | {one.method: one for one in given}
-    caches = probe.with_caches(model, lambda f: _compressed(f, plan, settings[f.layer], max_kv_size, name, fitted))
+    made = partial(_compressed, plan=plan, max_kv_size=max_kv_size, model=name, fitted=fitted)
+    turns = bool(given) and has_rope(model)
+    caches = probe.with_caches(model, lambda facts: made(facts, settings=settings[facts.layer], turns=turns))
     _mark_own(model, caches, name)
     return caches
 
@@ -104,19 +108,29 @@ def _mark_own(model: Module, caches: list[Any], name: str) -> None:
 
 
 def _compressed(
-    facts: probe.LayerFacts, plan: Plan, settings: LayerSettings, max_kv_size: int | None, model: str, fitted: Fitted
+    facts: probe.LayerFacts,
+    *,
+    plan: Plan,
+    settings: LayerSettings,
+    max_kv_size: int | None,
+    model: str,
+    fitted: Fitted,
+    turns: bool,
 ) -> CompressedKVCache | None:
-    """The compressed cache of a layer, or None if it keeps the model's own."""
+    """The compressed cache of a layer, or None if it keeps the model's own; ``turns``: whether RoPE rotates keys."""
     if facts.max_size is not None and plan.sliding == "exact":
         return None
     alone = (settings.key_method, settings.key_bits) != (settings.value_method, settings.value_bits)
-    codecs = (
+    codecs = [
         layer_codec(
             *(find_method(method), facts.layer, facts.dims[tensor], bits, tensor, options, fitted.get(method)),
             alone=alone,
         )
         for tensor, method, bits, options in settings.tensors
-    )
+    ]
+    rotated = facts.path == "latents"  # the part of a latent's keys that RoPE rotates is stored as values
+    calibration = fitted.get(settings.tensors[rotated][1])
+    reach = codecs[rotated].reach(calibration.facts["tokens"]) if turns and calibration is not None else None
     kind = ChunkedCompressedKVCache if facts.native == ChunkedKVCache.__name__ else CompressedKVCache
     return kind(
         *codecs,
@@ -129,6 +143,7 @@ def _compressed(
         max_size=facts.max_size or max_kv_size,
         lends=facts.lends,
         model=model,
+        reach=reach,
     )
 
 

@@ -114,7 +114,9 @@ class Stack(Buffers):
             both = [self._oldest(held, group, block) for held in self._recent.values()]
             both, of_group = self._checks.of(self._layer, both)
             largest += of_group
-            at = places.one_or_each(tuple(self.form.sinks + self.form.parts[i].coded for i in group))
+            firsts = tuple(self.form.sinks + self.form.parts[i].coded for i in group)
+            self.rows[0].encodes(max(firsts) + block)
+            at = places.one_or_each(firsts)
             codes.append(named([codec.encode(x, at) for codec, x in zip(self.codecs, both, strict=True)]))
         encoded = [self.form.parts[i] for group in groups.values() for i in group]
         if any(part.coded + self._windows.block > part.room for part in encoded):

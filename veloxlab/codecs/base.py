@@ -105,11 +105,14 @@ class Codec(ABC):
 
     ``heads_alike``: every KV head has the same code layout, so some heads can be read without others.
     ``expand_scales``: `expand` also scales. ``plan``: the code bits of each coordinate ``[D]``, if they differ.
+    ``reaches_by``: for a codec that learns from keys after RoPE, and so fits the positions of its sample alone, the
+    option of `veloxlab.calibrate` for texts of N tokens, such as ``"tokens={N}"``.
     """
 
     head_dim: int
     heads_alike: ClassVar[bool] = False
     expand_scales: ClassVar[bool] = False
+    reaches_by: ClassVar[str] = ""
     plan: tuple[int, ...] = ()
 
     def _check(self, **own: Check) -> None:
@@ -153,6 +156,10 @@ class Codec(ABC):
         """The codec fitted to calibration data; an algorithm without calibration returns itself."""
         check_vectors(sample.x, self.head_dim)
         return self
+
+    def reach(self, seen: int) -> int | None:
+        """The first positions of a text whose keys a fit to the ``seen`` first ones serves; None for all positions."""
+        return seen if self.reaches_by else None
 
     @property
     def code_dim(self) -> int:

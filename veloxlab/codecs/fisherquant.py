@@ -82,6 +82,7 @@ class FisherQuant(Codec):
     """
 
     expand_scales = True
+    reaches_by = "basis='before_rope'"
     head_dim: int
     bits: float
     tensor: Tensor
@@ -143,6 +144,10 @@ class FisherQuant(Codec):
         axes, size = fitting.learned(sample, turning, self.positions, METHOD.name)
         fitted = replace(with_rope, size=size, metric="fisher", centre="rotated")._with(axes)
         return fitted._planned_alone(metric=self.metric, centre=self.centre)
+
+    def reach(self, seen: int) -> int | None:
+        after = self.tensor == "keys" and self.basis == "after_rope"
+        return max(self.positions, min(seen, fitting.POSITIONS)) if after else None
 
     def _as_coded(self, sample: Sample) -> Sample:
         """The sample in float32, before RoPE if keys are coded there, and without queries for values."""

@@ -26,7 +26,7 @@ LONGEST = 0.99  # quantile of the gradients' lengths, to which longer ones are s
 _LOUDEST, _QUIET = 20.0, 0.2  # weights of vectors relative to their mean: the largest, and an offset for all
 _MOST_WEIGHT, _LEAST_WEIGHT = 30.0, 0.05  # of one coordinate
 _TINY = 1e-8  # least variance relative to the largest of a head: float16 must hold their ratios
-_POSITIONS = 512  # of a text, for a mean that RoPE rotates
+POSITIONS = 512  # of a window of text, and for a mean that RoPE rotates
 _LATER, _SHARE = 8, 0.15  # later positions of a text, and their weight together
 
 
@@ -116,11 +116,11 @@ def switched(axes: Axes, rope: Rope | None, metric: MetricName, centre: CentreNa
     forward, _, mean = axes
     moment, cost = _moments(axes)
     if centre != "rotated":
-        turned = mx.broadcast_to(mx.array(mean, mx.float32)[None, :, None], (1, len(mean), _POSITIONS, mean.shape[-1]))
+        turned = mx.broadcast_to(mx.array(mean, mx.float32)[None, :, None], (1, len(mean), POSITIONS, mean.shape[-1]))
         means = per_head(turned if rope is None else rope.forward(turned, 0))
         mean = means.mean(axis=1) if centre == "still" else np.zeros_like(mean)
         off = means - mean[:, None]
-        moment = moment + np.swapaxes(off, 1, 2) @ off / _POSITIONS
+        moment = moment + np.swapaxes(off, 1, 2) @ off / POSITIONS
     if metric != "fisher":
         cost = np.eye(mean.shape[-1]) * np.trace(cost, axis1=1, axis2=2)[:, None, None] / mean.shape[-1]
     if metric == "none":

@@ -154,6 +154,7 @@ class CentredRaBitQ(RaBitQ):
     ⟨q, mean⟩ is the same for all tokens, so attention over keys does not see it.
     """
 
+    reaches_by: ClassVar[str] = "tokens={N}"
     centroid: mx.array | None = None
     heads_alike: ClassVar[bool] = False
     expand_scales: ClassVar[bool] = True

@@ -9,6 +9,9 @@ Stored per vector of D coordinates
 Learned per layer
     For each KV head a basis, its standard deviations and means, in float32. One bit plan for all heads of a layer, from
     their mean sorted spectrum; every head sorts its coordinates in that order.
+Reach
+    Keys come after RoPE, so all that is learned of them fits the positions of the calibration text. Later keys lose
+    many times as much: calibrate with as many ``tokens`` as your longest text has.
 
 The steps: transform to the basis; divide by the root-mean-square; subtract the mean; quantize coordinate i with the
 Lloyd–Max levels of N(0, λᵢ). Bits are by integer water-filling: one at a time to argmax λᵢ / 4^bᵢ.
@@ -28,7 +31,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import mlx.core as mx
 import numpy as np
@@ -64,6 +67,7 @@ class SpectralQuant(Codec):
     coordinate ``[H, 1, D]``, for vectors of root-mean-square 1.
     """
 
+    reaches_by: ClassVar[str] = "tokens={N}"
     head_dim: int
     bits: int
     basis: BasisName = "pca"

@@ -8,7 +8,9 @@ Stored per vector of D coordinates
     Points are written ``d4b8``. The paper's 1.25 bits are ``point={"keys": "d8b12", "values": "d8b8"}``.
 
 Keys (after RoPE) are divided by λᵢ = √(max over tokens |Kᵢ|), for each KV head and channel, and rotated by a Hadamard
-transform. Queries are multiplied with λ and rotated in the same way. Values are coded unchanged.
+transform. Queries are multiplied with λ and rotated in the same way. Values are coded unchanged. λ and the codebook of
+keys fit the positions of the calibration text. Later keys lose several times as much: calibrate with as many ``tokens``
+as your longest text has.
 
 Where we differ
     * The Hadamard transform has random signs in front, and fits any head dimension.
@@ -23,7 +25,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self
+from typing import ClassVar, Self
 
 import mlx.core as mx
 import numpy as np
@@ -52,6 +54,7 @@ class VecInfer(Codec):
     the channels ``[H, D]``, or ``[1, 1]`` without ``smooth``, float32; the codebook ``[2**b, d]``, float16.
     """
 
+    reaches_by: ClassVar[str] = "tokens={N}"
     head_dim: int
     sub_dim: int
     index_bits: int

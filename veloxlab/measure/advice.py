@@ -8,7 +8,10 @@ from typing import Any
 import polars as pl
 
 from veloxlab.cache.plan import DEFAULT_SINKS
+from veloxlab.cache.reach import others
+from veloxlab.checks import number_of_bits
 from veloxlab.codecs import METHODS
+from veloxlab.measure.calibrate import USUAL_TOKENS
 from veloxlab.measure.frames import schema
 from veloxlab.measure.known import DEMO
 
@@ -23,6 +26,7 @@ gets another first choice at .05, and one in four at .2."""
 
 OVERHEAD_BITS = 0.5  # of a quantized weight: a scale and a bias of 16 bits for 64
 EXACT = "fp16"
+_ANY_DIM = 128  # a head dimension that all methods support
 NARROWER = (8, 6, 5, 4, 3, 2)  # bits of weights that MLX quantizes to
 
 
@@ -56,7 +60,9 @@ class Advice:
             return f"mlx_lm.generate(model, tokenizer, prompt, kv_bits={bits:g})"
         given = f"model, {method!r}, bits={bits:g}"
         if fitted(self.best):
-            first = f"calibration = vl.calibrate(model, tokenizer, {method!r}, bits={bits:g})\n"
+            further = beyond(self.best, self.context)
+            own = f", {further[1]}" if further else ""
+            first = f"calibration = vl.calibrate(model, tokenizer, {method!r}, bits={bits:g}{own})\n"
             return f"{first}cache = vl.make_cache({given}, calibration=calibration)"
         return f"cache = vl.make_cache({given})"
 
@@ -144,7 +150,12 @@ def reason(row: dict[str, Any], advice: Advice) -> str:
     if row["method"] and row["kind"] == "predicted" and row["sinks"] < DEFAULT_SINKS:
         lost += f", without the {DEFAULT_SINKS} sinks that this cache has"
     verdict = "" if row["kl_mean"] <= limit else f": more than the limit of {limit} for {advice.goal}"
-    return f"{takes}, and {lost}{verdict}.{' It needs a calibration, once.' if fitted(row) else ''}"
+    said = f"{takes}, and {lost}{verdict}.{' It needs a calibration, once.' if fitted(row) else ''}"
+    if further := beyond(row, advice.context):
+        reach, option = further
+        fits = f"The usual one fits the keys of {reach:,} positions, and later keys lose more"
+        return f"{said} {fits}: calibrate with {option}, or take {others(row['method'])}."
+    return said
 
 
 def loss_source(row: dict[str, Any]) -> str:
@@ -156,6 +167,18 @@ def loss_source(row: dict[str, Any]) -> str:
 def fitted(row: dict[str, Any]) -> bool:
     """Whether the cache of a row of `ADVICE` needs a calibration."""
     return row["method"] is not None and METHODS[row["method"]].calibrated
+
+
+def beyond(row: dict[str, Any], context: int) -> tuple[int, str] | None:
+    """The positions that the usual calibration of a row of `ADVICE` fits, and the option for ``context`` tokens.
+
+    None if it fits that many, or if there is none.
+    """
+    if not fitted(row):
+        return None
+    codec = METHODS[row["method"]].codec(_ANY_DIM, number_of_bits(row["bits"]), "keys")
+    reach = codec.reach(USUAL_TOKENS)
+    return None if reach is None or context <= reach else (reach, codec.reaches_by.format(N=context))
 
 
 def _said(nbytes: float) -> str:

@@ -40,6 +40,12 @@ def ropes_of(model: Module, ids: Sequence[int]) -> list[Rope | None]:
     return [_between(before, after, known) for before, after in zip(*keys, strict=True)]
 
 
+def has_rope(model: Module) -> bool:
+    """Return whether a part of the model is a rotary embedding, of any kind; reads no weights."""
+    named = any("rope" in name.lower() or "rotary" in name.lower() for name, _ in model.named_modules())
+    return named or bool(_known(model))
+
+
 def _known(model: Module) -> list[Rope]:
     found: dict[tuple[object, ...], Rope] = {}
     for _, module in model.named_modules():
