@@ -9,8 +9,8 @@ Stored per vector of D coordinates
 
 Keys (after RoPE) are divided by λᵢ = √(max over tokens |Kᵢ|), for each KV head and channel, and rotated by a Hadamard
 transform. Queries are multiplied with λ and rotated in the same way. Values are coded unchanged. λ and the codebook of
-keys fit the positions of the calibration text. Later keys lose several times as much: calibrate with as many ``tokens``
-as your longest text has.
+keys fit the positions of the calibration text, and later keys lose more: calibrate with as many ``tokens`` as your
+longest text has.
 
 Where we differ
     * The Hadamard transform has random signs in front, and fits any head dimension.

@@ -62,7 +62,9 @@ def calibrate(
     ----------
     text : text that the model reads; by default the WikiText-2 validation excerpt, or, for gradients, the mixed text.
     bits : the width, or all widths, to fit keys and values for; no effect if one fit serves all widths.
-    tokens : how much of the text, 64 or more; by default 1,024, or 32 windows of 512 for gradients.
+    tokens : how much of the text, 64 or more; by default 1,024, or 32 windows of 512 for gradients. SpectralQuant,
+        VecInfer and RaBitQ's ``centroid`` learn keys after RoPE, so they fit these positions alone: give as many tokens
+        as your longest text has (the default text has some 28,000). A cache warns when it encodes later keys.
     seed : of everything random.
     folder : where to keep the result; by default the user's cache folder. A warning reports a folder without write
     access.
