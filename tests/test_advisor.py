@@ -1,5 +1,6 @@
 """The page of advice: constraints in, a ranked table out, and the actions of its buttons, with a random model."""
 
+import html
 import re
 import threading
 from dataclasses import replace
@@ -50,7 +51,8 @@ def test_an_eight_billion_model_on_sixteen_gigabytes_is_answered_in_a_sentence(p
     turn(page, model="8B, as Llama 3.1", context=131_072)
     expected = vl.advise(SIZES["8B, as Llama 3.1"], context=131_072, memory="16 GB")
     assert page.advice.frame.equals(expected.frame)
-    assert f"Take {expected.best['name']} for 131,072 tokens: {expected.best['reason']}" in page._verdict.value
+    said = f"Take {expected.best['name']} for 131,072 tokens: {expected.best['reason']}"
+    assert said in html.unescape(page._verdict.value)
     assert page.row["fits"]
     assert page.row["method"] in page._code.value
     assert ">loss is</th>" in page._table.value
