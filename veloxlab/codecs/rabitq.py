@@ -11,7 +11,8 @@ the t at which cos(y, u) is largest.
 
 Stored per vector of D coordinates
     B·D bits, u + (2^B − 1)/2 as a whole number, and one 16-bit scale: B + 16/D bits per value. With ``bounds`` 16 bits
-    more. With a ``centroid`` nothing more per vector; the mean of each KV head is held once.
+    more. With a ``centroid`` nothing more per vector; the mean of each KV head is held once. That of keys, after RoPE,
+    fits the positions of the calibration text, and helps less and less at later ones.
 
 Keys store the scale ‖x‖²/⟨x, u⟩, for unbiased inner products (the papers' estimator). Values store ⟨x, u⟩/‖u‖², for the
 least squared error.
