@@ -48,6 +48,7 @@ IN_LONG = [("turboquant", 2), ("turboquant", 4), ("fisherquant", 2), ("mlx-lm", 
 ALL_IN_LONG = [
     (method, bits) for method, bits in product(vl.codecs.METHODS, (2, 3, 4)) if bits in vl.codecs.METHODS[method].bits
 ]
+RELEARNED = [("spectralquant", 4), ("vecinfer", 4)]  # calibrated with as many tokens
 Row = dict[str, Any]
 
 
@@ -62,8 +63,9 @@ def made(method: str, bits: int, **settings: Any) -> list[Any]:
         rates = RateBudget.load(FOLDER / "rates_smollm2-135m.json")
         return vl.make_cache(net, rates.plan(AverageBits(bits + 0.25)), **{"sinks": 4, "window": 64} | settings)
     fitted = vl.codecs.METHODS[method].calibrated
+    tokens = settings.pop("calibrated", None)
     basis = {"basis": settings["basis"]} if "basis" in settings else {}
-    calibration = vl.calibrate(net, tokenizer, method, bits=bits, **basis) if fitted else None
+    calibration = vl.calibrate(net, tokenizer, method, bits=bits, tokens=tokens, **basis) if fitted else None
     return vl.make_cache(net, method, bits=bits, calibration=calibration, **settings)
 
 
@@ -224,9 +226,9 @@ def exactly_read(first: int, count: int) -> list[mx.array]:
     return [*read_in_calls(first, count, own_cache(model()[0]))]  # 1.6 GB for the whole text
 
 
-def losses(first: int, count: int, method: str, bits: int, **basis: str) -> Row:
+def losses(first: int, count: int, method: str, bits: int, **settings: Any) -> Row:
     """Return the mean loss of each call's tokens. All but sinks are read through codes."""
-    cache = made(method, bits, **({} if method == "mlx-lm" else {"window": 0, "chunk": "codes", **basis}))
+    cache = made(method, bits, **({} if method == "mlx-lm" else {"window": 0, "chunk": "codes", **settings}))
     both = zip(exactly_read(first, count), read_in_calls(first, count, cache), strict=True)
     return {"kl": [divergence(exact, said).mean().item() for exact, said in both]}
 
@@ -241,6 +243,8 @@ def longest() -> Iterator[Row]:
     for (first, count), (method, bits) in product((alone[0], (0, LONG)), ALL_IN_LONG):
         if (method, bits) not in IN_LONG:
             yield {"first": first, "count": count, "method": method, "bits": bits}
+    for (first, count), (method, bits) in product((alone[0], (0, LONG)), RELEARNED):  # not guessed either
+        yield {"first": first, "count": count, "method": method, "bits": bits, "calibrated": LONG}
 
 
 # the runner -----------------------------------------------------------------------------------------------------------
