@@ -14,7 +14,7 @@ from veloxlab.errors import InputError
 PACKAGES = ("veloxlab", "mlx", "mlx-lm", "jupyterlab", "altair", "anywidget", "vl-convert-python", "polars")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LEAST_MEMORY_BYTES = 4 * 2**30
-SESSION_KERNELS = 5  # kernels that one model needs to read a prompt and decode, with the defaults
+SESSION_KERNELS = 6  # kernels that one model needs to read a prompt and decode, with the defaults
 TOO_MANY = "more than this process may use at once ({})"
 BLAS_HINTS = {
     runtime.SWITCHED_OFF: "unset VELOXLAB_BLAS",
