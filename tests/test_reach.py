@@ -95,7 +95,11 @@ def test_a_key_beyond_the_calibration_warns_once(model, calibrations, method, op
 )
 def test_a_method_that_learns_no_positions_does_not_warn(model, calibrations, method, options):
     cache, _ = caches(model, calibrations, method, **options)
-    read(model, cache, 2 * TOKENS)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        read(model, cache, 2 * TOKENS)
+    assert not told
+    assert all(layer.packed.tokens > TOKENS for layer in cache)  # later keys were encoded
 
 
 def test_exact_tokens_do_not_count(model, calibrations):
