@@ -173,6 +173,7 @@ OWN: dict[str, list[Any]] = {
     "Method paper": WORDS,
     "Method bits": [5, "x", (2, 3), [2], NAN],
     "Method stored": WORDS,
+    "Method long_texts": WORDS,
     "Method build": FUNCTION,
     "Method calibrated": FLAG,
     "Method options": [5, "bits", [5], b"x"],

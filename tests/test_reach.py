@@ -1,6 +1,7 @@
 """A method that learns keys after RoPE says how far its calibration reaches, and a cache warns beyond."""
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -144,3 +145,9 @@ def test_the_rotated_part_of_latent_attention_is_stored_as_values(calibrations, 
         warnings.simplefilter("always")
         read(model, cache, TOKENS + 1)
     assert ["SpectralQuant learned" in str(one.message) for one in found] == [True] * told
+
+
+def test_a_registered_method_is_a_way_to_long_texts(monkeypatch):
+    method = replace(METHODS["commvq"], id="another", long_texts="another with turns=False")
+    monkeypatch.setitem(METHODS, "another", method)
+    assert reach.others("commvq") == "fisherquant with basis='before_rope', or another with turns=False"

@@ -6,15 +6,12 @@ import warnings
 
 from veloxlab.codecs import METHODS, Codec, saving
 
-FOR_ANY_LENGTH = {"commvq": "commvq", "fisherquant": "fisherquant with basis='before_rope'"}
-"""Methods that learn from keys before RoPE, and so fit keys at any position, in words."""
-
 _warned = set[tuple[str, str]]()  # methods and models
 
 
 def others(method: str) -> str:
     """The ways to code long texts by a method that is not ``method``, in words."""
-    return ", or ".join(words for name, words in FOR_ANY_LENGTH.items() if name != method)
+    return ", or ".join(each.long_texts for each in METHODS.values() if each.long_texts and each.id != method)
 
 
 def warn_beyond(codec: Codec, reach: int, tokens: int, model: str) -> None:

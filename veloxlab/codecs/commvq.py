@@ -231,5 +231,6 @@ METHOD = Method(
     colour="#cc5aa0",
     mark="cross",
     space="before_rope",
+    long_texts="commvq",
     timed=True,
 )

@@ -295,6 +295,7 @@ METHOD = Method(
     options=("code", "entries", "basis", "positions", "metric", "centre", "planning", "scale", "words"),
     build=build,
     version=8,
+    long_texts="fisherquant with basis='before_rope'",
     timed=True,
     planned=planned,
     prediction=Prediction(variances_of, rows_of),

@@ -50,12 +50,14 @@ class Method:
     space: str | None = None  # in which it codes, of `veloxlab.measure.distributions`; drawn in its colour
     per_head: bool = False  # whether it has an option ``head_bits``, a width for each KV head
     timed: bool = False  # whether `veloxlab bench --only encode` times its encoder, a kernel
+    long_texts: str = ""  # how to get it for keys at any position, in words, if it learns them before RoPE
     fractional: bool = False  # whether ``bits`` may be any number between the least and the most
     planned: Callable[..., Mapping[Any, Any]] | None = None  # plans bits for codecs that are fitted to gradients
     prediction: Prediction | None = None  # of losses, for budgets; needs an option ``words``
 
     def __post_init__(self) -> None:
-        words, flags = ("id", "name", "paper", "stored", "mark"), ("calibrated", "per_head", "timed", "fractional")
+        words = "id", "name", "paper", "stored", "mark", "long_texts"
+        flags = "calibrated", "per_head", "timed", "fractional"
         check_fields(self, **dict.fromkeys(words, WORDS), **dict.fromkeys(flags, FLAG), bits=_RANGE, build=FUNCTION)
         check_fields(self, options=many(WORDS, empty=True), codecs=many(instance(type, "a class"), empty=True))
         check_fields(self, version=whole(1), colour=maybe(_COLOUR), space=maybe(WORDS), planned=maybe(FUNCTION))
