@@ -24,6 +24,7 @@ from veloxlab.cache.past import (
     exact_segment,
     with_exact_arrays,
 )
+from veloxlab.codecs import TENSORS
 from veloxlab.codecs.none import Exact
 from veloxlab.kernels.backend import Backend
 from veloxlab.kernels.call import AttentionKernel, PreparedCall, Queries, Tokens
@@ -63,7 +64,7 @@ class History(Handle):
     @property
     def dtype(self) -> mx.Dtype:
         """See `Handle.dtype`."""
-        return self._dtype if self.newest is None else self.newest.keys.dtype
+        return self._dtype if self.newest is None else self.newest.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -141,7 +142,7 @@ class History(Handle):
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None
     ) -> mx.array | None:
         """Attend by a kernel; None if there is none for this device, these segments and these codecs."""
-        newest, like, last = self.newest, _like(q, scale, cap), self.past.last
+        newest, like, last = self.newest, _like(q, scale, cap, self._joins), self.past.last
         if last is not None and last[0] == like and mask is None and sinks is None:
             queries, (backend, call) = Queries(q, scale, cap=cap), last[1:]
             if backend.lazy:
@@ -159,7 +160,7 @@ class History(Handle):
             queries = self._queries(q if backend.lazy else q.astype(mx.float32), scale, added, sinks, cap)
         beside = [x for x in (queries.coded, queries.mask, queries.logits) if x is not None]
         if not backend.lazy:
-            exact = () if newest is None else (newest.keys, newest.values)
+            exact = () if newest is None else newest.complete()
             if not evaluated(queries.q, *beside, *exact):
                 return None
         call = call or self._call(backend, queries)
@@ -174,7 +175,7 @@ class History(Handle):
     def _call(self, backend: Backend, queries: Queries) -> PreparedCall | None:
         """A prepared call of a kernel that agrees with the reference, or None. Each thread has its own."""
         q, calls = queries.q, self.past.calls
-        like = get_ident(), backend, q.shape, q.dtype, *queries.kind
+        like = get_ident(), backend, q.shape, q.dtype, self._joins, *queries.kind
         if like not in calls:
             calls[like], tokens = None, self._tokens()
             kernel = None if tokens is None else backend.attention(queries, tokens, backend)
@@ -202,6 +203,11 @@ class History(Handle):
         brings_in, brings_out = (reader.signs is None for reader in readers)
         return readers[0].dim, readers[1].dim, brings_in and packed.key_codec, brings_out and packed.value_codec
 
+    @property
+    def _joins(self) -> bool:
+        """Whether the newest token is in no buffer yet, so that a kernel can write it there."""
+        return self.newest is not None and self.newest.coming is not None
+
     def _tokens(self) -> Tokens | None:
         """The tokens in the form that a kernel reads; None if no kernel reads these segments and codecs."""
         past, readers, packed = self.past, self.past.readers, self.past.packed
@@ -228,7 +234,9 @@ class History(Handle):
     def _disagreement(self, kernel: AttentionKernel, queries: Queries, tokens: Tokens) -> str:
         """Compare a kernel with its reference on a random history; a description of the difference, empty if none."""
         lengths, like = _TRIAL[0 if tokens.sinks else 1 :], (tokens.keys.kv_heads, tokens.exact_type)
-        history = History(tuple(_made_up(s, count, *like) for s, count in zip(self.segments, lengths, strict=False)))
+        newest = () if self.newest is None else (exact_segment(exact_codes(*self.newest.buffers)),)
+        segments = zip((*self.past.segments, *newest), lengths, strict=False)
+        history = History(tuple(_made_up(s, count, *like) for s, count in segments))
         q = made_up(queries.q, queries.q.shape[2], seed=1)
         scores = history._scores(q, queries.scale)
         size = mx.maximum(mx.sqrt(mx.square(scores).mean()), mx.abs(scores).max() / _LARGEST_SCORE)
@@ -238,9 +246,14 @@ class History(Handle):
         sinks = None if queries.logits is None else made_up(queries.logits, 1, seed=3)
         some, given = history._tokens(), history._queries(q, queries.scale, mask, sinks, queries.cap)
         assert some is not None
-        wanted = history._attend_codes(q.astype(mx.float32), queries.scale, mask, sinks, queries.cap)
-        found = kernel.prepared(given, some)(given, some.recent)
-        return difference({"out": history._brought_out(found, q.dtype)}, {"out": wanted})
+        wanted = {"out": history._attend_codes(q.astype(mx.float32), queries.scale, mask, sinks, queries.cap)}
+        if tokens.joins and some.recent is not None:
+            wanted |= dict(zip(TENSORS, some.recent.buffers, strict=True))
+            some = replace(some, recent=some.recent.parted())
+        found = {"out": history._brought_out(kernel.prepared(given, some)(given, some.recent), q.dtype)}
+        if some.recent is not None:
+            found |= dict(zip(TENSORS, some.recent.complete(), strict=True))
+        return difference(found, wanted)
 
     def _scores(self, q: mx.array, scale: float) -> mx.array:
         scaled = q.astype(mx.float32) * scale
@@ -257,9 +270,9 @@ class History(Handle):
         return narrowed(mixed, q.dtype)
 
 
-def _like(q: mx.array, scale: float, cap: float | None) -> tuple[object, ...]:
+def _like(q: mx.array, scale: float, cap: float | None, joins: bool) -> tuple[object, ...]:
     """The key of a prepared call, which serves queries of the same form, on the same device, in the same thread."""
-    return q.shape, q.dtype, scale, cap, get_ident(), mx.default_device()
+    return q.shape, q.dtype, scale, cap, joins, get_ident(), mx.default_device()
 
 
 def _reference(

@@ -15,6 +15,7 @@ from veloxlab.kernels.call import Exact
 from veloxlab.kernels.checked import ahead
 from veloxlab.kernels.slide import Slid, slid
 
+_EXACT = "keys/values", "values/values"  # the buffers of exact tokens
 Arrays = dict[str, mx.array]
 Codes = tuple[Code, Code]  # of keys and of values
 
@@ -26,6 +27,18 @@ class Run:
         self.most, self.tokens, self.buffers = most, tokens, buffers or {}  # `most`: the limit of tokens
         self.room = next((buffer.shape[2] for buffer in self.buffers.values()), 0)  # tokens that buffers can hold
         self._codes: dict[tuple[int, int], Codes] = {}  # views of the current buffers, by (start, skip)
+
+    @property
+    def buffers(self) -> Arrays:
+        """The live buffers, with all tokens."""
+        if self._exact is not None:
+            self.buffers = dict(zip(_EXACT, self._exact.complete(), strict=True))
+        return self._buffers
+
+    @buffers.setter
+    def buffers(self, buffers: Arrays) -> None:
+        self._buffers = buffers
+        self._exact: Exact | None = None  # the same buffers after `exact`, where a kernel of attention replaces them
 
     def __deepcopy__(self, memo: object) -> Run:
         """A copy, which shares the buffers until one of the two changes them."""
@@ -74,31 +87,45 @@ class Run:
         self.tokens = total
 
     def join(self, keys: mx.array, values: mx.array) -> None:
-        """Add one exact token: a faster `append`."""
-        if self.tokens == self.room:
+        """Add one exact token, which goes into the buffers when somebody needs them: a faster `append`."""
+        last = self.exact
+        if any(new.dtype != held.dtype for new, held in zip((keys, values), last.buffers, strict=True)):
             self.append(1, (Code({"values": keys}), Code({"values": values})))
             return
         self._codes.clear()
-        at = self.tokens
-        self.tokens = total = at + 1
-        self.buffers["keys/values"][:, :, at:total] = keys
-        self.buffers["values/values"][:, :, at:total] = values
+        if self.tokens == self.room:
+            self._grow()
+            last = self.exact
+        self.tokens += 1
+        self._exact = Exact(*last.complete(), self.tokens, self.room, (keys, values))
+
+    def _grow(self) -> None:
+        """Make room for one more token."""
+        self.room = self._room_for(1)
+        shapes = {name: (*x.shape[:2], self.room - self.tokens, *x.shape[3:]) for name, x in self.buffers.items()}
+        self.buffers = {
+            name: mx.concatenate([x[:, :, : self.tokens], _slack(shapes[name], x.dtype)], axis=2)
+            for name, x in self.buffers.items()
+        }
 
     def slid(self, oldest: int, backend: Backend) -> Slid | None:
         """The buffers without the ``oldest`` tokens and with room for one more, by a kernel."""
-        windows = self.buffers["keys/values"], self.buffers["values/values"]
+        windows = [self.buffers[name] for name in _EXACT]
         return slid(windows, oldest, self.tokens, self._grown(self.tokens - oldest + 1, 1), backend)
 
     def replace(self, tokens: int, keys: mx.array, values: mx.array) -> None:
         """Hold the first ``tokens`` of these exact ones."""
         self._codes.clear()
         self.tokens, self.room = tokens, keys.shape[2]
-        self.buffers = {"keys/values": keys, "values/values": values}
+        self.buffers = dict(zip(_EXACT, (keys, values), strict=True))
 
     @property
     def exact(self) -> Exact:
         """The exact tokens in a kernel's form, with the buffers themselves."""
-        return Exact(self.buffers["keys/values"], self.buffers["values/values"], self.tokens, self.room)
+        if self._exact is None or (self._exact.tokens, self._exact.room) != (self.tokens, self.room):
+            keys, values = (self.buffers[name] for name in _EXACT)
+            self._exact = Exact(keys, values, self.tokens, self.room)
+        return self._exact
 
     def _room_for(self, new: int) -> int:
         """Room after ``new`` tokens have joined: growth by decoding takes slack, a long append takes what it needs."""
@@ -209,7 +236,10 @@ class Runs:
             self.recent.replace(self.recent.tokens - oldest, *slid.windows)
             ahead(*self.packed.buffers.values(), *slid.windows)
             oldest = 0
-        self.recent.append(arrival.to_recent, recent, oldest)
+        if recent and arrival.to_recent == 1 and not oldest and self.recent.tokens:
+            self.recent.join(*(code.arrays["values"] for code in recent))
+        else:
+            self.recent.append(arrival.to_recent, recent, oldest)
 
     def evict(self) -> None:
         """Drop tokens that a sliding layer no longer sees."""

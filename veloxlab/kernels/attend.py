@@ -70,6 +70,7 @@ class AttendKernel(Threadgroups):
     attend: Source
     combine: Source
     largest_value: int  # dimension of a value, or of its code if that is larger
+    joins: bool  # whether it also writes the newest token into the window
 
     def prepared(self, queries: Queries, tokens: Tokens) -> PreparedCall:
         """See `veloxlab.kernels.call.AttentionKernel`."""
@@ -103,21 +104,27 @@ class AttendKernel(Threadgroups):
         coded = batch, self.kv_heads, query_heads // self.kv_heads * length, values.dim
         shapes = [(batch, query_heads, length, tokens.value_dim), coded][: len(self.combine.outputs)]
         types = [queries.q.dtype, mx.float32][: len(shapes)]
+        written = [*_SUMS, *([tokens.exact_type] * 2 if self.joins else [])]
 
         threads, joining = self.simdgroups * SIMD, (_COMBINE_THREADS, 1, 1)
 
         def call(queries: Queries, recent: Exact | None, of_all: Sizes, recent_end: int) -> Answer:
             """Both kernels; see `veloxlab.kernels.call.PreparedCall`."""
             numbers, splits = of_all
-            common, most = common_numbers(recent_end, splits, get_ident()), splits.most
-            mixed, sums = attend(
-                inputs=suited(changing_inputs(queries, recent or nothing, common, numbers), backend) + lasting,
+            newest = recent or nothing
+            common, most = common_numbers(recent_end, newest.room, splits, get_ident()), splits.most
+            changing = changing_inputs(queries, newest, common, numbers, joins=self.joins)
+            of_splits = [(padded_rows, most, self.largest_value), (padded_rows, most, 2)]
+            made = attend(
+                inputs=suited(changing, backend) + lasting,
                 grid=(most * threads, blocks, batch),
                 threadgroup=(threads, 1, 1),
-                output_shapes=[(padded_rows, most, self.largest_value), (padded_rows, most, 2)],
-                output_dtypes=_SUMS,
+                output_shapes=[*of_splits, *(x.shape for x in newest.buffers)] if self.joins else of_splits,
+                output_dtypes=written,
             )
-            inputs = [mixed, sums, common, numbers, *signs]
+            if self.joins:
+                newest.joined(made[2], made[3])
+            inputs = [made[0], made[1], common, numbers, *signs]
             if queries.logits is not None:
                 inputs.append(queries.logits)
             found = combine(
@@ -141,24 +148,26 @@ def attend_kernel(queries: Queries, tokens: Tokens, backend: Backend) -> AttendK
     All calls with the same dimensions and layouts share it. It is made once, because its text is long.
     """
     keys, values = tokens.keys, tokens.values
+    joins = backend.joins and tokens.joins and queries.mask is None
     which = (
         *(backend, queries.q.shape[1:], queries.q.dtype, *queries.kind),
-        *(tokens.key_dim, tokens.value_dim, tokens.exact_type, keys.key, values.key, tokens.one_table),
+        *(tokens.key_dim, tokens.value_dim, tokens.exact_type, keys.key, values.key, tokens.one_table, joins),
     )
     if which not in _KERNELS:
         dims = (tokens.key_dim, tokens.value_dim, keys.coordinates, values.coordinates)
         fits = all(dim % STEP == 0 for dim in dims) and max(dims) <= _LARGEST_DIM
         shared = all(reader.shares(n) for reader, n in zip((keys, values), backend.shares, strict=True))
-        _KERNELS[which] = _made(queries, tokens, backend) if fits and shared and backend.build else None
+        _KERNELS[which] = _made(queries, tokens, backend, joins) if fits and shared and backend.build else None
     return _KERNELS[which]
 
 
-def _made(queries: Queries, tokens: Tokens, backend: Backend) -> AttendKernel:
+def _made(queries: Queries, tokens: Tokens, backend: Backend, joins: bool) -> AttendKernel:
     keys, values = tokens.keys, tokens.values
     _, query_heads, length, _ = queries.q.shape
     all_rows = query_heads // keys.kv_heads * length
     rows = min(all_rows, MOST_ROWS)
     row_tiles = -(-all_rows // rows)
+    joins = joins and row_tiles == 1
     largest_value = max(tokens.value_dim, values.dim)
     large = _large_bytes(tokens, backend)
     groups = backend.groups * _at_once(tokens, large) // GROUPS_PER_PROCESSOR
@@ -194,7 +203,7 @@ def _made(queries: Queries, tokens: Tokens, backend: Backend) -> AttendKernel:
     return AttendKernel(
         name=f"attend ({keys.name} keys, {values.name} values)",
         backend=backend,
-        attend=_attend_source(queries, tokens, backend, common, rows, row_tiles, large),
+        attend=_attend_source(queries, tokens, backend, common, rows, row_tiles, large, joins),
         combine=combine,
         kv_heads=keys.kv_heads,
         rows=rows,
@@ -202,11 +211,19 @@ def _made(queries: Queries, tokens: Tokens, backend: Backend) -> AttendKernel:
         groups=groups,
         simdgroups=MANY_SIMDGROUPS if large else SIMDGROUPS,
         largest_value=largest_value,
+        joins=joins,
     )
 
 
 def _attend_source(
-    queries: Queries, tokens: Tokens, backend: Backend, common: Defines, rows: int, row_tiles: int, large: int
+    queries: Queries,
+    tokens: Tokens,
+    backend: Backend,
+    common: Defines,
+    rows: int,
+    row_tiles: int,
+    large: int,
+    joins: bool,
 ) -> Source:
     keys, values, simdgroups = tokens.keys, tokens.values, MANY_SIMDGROUPS if large else SIMDGROUPS
     largest_key, largest_value = max(tokens.key_dim, keys.coordinates), max(tokens.value_dim, values.dim)
@@ -223,10 +240,11 @@ def _attend_source(
     value = values.fragment("v", "k" if tokens.one_table else "v", room)
     of_readers = dict.fromkeys((*keys.headers, *values.headers))
     of_sums = dict.fromkeys((*keys.sum_headers, *values.sum_headers))
+    of_joins = ("join.h",) if joins else ()
     return Source(
         name=f"attend_{keys.name}_{values.name}",
-        inputs=(*changing_names(queries), *lasting_inputs(tokens)),
-        outputs=("mixed", "sums"),
+        inputs=(*changing_names(queries, joins=joins), *lasting_inputs(tokens)),
+        outputs=("mixed", "sums", "next_keys", "next_values") if joins else ("mixed", "sums"),
         defines=(
             *common.items(),
             ("ROWS", rows),
@@ -236,6 +254,7 @@ def _attend_source(
             ("SCALE", f"{queries.scale!r}f"),
             ("CAP", f"{queries.cap or 0.0!r}f"),
             ("HAS_MASK", int(queries.mask is not None)),
+            ("JOINS", int(joins)),
             ("KEY_SPREAD", int(keys.signs is not None)),
             ("EXACT_KEY", tokens.key_dim),
             ("CODED_KEY", keys.coordinates),
@@ -250,7 +269,7 @@ def _attend_source(
             ("THREADS", simdgroups * SIMD),
             ("GROUPS_PER_PROCESSOR", _at_once(tokens, large)),
         ),
-        headers=("simd.h", "readers.h", *of_readers, "lanes.h", "window.h", "attend.h", *of_sums),
+        headers=("simd.h", "readers.h", *of_readers, "lanes.h", "window.h", *of_joins, "attend.h", *of_sums),
         body=Template(source_file("attend.metal")).substitute(
             declarations=f"{key.declarations}\n{value.declarations}",
             query_place=_QUERY_PLACES[queries.mask is None],

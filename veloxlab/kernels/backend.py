@@ -46,6 +46,7 @@ class Backend:
     least_size: int = 0  # least elements of an input: a smaller one is repeated along a last axis of stride 0
     expanded_bytes: int = 16 << 20  # most bytes of decoded keys and values, if KV heads can be read separately
     expanded_tokens: int = 2048  # tokens of a layer that are decoded together
+    joins: bool = False  # whether attention writes the newest token into the window
     tried: bool = True  # whether a kernel is compared with its reference before it is used
     lazy: bool = True  # whether outputs are lazy; otherwise a launch evaluates its inputs
 

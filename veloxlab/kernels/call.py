@@ -18,13 +18,57 @@ Answer = tuple[mx.array, mx.array | None]  # of attention; see `PreparedCall`
 class Exact:
     """Consecutive exact tokens: the first ones of keys ``[B, H, S, Dk]`` and values ``[B, H, S, Dv]`` of one dtype.
 
-    The arrays are buffers with ``room`` for tokens, of which the first ``tokens`` are used.
+    The arrays are buffers with ``room`` for tokens, of which the first ``tokens`` are used. The newest token may be
+    ``coming``: its key and value ``[B, H, 1, D]`` are not in the ``buffers`` yet. A kernel of attention writes it
+    there (`joined`), which saves two launches; whoever else needs the buffers gets them with the token.
     """
 
-    def __init__(self, keys: mx.array, values: mx.array, tokens: int | None = None, room: int | None = None) -> None:
-        self.keys, self.values = keys, values
+    def __init__(
+        self,
+        keys: mx.array,
+        values: mx.array,
+        tokens: int | None = None,
+        room: int | None = None,
+        coming: tuple[mx.array, mx.array] | None = None,
+    ) -> None:
+        self.buffers, self.coming = (keys, values), coming
         self.room: int = keys.shape[2] if room is None else room
         self.tokens: int = self.room if tokens is None else tokens
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of all numbers."""
+        return self.buffers[0].dtype
+
+    @property
+    def keys(self) -> mx.array:
+        """The buffer of keys, with all tokens."""
+        return self.complete()[0]
+
+    @property
+    def values(self) -> mx.array:
+        """The buffer of values, with all tokens."""
+        return self.complete()[1]
+
+    def complete(self) -> tuple[mx.array, mx.array]:
+        """The buffers, with the newest token in them."""
+        if self.coming is not None:
+            newest = slice(self.tokens - 1, self.tokens)
+            for buffer, new in zip(self.buffers, self.coming, strict=True):
+                buffer[:, :, newest] = new
+            self.coming = None
+        return self.buffers
+
+    def parted(self) -> Exact:
+        """The same tokens, of which the newest is coming: its place in the buffers is 0."""
+        at = (mx.arange(self.room) == self.tokens - 1)[:, None]
+        keys, values = (mx.where(at, mx.zeros_like(x), x) for x in self.complete())
+        new = [x[:, :, self.tokens - 1 : self.tokens] for x in self.complete()]
+        return Exact(keys, values, self.tokens, self.room, (new[0], new[1]))
+
+    def joined(self, keys: mx.array, values: mx.array) -> None:
+        """Take the buffers that a kernel has written, with the newest token in them."""
+        self.buffers, self.coming = (keys, values), None
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +92,12 @@ class Tokens:
     def exact_type(self) -> mx.Dtype:
         """The dtype of the exact tokens; float32 without any."""
         some = self.sinks or self.recent
-        return mx.float32 if some is None else some.keys.dtype
+        return mx.float32 if some is None else some.dtype
+
+    @property
+    def joins(self) -> bool:
+        """Whether the newest token is not in its buffers yet."""
+        return self.recent is not None and self.recent.coming is not None
 
     @property
     def one_table(self) -> bool:
@@ -99,18 +148,24 @@ class AttentionKernel(Protocol):
         """A function for calls like this one, with other queries and recent tokens."""
 
 
-def changing_names(queries: Queries) -> tuple[str, ...]:
+def changing_names(queries: Queries, *, joins: bool) -> tuple[str, ...]:
     """The inputs of ``attend.metal`` that change at each token; they come first."""
     names = "q", "q_coded", "recent_keys", "recent_values", "common", "sizes"
+    if joins:
+        return *names, "new_keys", "new_values"
     return names if queries.mask is None else (*names, "mask")
 
 
-def changing_inputs(queries: Queries, recent: Exact, common: mx.array, sizes: mx.array) -> list[mx.array]:
+def changing_inputs(
+    queries: Queries, recent: Exact, common: mx.array, sizes: mx.array, *, joins: bool
+) -> list[mx.array]:
     """The arrays of `changing_names`; with a mask queries are contiguous."""
     q, coded, mask = queries.q, queries.coded, queries.mask
+    if joins and recent.coming is not None:
+        return [q, q if coded is None else coded, *recent.buffers, common, sizes, *recent.coming]
     if mask is not None:
         q = mx.contiguous(q)
-    arrays = [q, q if coded is None else coded, recent.keys, recent.values, common, sizes]
+    arrays = [q, q if coded is None else coded, *recent.complete(), common, sizes]
     return arrays if mask is None else [*arrays, mask]
 
 

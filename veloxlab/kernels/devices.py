@@ -60,6 +60,7 @@ CUDA = Backend(
     table_words=8192,
     large_bytes=cache(_large_bytes),
     large="extern __shared__ {kind} {name}[];",
+    joins=True,
     pair_words=1,
     shares=(4, 8),
     product_tokens=16,

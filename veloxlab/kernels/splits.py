@@ -124,8 +124,8 @@ def splits_of(sinks: int, packed: Sequence[int], columns: int, kernel: Threadgro
 
 
 @lru_cache(maxsize=4096)
-def common_numbers(recent_end: int, splits: Splits, _: int) -> mx.array:
-    """The kernels' numbers that are the same for all sequences; cached by thread."""
-    numbers = few_numbers([recent_end, splits.most, splits.of_packed, splits.of_exact])
+def common_numbers(recent_end: int, columns: int, splits: Splits, _: int) -> mx.array:
+    """The kernels' numbers that are the same for all sequences, with ``columns`` of a window; cached by thread."""
+    numbers = few_numbers([recent_end, splits.most, splits.of_packed, splits.of_exact, columns])
     mx.async_eval(numbers)  # to wait would be to wait for all work of the device
     return numbers

@@ -97,12 +97,30 @@ if (exact) {
     values.rows = sink_values + place * sink_values_strides[0] + head * sink_values_strides[1];
     values.token_stride = sink_values_strides[2];
   } else {
+#if JOINS
+    // this split's columns of the next window; those after the newest token belong to the last split
+    const uint room = common[4], window = place * KV_HEADS + head, begun = first_recent + first;
+    const uint until = end < count ? first_recent + end : room, newest = recent_end - 1;
+    global_memory EXACT_TYPE* const next_key = next_keys + window * room * EXACT_KEY;
+    global_memory EXACT_TYPE* const next_value = next_values + window * room * EXACT_VALUE;
+    copy_tokens<EXACT_KEY>(
+        recent_keys + place * recent_keys_strides[0] + head * recent_keys_strides[1], recent_keys_strides[2], begun, until,
+        newest, new_keys + place * new_keys_strides[0] + head * new_keys_strides[1], new_keys_strides[3], thread_id, next_key);
+    copy_tokens<EXACT_VALUE>(
+        recent_values + place * recent_values_strides[0] + head * recent_values_strides[1], recent_values_strides[2], begun,
+        until, newest, new_values + place * new_values_strides[0] + head * new_values_strides[1], new_values_strides[3],
+        thread_id, next_value);
+    group_memory_barrier();
+    keys.token_stride = EXACT_KEY, keys.rows = next_key + first_recent * EXACT_KEY;
+    values.token_stride = EXACT_VALUE, values.rows = next_value + first_recent * EXACT_VALUE;
+#else
     keys.token_stride = recent_keys_strides[2];
     keys.rows = recent_keys + place * recent_keys_strides[0] + head * recent_keys_strides[1];
     keys.rows += first_recent * recent_keys_strides[2];
     values.token_stride = recent_values_strides[2];
     values.rows = recent_values + place * recent_values_strides[0] + head * recent_values_strides[1];
     values.rows += first_recent * recent_values_strides[2];
+#endif
   }
   Running<EXACT_VALUE / (2 * MIX_SHARES)> run;
   const NothingAdded added = {};

@@ -17,6 +17,7 @@
 #define threadgroup_position_in_grid blockIdx
 #define group_barrier() __syncthreads()
 #define simd_barrier() __syncwarp()
+#define group_memory_barrier() __syncthreads() // after writes that others of the threadgroup read from global memory
 
 typedef unsigned int uint;
 typedef unsigned char uchar;

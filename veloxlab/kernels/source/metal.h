@@ -6,6 +6,8 @@
 #define local_memory threadgroup
 #define group_barrier() threadgroup_barrier(metal::mem_flags::mem_threadgroup)
 #define simd_barrier() simdgroup_barrier(metal::mem_flags::mem_threadgroup)
+// after writes that others of the threadgroup read from device memory
+#define group_memory_barrier() threadgroup_barrier(metal::mem_flags::mem_device)
 
 FUNCTION uint opaque(uint x) { return x; }
 // bits shift … shift + 31 of the 64 of both, for a shift of 0 to 32

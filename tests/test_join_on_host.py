@@ -1,0 +1,170 @@
+"""The kernel of attention that also writes the newest token into the window: its Metal text, run on the CPU."""
+
+import copy
+import shutil
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+
+from tests import reading
+from tests.metal_on_host import check, run
+from tests.metal_on_host.launch import HOST
+from tests.test_attention_kernels import TOLERANCE, normal, relative
+from tests.test_cuda_text import compiled, without_launches
+from tests.test_kernels_on_host import CASES, HALF, assert_close, calls
+from veloxlab.cache import attention, coming, counts, layer, past
+from veloxlab.cache.layer import CompressedKVCache
+from veloxlab.codecs.turboquant import TurboQuant
+from veloxlab.kernels import checked
+from veloxlab.kernels.attend import attend_kernel
+from veloxlab.kernels.call import Exact
+
+MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to check and run Metal text")
+
+JOINS = replace(HOST, joins=True)
+GPU = replace(JOINS, lazy=True)
+DIM = 32
+PLAIN = [case for case in CASES if not case.masked and case.shared * case.length <= 8]
+
+
+@pytest.fixture(autouse=True)
+def _no_states(monkeypatch):
+    monkeypatch.setattr(checked, "_states", {})
+    monkeypatch.setattr(check, "MOST_ARGUMENTS", 40)  # such a kernel has more than Metal takes, and runs on CUDA only
+
+
+def parted(call):
+    """Return the call with its newest token outside of the buffers, which have room for three more."""
+    whole = call.tokens.recent
+    wide = (mx.pad(x, [(0, 0), (0, 0), (0, 3), (0, 0)]) for x in whole.complete())
+    recent = Exact(*wide, whole.tokens, whole.tokens + 3).parted()
+    # a view whose coordinates are not neighbours, as a model may give it
+    spread = (mx.contiguous(mx.repeat(x, 2, axis=3))[..., ::2] for x in recent.coming)
+    recent.coming = tuple(spread)
+    return call._replace(tokens=replace(call.tokens, recent=recent))
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_attention_is_the_same_and_the_window_has_the_token(case):
+    for call in calls(case, [(33, 4, 17), (200, 0, 1), (40, 3, 129)]):
+        given = parted(call)
+        assert not mx.array_equal(given.tokens.recent.buffers[0][:, :, :-3], call.tokens.recent.keys)
+        found, found_coded = given.attend(case, JOINS)
+        plain, coded = reading.attend(call.queries, call.tokens)
+        tolerance = HALF + mx.finfo(case.dtype).eps
+        if case.rotated:
+            assert_close(found, plain + call.value_rotation.inverse(coded), tolerance)
+        else:
+            assert_close(found, plain, tolerance)
+            assert_close(found_coded, coded, tolerance)
+        recent = given.tokens.recent
+        assert recent.coming is None
+        for held, whole in zip(recent.buffers, call.tokens.recent.complete(), strict=True):
+            assert mx.array_equal(held[:, :, :-3], whole)
+            assert not held[:, :, -3:].any()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in PLAIN], ids=str)
+def test_other_calls_get_the_window_with_the_token(case):
+    (call,) = calls(case, [(33, 4, 17)])
+    given = parted(call)
+    if case.masked:
+        mask = mx.concatenate([call.queries.mask], axis=-1)
+        given = given._replace(queries=replace(given.queries, mask=mask))
+    found = given.attend(case, JOINS)[0]
+    assert mx.array_equal(found, call.attend(case, HOST)[0])
+
+
+def as_a_gpu(monkeypatch, backend=GPU):
+    for module in (layer, attention):
+        monkeypatch.setattr(module, "current_backend", lambda: backend)
+    for module in (coming, counts, past, checked):
+        monkeypatch.setattr(module, "device_backend", lambda: GPU)
+
+
+def made():
+    cache = CompressedKVCache(TurboQuant(DIM, 4), TurboQuant(DIM, 3, "mse"))
+    cache.update_and_fetch(*[normal(1, 2, 300, DIM, seed=i) for i in range(2)])
+    return cache
+
+
+def token(i):
+    return [normal(1, 2, 1, DIM, seed=10 + 2 * i + j) for j in range(2)]
+
+
+def test_each_token_of_a_text_joins_by_attention(monkeypatch):
+    as_a_gpu(monkeypatch)
+    cache, other = made(), made()
+    for i in range(100):
+        found, _ = cache.update_and_fetch(*token(i))
+        assert found.newest.coming is not None  # the first token after a prompt and after a block too
+        answer = found.attend(normal(1, 4, 1, DIM, seed=i), 0.1, None)
+        assert found.newest.coming is None
+        other.update_and_fetch(*token(i))[0].newest.complete()
+        assert cache.recent.tokens == other.recent.tokens
+        assert cache.recent.room == other.recent.room
+        if i % 16 == 0:
+            assert relative(answer, found._attend_codes(normal(1, 4, 1, DIM, seed=i), 0.1, None)) < TOLERANCE
+        for one, reference in zip(cache.buffers, other.buffers, strict=True):
+            assert mx.array_equal(one, reference)
+
+
+def test_a_token_that_nobody_attends_to_is_held(monkeypatch):
+    as_a_gpu(monkeypatch)
+    cache, other = made(), made()
+    for i in range(3):  # without attention
+        cache.update_and_fetch(*token(i))
+        other.update_and_fetch(*token(i))[0].newest.complete()
+    copied = copy.deepcopy(cache)
+    for i in range(3, 6):
+        copied.update_and_fetch(*token(i))
+    for one, reference in zip(cache.arrays(), other.arrays(), strict=True):
+        assert mx.array_equal(one, reference)
+    assert cache.nbytes == other.nbytes
+    cache.trim(2)
+    assert mx.array_equal(cache.arrays()[0], other.arrays()[0][:, :, :-2])
+    assert copied.offset == 306
+
+
+def test_tokens_of_another_dtype_do_not_join(monkeypatch):
+    as_a_gpu(monkeypatch)
+    cache = made()
+    found, _ = cache.update_and_fetch(*(x.astype(mx.float16) for x in token(0)))
+    assert found.newest.coming is None
+    assert found.dtype == mx.float32
+
+
+def test_a_kernel_that_writes_another_token_is_switched_off(monkeypatch):
+    def wrong(source):
+        kernel = GPU.build(source)
+
+        def run(**given):
+            return (
+                [*(made := kernel(**given))[:2], *(2 * x for x in made[2:])]
+                if len(source.outputs) > 3
+                else kernel(**given)
+            )
+
+        return run
+
+    as_a_gpu(monkeypatch, replace(GPU, build=wrong))
+    found, _ = made().update_and_fetch(*token(0))
+    with pytest.warns(UserWarning, match="attend .* is switched off on this metal device: it differs"):
+        assert found.attend(normal(1, 4, 1, DIM), 0.1, None) is not None
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc to compile CUDA text")
+@pytest.mark.parametrize("case", [replace(PLAIN[2], dtype=dtype) for dtype in (mx.float16, mx.float32)], ids=str)
+def test_its_text_is_cuda(case):
+    texts = []
+    parted(next(calls(case, [(33, 4, 5)]))).attend(case, without_launches(texts))
+    assert "next_keys" in texts[0]
+    assert compiled(texts[0]) == ""
+
+
+def test_a_metal_device_does_not_join():
+    (call,) = calls(PLAIN[0], [(33, 4, 17)])
+    given = parted(call)
+    assert not attend_kernel(given.queries, given.tokens, HOST).joins
