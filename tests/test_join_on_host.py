@@ -14,7 +14,9 @@ from tests.test_attention_kernels import TOLERANCE, normal, relative
 from tests.test_cuda_text import compiled, without_launches
 from tests.test_kernels_on_host import CASES, HALF, assert_close, calls
 from veloxlab.cache import attention, coming, counts, layer, past
+from veloxlab.cache.counts import Room
 from veloxlab.cache.layer import CompressedKVCache
+from veloxlab.cache.runs import compressed_room
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.kernels import checked
 from veloxlab.kernels.attend import attend_kernel
@@ -38,11 +40,11 @@ def _no_states(monkeypatch):
 def parted(call):
     """Return the call with its newest token outside of the buffers, which have room for three more."""
     whole = call.tokens.recent
-    wide = (mx.pad(x, [(0, 0), (0, 0), (0, 3), (0, 0)]) for x in whole.complete())
-    recent = Exact(*wide, whole.tokens, whole.tokens + 3).parted()
-    # a view whose coordinates are not neighbours, as a model may give it
-    spread = (mx.contiguous(mx.repeat(x, 2, axis=3))[..., ::2] for x in recent.coming)
-    recent.coming = tuple(spread)
+    keys, values = (mx.pad(x, [(0, 0), (0, 0), (0, 3), (0, 0)]) for x in whole.complete())
+    recent = Exact(keys, values, whole.tokens, whole.tokens + 3).parted()
+    # views whose coordinates are not neighbours, as a model may give them
+    key, value = (mx.contiguous(mx.repeat(x, 2, axis=3))[..., ::2] for x in recent.coming)
+    recent.coming = key, value
     return call._replace(tokens=replace(call.tokens, recent=recent))
 
 
@@ -84,9 +86,9 @@ def as_a_gpu(monkeypatch, backend=GPU):
         monkeypatch.setattr(module, "device_backend", lambda: GPU)
 
 
-def made():
+def made(tokens=300):
     cache = CompressedKVCache(TurboQuant(DIM, 4), TurboQuant(DIM, 3, "mse"))
-    cache.update_and_fetch(*[normal(1, 2, 300, DIM, seed=i) for i in range(2)])
+    cache.update_and_fetch(*[normal(1, 2, tokens, DIM, seed=i) for i in range(2)])
     return cache
 
 
@@ -126,6 +128,51 @@ def test_a_token_that_nobody_attends_to_is_held(monkeypatch):
     cache.trim(2)
     assert mx.array_equal(cache.arrays()[0], other.arrays()[0][:, :, :-2])
     assert copied.offset == 306
+
+
+def used(cache):
+    """The used parts of all buffers."""
+    return [mx.array(x[:, :, : part.tokens]) for part in cache.runs for x in part.buffers.values()]
+
+
+def decoded(monkeypatch, steps, *, early, tokens=300):
+    """Yield a cache after each of ``steps``: so many tokens, or a trim if negative; with or without codes ahead."""
+    with monkeypatch.context() as own:
+        as_a_gpu(own)
+        if not early:
+            own.setattr(counts.Windows, "early", 0)
+        cache = made(tokens)
+        for i, count in enumerate(steps):
+            if count < 0:
+                cache.trim(-count)
+            else:
+                found, _ = cache.update_and_fetch(*(normal(1, 2, count, DIM, seed=10 + 2 * i + j) for j in range(2)))
+                found.attend(normal(1, 4, count, DIM, seed=i), 0.1, "causal" if count > 1 else None)
+            yield used(cache), cache.packed.ahead
+
+
+CHANGES = {"none": {}, "few trimmed": {20: -3}, "trimmed": {30: -60}, "others": {20: -75, 21: 70}, "more": {12: 6}}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_codes_ahead_are_those_that_a_block_gets_when_it_leaves(monkeypatch, change):
+    steps = [change.get(i, 1) for i in range(110)]
+    found = [*decoded(monkeypatch, steps, early=True)]
+    assert sum(count > 0 for _, count in found) > 16
+    for own, (wanted, none) in zip(found, decoded(monkeypatch, steps, early=False), strict=True):
+        assert none == 0
+        for one, reference in zip(own[0], wanted, strict=True):
+            assert mx.array_equal(one, reference)
+
+
+def test_the_room_of_a_cache_with_codes_ahead_is_predicted(monkeypatch):
+    as_a_gpu(monkeypatch)
+    cache = made(301)
+    for i in range(110):
+        found, _ = cache.update_and_fetch(*token(i))
+        found.attend(normal(1, 4, 1, DIM, seed=i), 0.1, None)
+        room = compressed_room(cache.windows, 302 + i, decoded=i, chunk=2048)
+        assert room == Room(*(part.room for part in cache.runs))
 
 
 def test_tokens_of_another_dtype_do_not_join(monkeypatch):

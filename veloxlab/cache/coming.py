@@ -73,7 +73,7 @@ class Checks:
     def after(self, arrays: list[mx.array], of_each: Sequence[mx.array]) -> tuple[list[mx.array], list[Largest]]:
         """`of` for arrays whose largest magnitudes are known, without a check now."""
         largest = [Largest.of(x) for x in of_each]
-        checked: list[mx.array] = mx.depends(arrays, [each.of_all for each in largest])
+        checked: list[mx.array] = mx.depends(arrays, [each.of_all for each in largest]) if arrays else []
         return checked, largest
 
     def kept(self, largest: Sequence[Largest]) -> None:

@@ -82,6 +82,11 @@ class Windows:
         """The windows of a cache that replaces a model's own, whose first tokens a sliding layer keeps."""
         return cls.of(sinks if facts.max_size is None else facts.keep, window, facts.max_size, facts.layer)
 
+    @property
+    def early(self) -> int:
+        """Recent tokens at which a GPU encodes the next block, which leaves half a block later; 0 for small blocks."""
+        return self.most_recent - self.block // 2 if self.block >= STEP else 0
+
     def arrival(self, count: int, offset: int, recent: int, *, all_seen: bool) -> Arrival:
         """Where ``count`` tokens go after ``offset`` others, of which ``recent`` are in the window.
 

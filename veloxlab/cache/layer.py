@@ -128,12 +128,12 @@ class CompressedKVCache(Runs, saved.Saved):
         largest: list[Largest] = []
         if arrival.from_new:
             leaving = [x[:, :, first : first + arrival.from_new] for x in (keys, values)]
-        if arrival.from_recent:
+        slid, encoded = self._slid(arrival), 0 < self.packed.ahead == arrival.to_packed == arrival.from_recent
+        if arrival.from_recent and not (encoded and slid):
             oldest = [x[:, :, : arrival.from_recent] for x in self.recent.buffers.values()]
             both = zip(oldest, leaving, strict=True)
             leaving = [mx.concatenate([*pair], axis=2) for pair in both] if leaving else oldest
         joining = [x[:, :, : arrival.to_sinks] for x in (keys, values)] if arrival.to_sinks else []
-        slid = self._slid(arrival)
         if slid is not None:
             leaving, largest = self._checks.after(leaving, slid.largest)
         elif leaving or joining:
@@ -141,7 +141,7 @@ class CompressedKVCache(Runs, saved.Saved):
             leaving, joining = checked[: len(leaving)], checked[len(leaving) :]
         sinks = (Code({"values": joining[0]}), Code({"values": joining[1]})) if joining else None
         codecs, packed = (self.key_codec, self.value_codec), None
-        if leaving:
+        if leaving and not encoded:
             start = self.offset + first - (0 if arrival.gone else recent)  # of the oldest token to be encoded
             self.encodes(start + leaving[0].shape[2])
             codecs = fitted_online(self.key_codec, leaving[0]), fitted_online(self.value_codec, leaving[1])
@@ -174,6 +174,8 @@ class CompressedKVCache(Runs, saved.Saved):
         """The second half of `update_and_fetch`, which cannot fail: store the tokens, and return what can be seen."""
         if isinstance(coming, Joining):
             self._checks.kept(())
+            if self.recent.tokens + 1 == self.windows.early and self._past and self._past.filled:
+                self._encode_ahead(self._past)
             self.recent.join(*coming)
             return History(past=self._past, newest=self.recent.exact)
         keys, values, all_seen, arrival, codecs, sinks, packed, largest, slid = coming
@@ -192,6 +194,14 @@ class CompressedKVCache(Runs, saved.Saved):
         history = History(segments, tuple(self.buffers) if keys.shape[2] > FEW_QUERIES else (), dtype=keys.dtype)
         self._lent = history if self.lends else None
         return history
+
+    def _encode_ahead(self, past: Past) -> None:
+        """Encode the block that leaves next, some steps before that."""
+        self.encodes(self.offset - self.recent.tokens + self.windows.block)
+        codecs, room = (self.key_codec, self.value_codec), self.packed.room
+        self.encode_ahead(codecs)
+        if self.packed.room > room:  # attention reads the larger buffers from now on
+            self._past = before_window(self, codecs, past)
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None

@@ -8,7 +8,7 @@ from functools import lru_cache
 import mlx.core as mx
 
 from veloxlab.cache.counts import BLOCK, CHUNK, SLACK_SHARE, STEP, Arrival, Room, Windows, calls, window_step
-from veloxlab.codecs import TENSORS, Code, Tensor
+from veloxlab.codecs import TENSORS, Code, Codec, Tensor
 from veloxlab.codecs.base import TOKENS
 from veloxlab.kernels.backend import Backend
 from veloxlab.kernels.call import Exact
@@ -27,6 +27,7 @@ class Run:
         self.most, self.tokens, self.buffers = most, tokens, buffers or {}  # `most`: the limit of tokens
         self.room = next((buffer.shape[2] for buffer in self.buffers.values()), 0)  # tokens that buffers can hold
         self._codes: dict[tuple[int, int], Codes] = {}  # views of the current buffers, by (start, skip)
+        self.ahead = 0  # tokens behind these whose codes are in the buffers already
 
     @property
     def buffers(self) -> Arrays:
@@ -70,6 +71,7 @@ class Run:
             self.drop(oldest=oldest)
             return
         self._codes.clear()
+        self.ahead = 0
         held, kept = self.room, slice(oldest, self.tokens)
         self.tokens -= oldest
         if oldest:
@@ -141,6 +143,7 @@ class Run:
 
     def drop(self, *, oldest: int = 0, newest: int = 0) -> None:
         """Drop tokens and release their memory."""
+        self.ahead = 0  # of a layer's newest tokens some are dropped: another block may leave next
         if not oldest and not newest:
             return
         kept = slice(oldest, self.tokens - newest)
@@ -241,6 +244,19 @@ class Runs:
         else:
             self.recent.append(arrival.to_recent, recent, oldest)
 
+    def encode_ahead(self, codecs: tuple[Codec, Codec] | None = None) -> None:
+        """Encode the block that leaves the window next, and write its codes behind those of the packed tokens.
+
+        So the step in which the block leaves has half the work on a GPU. The newest token is not in the block.
+        """
+        block, start, codes = self.windows.block, self.offset - self.recent.tokens, None
+        if codecs is not None:
+            oldest = [x[:, :, :block] for x in self.recent.exact.buffers]
+            codes = codecs[0].encode(oldest[0], start), codecs[1].encode(oldest[1], start)
+        self.packed.append(block, codes)
+        self.packed.tokens, self.packed.ahead = self.packed.tokens - block, block
+        ahead(*self.packed.buffers.values())
+
     def evict(self) -> None:
         """Drop tokens that a sliding layer no longer sees."""
         self._drop_oldest(self.windows.leaving(self.packed.tokens, self.recent.tokens))
@@ -265,13 +281,21 @@ def compressed_room(windows: Windows, tokens: int, decoded: int = 0, chunk: int 
 
 
 @lru_cache(maxsize=4096)
-def _room(windows: Windows, tokens: int, decoded: int, chunk: int, _: int) -> Room:
+def _room(windows: Windows, tokens: int, decoded: int, chunk: int, step: int) -> Room:
     runs, counts = Runs(windows), [*calls(tokens, decoded, chunk)]
     if windows.reach is None and chunk > 2 * BLOCK:  # the first of many chunks does not change the room
         before = counts[: -3 - decoded]
         counts = [*([sum(before)] if before else []), *counts[len(before) :]]
     for count in counts:
         all_seen = count > windows.window
+        if (
+            step == BLOCK
+            and count == 1
+            and windows.reach is None
+            and runs.packed.tokens
+            and runs.recent.tokens + 1 == windows.early
+        ):
+            runs.encode_ahead()  # as a GPU does
         runs.take(windows.arrival(count, runs.offset, runs.recent.tokens, all_seen=all_seen))
         runs.evict()
     return Room(*(run.room for run in runs.runs))
