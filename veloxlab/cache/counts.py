@@ -126,7 +126,7 @@ class Windows:
         if decoded:
             sinks = min(sinks + STEP, self.sinks)
             recent = min(recent + window_step(), self.most_recent) if recent else 0
-            packed += max(STEP, packed // SLACK_SHARE) if packed else 0
+            packed += packed_slack(packed, 1) if packed else 0
         return Room(sinks, packed, recent)
 
     @property
@@ -138,6 +138,17 @@ class Windows:
 def window_step() -> int:
     """Tokens by which a window grows if they come one at a time. A GPU takes long for growth compared with a step."""
     return BLOCK if device_backend().lazy else STEP
+
+
+def packed_slack(tokens: int, new: int) -> int:
+    """Room for later tokens in buffers of codes that grow to ``tokens`` when ``new`` ones come.
+
+    A long text gets what it needs. On a GPU slack is at least that of mlx-lm's own buffers.
+    """
+    if new > BLOCK:
+        return 0
+    least = OWN_STEP if device_backend().lazy else STEP * (new == 1)
+    return max(least, tokens // SLACK_SHARE)
 
 
 def calls(tokens: int, decoded: int = 0, chunk: int = CHUNK) -> Iterator[int]:

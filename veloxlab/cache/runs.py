@@ -7,7 +7,18 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from veloxlab.cache.counts import BLOCK, CHUNK, SLACK_SHARE, STEP, Arrival, Room, Windows, calls, window_step
+from veloxlab.cache.counts import (
+    BLOCK,
+    CHUNK,
+    SLACK_SHARE,
+    STEP,
+    Arrival,
+    Room,
+    Windows,
+    calls,
+    packed_slack,
+    window_step,
+)
 from veloxlab.codecs import TENSORS, Code, Codec, Tensor
 from veloxlab.codecs.base import TOKENS
 from veloxlab.kernels.backend import Backend
@@ -139,7 +150,7 @@ class Run:
     def _grown(self, tokens: int, new: int) -> int:
         if self.most is not None:
             return tokens + (min(window_step(), self.most - tokens) if new == 1 else 0)
-        return tokens + (max(STEP * (new == 1), tokens // SLACK_SHARE) if new <= BLOCK else 0)
+        return tokens + packed_slack(tokens, new)
 
     def drop(self, *, oldest: int = 0, newest: int = 0) -> None:
         """Drop tokens and release their memory."""
