@@ -24,7 +24,7 @@ from veloxlab.codecs import METHODS
 from veloxlab.kernels import devices
 from veloxlab.measure import compare as measured_speed
 from veloxlab.measure.activations import LayerCapture
-from veloxlab.measure.bench import cpu, cpu_decode, host, models, shapes, timing
+from veloxlab.measure.bench import builds, cpu, cpu_decode, host, models, shapes, timing
 from veloxlab.texts import shipped_folder
 
 SMALL = shapes.Shape(4, 2, 128)
@@ -153,6 +153,14 @@ def test_encoding_is_timed_beside_attention(quick):
         assert row["ratio"] == pytest.approx(row["microseconds"] / row["attention_microseconds"] / BLOCK)
 
 
+def test_a_session_of_a_method_is_timed_twice_in_a_process_of_its_own():
+    told: list[str] = []
+    (row,) = builds.builds(["rabitq"], told.append)
+    assert row["cache"] == "rabitq"
+    assert row["kernels"] == 0  # a CPU builds loops instead
+    assert told == [f"rabitq: 0 kernels are built in {row['seconds']:.1f} s"]
+
+
 def test_the_command_writes_its_measurements_and_can_measure_a_part_again(monkeypatch, tmp_path):
     names = (
         "decode_attention",
@@ -161,21 +169,23 @@ def test_the_command_writes_its_measurements_and_can_measure_a_part_again(monkey
         "decode_steps",
         "read_prompts",
         "batch_steps",
+        "builds",
         "host",
     )
     for name in names:
-        module = next(each for each in (timing, models, host) if hasattr(each, name))
+        module = next(each for each in (timing, models, builds, host) if hasattr(each, name))
         monkeypatch.setattr(module, name, lambda *given, name=name, **named: [{"of": name, **named}])
     monkeypatch.setattr(times, "bench_picture", lambda results: str(len(results)).encode())
     monkeypatch.setattr(times.tables, "bench_tables", lambda results: f"{len(results)} parts")  # type: ignore[attr-defined]
     monkeypatch.setattr(times.runtime, "backend", lambda: "cuda")  # type: ignore[attr-defined]
     path = tmp_path / "bench.json"
     assert cli.main(["bench", "--json", str(path), "--tokens", "64"]) == 0
-    assert path.with_suffix(".md").read_text() == "7 parts\n"
+    assert path.with_suffix(".md").read_text() == "8 parts\n"
     results = json.loads(path.read_text())
     assert [part["rows"][0]["of"] for part in results.values()] == [*names]
-    assert path.with_suffix(".png").read_bytes() == b"7"
+    assert path.with_suffix(".png").read_bytes() == b"8"
     assert all(part["facts"]["backend"] in ("cpu", "cuda", "metal") for part in results.values())
+    assert all(part["facts"]["seconds"] >= 0 for part in results.values())
     assert results["attention"]["rows"] == [{"of": "decode_attention", "tokens": [64]}]
     assert results["decode"]["rows"] == [{"of": "decode_steps", "tokens": [64]}]
 

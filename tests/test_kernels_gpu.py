@@ -302,3 +302,27 @@ def test_a_window_that_a_block_leaves(dtype):
     found, wanted = slid(windows, 8, 19, 30, current_backend()), by_operations(windows, 8, 19, 30)
     for one, other in zip([*found.windows, *found.largest], [*wanted.windows, *wanted.largest], strict=True):
         assert mx.array_equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("method", ["turboquant", "qjl"])  # the other codec transforms queries and outputs itself
+def test_the_newest_token_joins_the_window_by_attention(method, dtype):
+    caches = [
+        CompressedKVCache(*(METHODS[method].codec(128, 4, tensor) for tensor in TENSORS), sinks=4, window=40)
+        for _ in range(2)
+    ]
+    for i, count in enumerate([500, *[1] * 70]):
+        new = [normal(1, 2, count, 128, seed=i, dtype=dtype) for _ in TENSORS]
+        found, other = (cache.update_and_fetch(*new)[0] for cache in caches)
+        if count > 1:
+            continue
+        other.newest.complete()
+        answer = found.attend(normal(1, 8, 1, 128, seed=i, dtype=dtype), 0.1, None)
+        assert found.newest.coming is None
+        if i % 10 == 1:
+            wanted = other._attend_codes(normal(1, 8, 1, 128, seed=i, dtype=dtype), 0.1, None)
+            assert relative(answer, wanted) < max(TOLERANCE, 2 * mx.finfo(dtype).eps)
+            for one, reference in zip(
+                caches[0].recent.buffers.values(), caches[1].recent.buffers.values(), strict=True
+            ):
+                assert mx.array_equal(one, reference)

@@ -222,6 +222,11 @@ _GPU_TABLES = {  # the same
         "cache | tokens: | µs: | share:",
         "{cache} | {tokens:,} | {microseconds:,.0f} | {ratio:.2f}",
     ),
+    "builds": (
+        "Kernels that a session of a method builds and checks, the first time: it reads a prompt, and decodes",
+        "cache | kernels: | seconds:",
+        "{cache} | {kernels} | {seconds:.1f}",
+    ),
     "host": _CPU_TABLES["host"],
 }
 _CELLS = {

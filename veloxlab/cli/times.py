@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from veloxlab.store import check_place, reading, write_atomically
 if TYPE_CHECKING:
     import polars as pl
 
-PARTS = ("attention", "methods", "encode", "decode", "read", "batch", "fit", "host")
+PARTS = ("attention", "methods", "encode", "decode", "read", "batch", "builds", "fit", "host")
 
 
 def time_kernels(
@@ -44,8 +45,10 @@ def time_kernels(
         check_place(file)
     kept = json.loads(file.read_text()) if only is not None and file and file.exists() else {}
     for name in parts if only is None else only:
+        start = time.monotonic()
         rows = parts[name]()  # this also tries kernels, and the facts have the outcome
-        kept[name] = {"facts": facts(), "rows": rows}
+        kept[name] = {"facts": facts() | {"seconds": round(time.monotonic() - start)}, "rows": rows}
+        print(f"{name} took {kept[name]['facts']['seconds']} s", flush=True)
         _write_json(file, kept)
     if file and "attention" in kept:
         write_atomically(file.with_suffix(".md"), f"{tables.bench_tables(kept)}\n".encode())
@@ -73,6 +76,7 @@ _Parts = tuple[Callable[[], dict[str, Any]], dict[str, Callable[[], Any]]]
 def _on_gpu(tokens: Sequence[int] | None) -> _Parts:
     from veloxlab.codecs import METHODS
     from veloxlab.measure.bench import models, timing
+    from veloxlab.measure.bench.builds import builds
     from veloxlab.measure.bench.host import host
 
     tokens = tuple(tokens or timing.TOKENS)
@@ -83,6 +87,7 @@ def _on_gpu(tokens: Sequence[int] | None) -> _Parts:
         "decode": lambda: models.decode_steps(tokens=tokens),
         "read": models.read_prompts,
         "batch": models.batch_steps,
+        "builds": builds,
         "host": host,
     }
 
