@@ -278,11 +278,17 @@ def test_attention_over_trellis_codes_agrees_with_its_definition(case):
     assert_attention_is_as_by_its_definition(case, more=2 * 2.0**-12)
 
 
-def test_a_table_with_a_copy_for_every_lane_gives_the_same_result():
-    case = TRELLISES[1]
+@pytest.mark.parametrize(
+    ("case", "apart"),
+    [(TRELLISES[1], 0), (Case(Trellis(2.25, beside="turned"), Trellis(3.25, beside="shifted"), 64, 2), 1)],
+    ids=["one after the other", "at once"],
+)
+def test_a_table_with_a_copy_for_every_lane_gives_the_same_result(case, apart):
+    """With few rows, simdgroups join their sums at once, where the table was."""
     large = dataclasses.replace(HOST, large_bytes=lambda: 12 << 10)  # two copies: Metal has 32 KB
     (kernel,) = {attend_kernel(call.queries, call.tokens, large) for call in calls(case, RUNS[:1])}
     assert kernel.attend.large_bytes
+    assert dict(kernel.attend.defines)["JOINED_APART"] == apart
     assert_attention_is_as_by_its_definition(case, more=2 * 2.0**-12, backend=large, runs=[(300, 4, 17)])
 
 

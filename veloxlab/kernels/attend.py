@@ -236,6 +236,7 @@ def _attend_source(
     shared_bytes = min(backend.shared_bytes, _PROCESSOR_BYTES - large)
     words = min(shared_bytes // 4 - taken, backend.table_words) // (1 if tokens.one_table else 2)
     room = Room(words, backend.pair_words, large // 4, backend.large)
+    apart = 4 * simdgroups * rows * (largest_value + 8) <= large  # so much of the table holds what simdgroups join
     key = keys.fragment("k", "k", room)
     value = values.fragment("v", "k" if tokens.one_table else "v", room)
     of_readers = dict.fromkeys((*keys.headers, *values.headers))
@@ -263,6 +264,7 @@ def _attend_source(
             ("KEY_PLACE(i)", key.place),
             ("SHARED_FLOAT4S", shared // 4),
             ("TILES_AT", tiles_at // 4),
+            ("JOINED_APART", int(apart)),
             ("EXACT_TYPE", backend.types[tokens.exact_type]),
             ("QUERY_TYPE", backend.types[queries.q.dtype]),
             ("SIMDGROUPS", simdgroups),
@@ -272,6 +274,7 @@ def _attend_source(
         headers=("simd.h", "readers.h", *of_readers, "lanes.h", "window.h", *of_joins, "attend.h", *of_sums),
         body=Template(source_file("attend.metal")).substitute(
             declarations=f"{key.declarations}\n{value.declarations}",
+            joined=("k_levels" if keys.large_words else "v_levels") if apart else "shared + TILES_AT",
             query_place=_QUERY_PLACES[queries.mask is None],
             key_setup=key.setup.replace("\n", "\n  "),
             value_setup=value.setup.replace("\n", "\n  "),

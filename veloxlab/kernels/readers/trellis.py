@@ -146,7 +146,7 @@ class TrellisReader(Reader):
         """The fragment with the parts of scores besides levels."""
         dim, of_rows = self.coordinates, f"{prefix}_besides"
         if self.angles is not None:
-            numbers = f"((local_memory float*){of_rows})"
+            numbers = f"((local_memory query_t*){of_rows})"
             count = f"turns_place<{dim}>() + {dim // 4} + SCORE_TOKENS * {dim // 8}"
             declarations = f"threadgroup float4 {of_rows}[{count}];"
             queries = (
@@ -156,7 +156,7 @@ class TrellisReader(Reader):
                 "}"
             )
             setup = f"fill_turns<{dim}>({of_rows}, {prefix}_angles + 1, thread_id, THREADS);\n"
-            turned = f"shared + TILES_AT + simdgroup * {self.tile_words // 4}"
+            turned = f"(local_memory query_t*)(shared + TILES_AT + simdgroup * {self.tile_words // 4})"
             members = f"{of_rows}, {turned}, int({prefix}_angles[0]) - int(first_packed)"
             added = f"const TurnsAdded<{dim}> added = {{{members}}};"
         elif self.shifts is not None:

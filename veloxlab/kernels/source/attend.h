@@ -92,7 +92,7 @@ template <int KEY_DIM, int VALUE_DIM, class Keys, class Values, class Added>
 FUNCTION void attend(
     thread const Keys& keys,
     thread const Values& values,
-    const local_memory float* queries, // as `query_at` says; they and what readers have are there after a barrier
+    const local_memory query_t* queries, // as `query_at` says; they and what readers have are there after a barrier
     thread const Added& added,
     const global_memory float* mask,     // of the first row and the first token, if HAS_MASK
     thread const uint (&mask_rows)[LANE_ROWS], // where the mask of each of the lane's rows begins
@@ -125,7 +125,7 @@ FUNCTION void attend(
   constexpr bool held = TILES_AT == 0;
   QueryPart query[STEPS];
   UNROLL for (int s = 0; s < STEPS; s++) {
-    if (held) query[s] = small_query_part(queries, QUERY_LENGTH(KEY_DIM), QUARTER + 4, s, lane);
+    if (held) query[s] = query_part(queries, QUERY_LENGTH(KEY_DIM), QUARTER + 4, s, lane);
   }
   if (held) group_barrier(); // what is of a tile takes their place
 
@@ -153,7 +153,7 @@ FUNCTION void attend(
         UNROLL for (int own = 0; own < SCORE_OWN; own++) {
           UNROLL for (int p = 0; p < SCORE_PAIRS; p++) pairs[own][p] = x[own][s * SCORE_PAIRS + p];
         }
-        if (!held) query[s] = small_query_part(queries, QUERY_LENGTH(KEY_DIM), QUARTER + 4, s, lane);
+        if (!held) query[s] = query_part(queries, QUERY_LENGTH(KEY_DIM), QUARTER + 4, s, lane);
         scores[part].add(pairs, query[s]);
       }
       UNROLL for (int own = 0; own < SCORE_OWN; own++) {
@@ -162,9 +162,9 @@ FUNCTION void attend(
       added.add(scores[part], tile + part * SCORE_TOKENS + score_token(lane), lane);
     }
     key_reader.advance(step), scale_reader.advance(step);
-    if (whole) {
+    if (held && whole) {
       codes.template fetch_keys<true>(key_reader, scale_reader, last, lane);
-    } else if (next < end) {
+    } else if (!held || next < end) {
       codes.template fetch_keys<false>(key_reader, scale_reader, last - int(score_token(lane)), lane);
     }
 
@@ -224,9 +224,9 @@ FUNCTION void attend(
       }
     }
     value_reader.advance(step);
-    if (whole) {
+    if (held && whole) {
       codes.template fetch_values<true>(value_reader, last, lane);
-    } else if (next < end) {
+    } else if (!held || next < end) {
       codes.template fetch_values<false>(value_reader, last - int(mix_token(lane)), lane);
     }
   }
@@ -243,7 +243,8 @@ FUNCTION void join(
     uint lane,
     local_memory float* largest, // [simdgroups][ROWS]
     local_memory float* totals,  // [simdgroups][ROWS]
-    local_memory float* joined,  // [ROWS][JOINED_LENGTH(VALUE_DIM)], where simdgroups had what is of their tiles
+    local_memory float* joined,  // [ROWS][JOINED_LENGTH(VALUE_DIM)], where simdgroups had what is of their tiles,
+                                 // or the same for every simdgroup, if JOINED_APART, where the table was
     global_memory float* out_mixed,
     uint out_row,
     global_memory float* out_sums,
@@ -259,8 +260,10 @@ FUNCTION void join(
     }
   }
   group_barrier(); // some simdgroups have few tokens
-  for (uint i = thread_id; i < ROWS * JOINED_LENGTH(VALUE_DIM); i += threads) joined[i] = 0.0f;
-  group_barrier();
+  if (!JOINED_APART) {
+    for (uint i = thread_id; i < ROWS * JOINED_LENGTH(VALUE_DIM); i += threads) joined[i] = 0.0f;
+    group_barrier();
+  }
   if (thread_id < ROWS) {
     float highest = largest[thread_id], total = 0.0f;
     for (uint s = 1; s < simdgroups; s++) {
@@ -276,24 +279,32 @@ FUNCTION void join(
     totals[thread_id] = total;
   }
   group_barrier();
-  for (uint s = 0; s < simdgroups; s++) {
+  constexpr uint apart = JOINED_APART ? ROWS * JOINED_LENGTH(VALUE_DIM) : 0;
+  for (uint s = JOINED_APART ? simdgroup : 0; s < simdgroups; s++) { // one after the other, or all at once
     if (s == simdgroup) {
       UNROLL for (int i = 0; i < MIX_SUMS; i++) {
         const uint row = mixed_row(lane, i);
         if (row < ROWS) {
           const float factor = largest[s * ROWS + row];
+          local_memory float* to = joined + s * apart + row * JOINED_LENGTH(VALUE_DIM) + mix_output(lane) * (SHARE + 1);
           UNROLL for (int p = 0; p < SHARE / 2; p++) {
-            joined[row * JOINED_LENGTH(VALUE_DIM) + mix_output(lane) * (SHARE + 1) + 2 * p + mixed_coordinate(lane, i)] +=
-                factor * run.mixed[p].sum[i];
+            const float sum = factor * run.mixed[p].sum[i];
+            local_memory float& place = to[2 * p + mixed_coordinate(lane, i)];
+            place = JOINED_APART ? sum : place + sum;
           }
         }
       }
     }
     group_barrier();
+    if (JOINED_APART) break;
   }
   for (uint i = thread_id; i < ROWS * VALUE_DIM; i += threads) {
     const uint row = i / VALUE_DIM, coordinate = i % VALUE_DIM;
-    const float sum = joined[row * JOINED_LENGTH(VALUE_DIM) + coordinate + coordinate / SHARE];
+    const local_memory float* from = joined + row * JOINED_LENGTH(VALUE_DIM) + coordinate + coordinate / SHARE;
+    float sum = from[0];
+    if (JOINED_APART) {
+      for (uint s = 1; s < simdgroups; s++) sum += from[s * apart];
+    }
     const uint place = summed.place(coordinate);
     out_mixed[row * out_row + place] = summed.number(place, sum, totals[row]);
   }

@@ -17,12 +17,12 @@ const uint exact_splits = sink_splits + (recent + exact_per_split - 1) / exact_p
 const uint splits = exact_splits + (packed + per_split - 1) / per_split;
 
 // Queries, of what the matrix unit holds. At TILES_AT, which is in their place if lanes hold them, each simdgroup has what
-// is of its tile, and then they join there what they know.
+// is of its tile, and then they join there what they know, or in a large table.
 threadgroup float4 shared[SHARED_FLOAT4S];
-local_memory float* const queries = (local_memory float*)shared;
-local_memory float* const joined = (local_memory float*)(shared + TILES_AT);
+local_memory query_t* const queries = (local_memory query_t*)shared;
 threadgroup float largest[SIMDGROUPS * ROWS], totals[SIMDGROUPS * ROWS];
 $declarations
+local_memory float* const joined = (local_memory float*)($joined);
 
 if (split >= splits) return; // another sequence has more
 const bool exact = split < exact_splits;

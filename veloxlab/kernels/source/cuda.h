@@ -67,6 +67,10 @@ FUNCTION pair_t make_pair(float x, float y) {
 }
 FUNCTION pair_t small_pair(float x, float y) { return __floats2half2_rn(x, y); } // of what half precision holds
 FUNCTION pair_t pair_of(half x, half y) { return __halves2half2(x, y); }
+// two neighbours in memory
+FUNCTION pair_t stored_pair(const half* x) { return *(const pair_t*)x; }
+template <typename T>
+FUNCTION pair_t stored_pair(const T* x) { return make_pair(as_float(x[0]), as_float(x[1])); }
 FUNCTION float2 pair_floats(pair_t x) { return __half22float2(x); }
 
 // the lowest byte of one word, the others of another
@@ -104,12 +108,18 @@ struct QueryPart {
 FUNCTION uint score_token(uint lane) { return lane / 4; } // the first; `own` ones lie 8 apart
 #define SCORE_DISTANCE(own) (8 * (own))
 FUNCTION uint score_quarter(uint lane) { return lane % 4; }
-// of a query, in what half precision holds
-FUNCTION float as_query(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
+typedef half query_t; // a number of a query in threadgroup memory
+FUNCTION query_t as_query(float x) { return __float2half(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
+FUNCTION pair_t as_pair(uint x) { return *(const pair_t*)&x; }
 // A product takes coordinates 4 · step … of every quarter of a row; row and quarter are lengths.
-FUNCTION QueryPart small_query_part(const float* queries, uint row, uint quarter, uint step, uint lane) {
-  const float4 q = *(const float4*)(queries + (lane / 4) * row + (lane % 4) * quarter + 4 * step);
-  return QueryPart{{small_pair(q.x, q.y), small_pair(q.z, q.w)}};
+FUNCTION QueryPart query_part(const query_t* queries, uint row, uint quarter, uint step, uint lane) {
+  const uint2 q = *(const uint2*)(queries + (lane / 4) * row + (lane % 4) * quarter + 4 * step);
+  return QueryPart{{as_pair(q.x), as_pair(q.y)}};
+}
+// Four neighbours in a row.
+FUNCTION void put_four(query_t* to, float x, float y, float z, float w) {
+  const pair_t first = small_pair(x, y), second = small_pair(z, w);
+  *(uint2*)to = make_uint2(*(const uint*)&first, *(const uint*)&second);
 }
 FUNCTION void multiply(float (&sum)[4], pair_t a0, pair_t a1, pair_t a2, pair_t a3, pair_t b0, pair_t b1) {
   const uint* a[4] = {(const uint*)&a0, (const uint*)&a1, (const uint*)&a2, (const uint*)&a3};
@@ -127,13 +137,14 @@ struct Scores {
   }
   // Two pairs of each quarter: `stored` c c of both tokens, then s s, with a query's a a b b rotated by c c s s.
   FUNCTION void add_turned(
-      const half* stored, const float* queries, const float* turned, uint row, uint quarter, uint step, uint lane) {
+      const half* stored, const query_t* queries, const query_t* turned, uint row, uint quarter, uint step, uint lane) {
     const uint4 x = *(const uint4*)stored;
-    const uint at = (lane % 4) * quarter + 4 * step;
-    const float4 q = *(const float4*)(queries + (lane / 4) * row + at), by = *(const float4*)(turned + at);
-    const pair_t a = small_pair(q.x * by.x + q.z * by.z, q.y * by.y + q.w * by.w);
-    const pair_t b = small_pair(q.z * by.x - q.x * by.z, q.w * by.y - q.y * by.w);
-    multiply(sum, *(const pair_t*)&x.x, *(const pair_t*)&x.y, *(const pair_t*)&x.z, *(const pair_t*)&x.w, a, b);
+    const QueryPart q = query_part(queries, row, quarter, step, lane);
+    const uint2 by = *(const uint2*)(turned + (lane % 4) * quarter + 4 * step);
+    const pair_t cosines = as_pair(by.x), sines = as_pair(by.y);
+    const pair_t a = __hfma2(q.pairs[0], cosines, __hmul2(q.pairs[1], sines));
+    const pair_t b = __hfma2(q.pairs[1], cosines, __hneg2(__hmul2(q.pairs[0], sines)));
+    multiply(sum, as_pair(x.x), as_pair(x.y), as_pair(x.z), as_pair(x.w), a, b);
   }
 };
 FUNCTION uint score_row(uint lane, uint i) { return 2 * (lane % 4) + i; }

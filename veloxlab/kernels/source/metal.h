@@ -34,6 +34,8 @@ typedef float2 pair_t;
 FUNCTION pair_t make_pair(float x, float y) { return float2(x, y); }
 FUNCTION pair_t small_pair(float x, float y) { return float2(x, y); }
 FUNCTION pair_t pair_of(half x, half y) { return float2(as_float(x), as_float(y)); }
+template <typename T>
+FUNCTION pair_t stored_pair(const device T* x) { return float2(as_float(x[0]), as_float(x[1])); }
 FUNCTION float2 pair_floats(pair_t x) { return x; }
 
 // Where a lane's two elements lie in an 8 × 8 matrix of a simdgroup: their row, and the first of their two columns; and which
@@ -76,11 +78,16 @@ struct QueryPart {
 FUNCTION uint score_token(uint lane) { return matrix_row(lane); }
 #define SCORE_DISTANCE(own) 0
 FUNCTION uint score_quarter(uint lane) { return matrix_column(lane) / 2; }
-FUNCTION float as_query(float x) { return x; }
-FUNCTION QueryPart small_query_part(const threadgroup float* queries, uint row, uint quarter, uint step, uint lane) {
-  const threadgroup float* q =
+typedef float query_t; // a number of a query in threadgroup memory
+FUNCTION query_t as_query(float x) { return x; }
+FUNCTION QueryPart query_part(const threadgroup query_t* queries, uint row, uint quarter, uint step, uint lane) {
+  const threadgroup query_t* q =
       queries + matrix_column(lane) * row + matrix_row(lane) / 2 * quarter + 2 * step + matrix_row(lane) % 2;
   return QueryPart{float2(q[0], q[row])};
+}
+// Four neighbours in a row.
+FUNCTION void put_four(threadgroup query_t* to, float x, float y, float z, float w) {
+  to[0] = x, to[1] = y, to[2] = z, to[3] = w;
 }
 // A lane gets the sums of its token and of two neighbouring rows.
 struct Scores {
@@ -93,11 +100,11 @@ struct Scores {
   }
   // Two pairs of each quarter: `stored` c c s s of the token, with a query's a a b b rotated by c c s s.
   FUNCTION void add_turned(
-      const threadgroup half* stored, const threadgroup float* queries, const threadgroup float* turned, uint row,
+      const threadgroup half* stored, const threadgroup query_t* queries, const threadgroup query_t* turned, uint row,
       uint quarter, uint step, uint lane) {
-    const threadgroup float* by = turned + matrix_row(lane) / 2 * quarter + 4 * step + matrix_row(lane) % 2;
-    const float2 a = small_query_part(queries, row, quarter, 2 * step, lane).pair;
-    const float2 b = small_query_part(queries, row, quarter, 2 * step + 1, lane).pair;
+    const threadgroup query_t* by = turned + matrix_row(lane) / 2 * quarter + 4 * step + matrix_row(lane) % 2;
+    const float2 a = query_part(queries, row, quarter, 2 * step, lane).pair;
+    const float2 b = query_part(queries, row, quarter, 2 * step + 1, lane).pair;
     const pair_t cosines[1][1] = {{pair_of(stored[0], stored[1])}}, sines[1][1] = {{pair_of(stored[2], stored[3])}};
     add(cosines, QueryPart{float2(a.x * by[0] + b.x * by[2], a.y * by[0] + b.y * by[2])});
     add(sines, QueryPart{float2(b.x * by[0] - a.x * by[2], b.y * by[0] - a.y * by[2])});

@@ -137,7 +137,7 @@ struct TrellisReader {
     const uint before = first - begin < REACH ? REACH - (first - begin) : 0u;
     uint words[count + 1];
     UNROLL for (int i = 0; i < count; i++) words[i] = funnel(from.words[i], from.words[i + 1], shift);
-    words[0] = words[0] >> before << before;
+    words[0] &= ~0u << before;
     words[count] = 0u;
     UNROLL for (int i = 0; i < WIDTH; i += together) {
       uint planned[4], entry[4];

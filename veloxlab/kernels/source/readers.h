@@ -112,6 +112,6 @@ struct ExactReader {
 
   template <int WIDTH>
   FUNCTION void decode(thread const Fetched<WIDTH>& row, uint, thread pair_t (&x)[WIDTH / 2]) const {
-    UNROLL for (int i = 0; i < WIDTH / 2; i++) x[i] = make_pair(as_float(row.from[2 * i]), as_float(row.from[2 * i + 1]));
+    UNROLL for (int i = 0; i < WIDTH / 2; i++) x[i] = stored_pair(row.from + 2 * i);
   }
 };

@@ -16,7 +16,7 @@ FUNCTION uint turned_place(uint i) { // i is cosines of all pairs, then sines
 // Behind the rows of queries lies, of two pairs each, how often they turn round in a position, x and y, and corrections, z
 // and w. Then come, for each lane, cosines and sines of two pairs of its quarter: c c of each of its tokens, then s s.
 template <int DIM>
-FUNCTION constexpr uint turns_place() { return PADDED_ROWS * QUERY_LENGTH(DIM) / 4; }
+FUNCTION constexpr uint turns_place() { return PADDED_ROWS * QUERY_LENGTH(DIM) * sizeof(query_t) / 16; }
 
 template <int DIM>
 FUNCTION void fill_turns(local_memory float4* queries, const global_memory float* angles, uint thread_id, uint threads) {
@@ -44,7 +44,7 @@ FUNCTION float turned_by(float position, float turn, float correction) {
 template <int DIM>
 struct TurnsAdded {
   const local_memory float4* queries; // rows as `query_at` and `turned_place` say, then what `fill_turns` gives
-  local_memory float4* turned;        // the simdgroup's: c c s s of two pairs at a product's first token, as a row of queries
+  local_memory query_t* turned;       // the simdgroup's: c c s s of two pairs at a product's first token, as a row of queries
   int before;                         // positions before token 0
 
   FUNCTION void add(thread Scores& scores, uint token, uint lane) const {
@@ -58,13 +58,12 @@ struct TurnsAdded {
       if (4 * steps % 32 != 0 && i >= 4 * steps) continue;
       const float4 turn = turns[i];
       const float x = turned_by(position, turn.x, turn.z), y = turned_by(position, turn.y, turn.w);
-      local_memory float4& to = turned[i + i / steps];
-      to.x = small_cosine(x), to.y = small_cosine(y), to.z = small_sine(x), to.w = small_sine(y);
+      put_four(turned + 4 * (i + i / steps), small_cosine(x), small_cosine(y), small_sine(x), small_sine(y));
     }
     simd_barrier();
     UNROLL for (uint i = 0; i < steps; i++) {
       scores.add_turned(
-          table + i * (128 * SCORE_OWN), (const local_memory float*)queries, (const local_memory float*)turned,
+          table + i * (128 * SCORE_OWN), (const local_memory query_t*)queries, turned,
           QUERY_LENGTH(DIM), DIM / 4 + 4, i, lane);
     }
   }
