@@ -32,7 +32,8 @@ PYTEST = (
     "-m",
     "gpu",
 )
-_LEFT = 4  # processors without a compiling process
+_LEFT = 2  # processors without a compiling process
+_SHARES = 2  # of each process, one after the other: some tests take much longer than others
 _ALONE = dict.fromkeys(("OPENBLAS_NUM_THREADS", "VELOXLAB_THREADS"), "1")  # threads that spin take the cores of others
 COMMIT = "VELOXLAB_COMMIT"  # in the environment, if the folder is no clone
 
@@ -65,8 +66,9 @@ def tests_of(suite: Path) -> list[str]:
 
 def parity(tests: Sequence[str], processes: int) -> dict[str, object]:
     """Return numbers of passed and skipped comparisons, and the last lines of failed ones."""
-    shares = [share for share in (tests[i::processes] for i in range(processes)) if share]
-    with ThreadPoolExecutor(len(shares)) as pool:
+    count = _SHARES * processes
+    shares = [share for share in (tests[i::count] for i in range(count)) if share]
+    with ThreadPoolExecutor(processes) as pool:
         outcomes = list(pool.map(_outcomes, shares))
     lines = [line for outcome in outcomes for line in outcome]
     return {

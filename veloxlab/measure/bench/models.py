@@ -202,9 +202,9 @@ def _in_turn(
 ) -> dict[str, tuple[float, float, int, float]]:
     """Return by cache median and slowest seconds of a token, bytes and `spread`: medians over ``runs``, in turn."""
     found: dict[str, list[tuple[list[float], int]]] = {name: [] for name in made}
-    for _ in range(runs):
-        for name, make in made.items():
-            caches = make()
+    for run in range(runs):
+        for name in [name for name, timed in found.items() if len(timed) == run]:  # without those that failed
+            caches = made[name]()
             try:
                 spent = token_seconds(model, caches, sequences)
                 found[name].append((spent, sum(cache.nbytes for cache in caches)))
