@@ -15,7 +15,7 @@ import mlx.core as mx
 from veloxlab.cache import places
 from veloxlab.cache.counts import BLOCK, Windows
 from veloxlab.cache.places import Part
-from veloxlab.cache.runs import Arrays, named
+from veloxlab.cache.run import Arrays, named
 from veloxlab.codecs import TENSORS, Codec
 from veloxlab.codecs.base import empty_code
 from veloxlab.codecs.none import Exact

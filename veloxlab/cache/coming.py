@@ -8,7 +8,7 @@ from typing import NamedTuple, Self
 import mlx.core as mx
 
 from veloxlab.cache.counts import Arrival
-from veloxlab.cache.runs import Codes
+from veloxlab.cache.run import Codes
 from veloxlab.codecs import TENSORS, Codec
 from veloxlab.errors import InputError
 from veloxlab.kernels.devices import device_backend

@@ -20,7 +20,8 @@ from veloxlab.cache.counts import TOKENS, Arrival, Windows
 from veloxlab.cache.past import Past, Segment, before_window, exact_codes, exact_segment, segments_of
 from veloxlab.cache.plan import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
 from veloxlab.cache.reach import warn_beyond
-from veloxlab.cache.runs import Run, Runs
+from veloxlab.cache.run import Run
+from veloxlab.cache.runs import Runs
 from veloxlab.checks import ARGUMENTS
 from veloxlab.codecs import TENSORS, Code, Codec
 from veloxlab.codecs.base import fitted_online

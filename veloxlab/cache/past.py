@@ -9,7 +9,8 @@ from functools import cached_property, lru_cache
 import mlx.core as mx
 
 from veloxlab.cache.expand import reader_of
-from veloxlab.cache.runs import Codes, Run, Runs
+from veloxlab.cache.run import Codes, Run
+from veloxlab.cache.runs import Runs
 from veloxlab.codecs import Code, Codec
 from veloxlab.codecs.base import per_kv_head
 from veloxlab.codecs.none import Exact

@@ -14,7 +14,7 @@ from veloxlab.cache import places
 from veloxlab.cache.buffers import Buffers
 from veloxlab.cache.coming import Checks, Largest
 from veloxlab.cache.layer import CompressedKVCache
-from veloxlab.cache.runs import Arrays, Run, named
+from veloxlab.cache.run import Arrays, Run, named
 from veloxlab.codecs.base import empty_code
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import ahead
