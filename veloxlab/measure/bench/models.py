@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from veloxlab.codecs import TENSORS
 from veloxlab.errors import InputError
 from veloxlab.measure.bench.shapes import random_model
 from veloxlab.measure.bench.timing import TOKENS, Row, Tell, spread
+from veloxlab.measure.bench.turns import Maker, Times, in_turn
 from veloxlab.measure.experiments import Attempt, possible_rows
 from veloxlab.measure.frames import schema
 from veloxlab.mlxlm.probe import exact_width, own_cache, slots_of
@@ -44,10 +45,6 @@ BATCHES = (8, 4096), (32, 1024)  # sequences, and tokens of the longest one
 UNLIKE = 13  # difference of their lengths in tokens
 READ = 32768  # tokens of the timed prompt
 RUNS = 3
-_STEPS = 96  # timed tokens: three blocks leave the window meanwhile
-_FIRST = 40  # tokens before the timed ones: one block, so that every kernel is compiled
-
-Maker = Callable[[], list[Any]]
 
 
 def makers(model: Module, bits: Sequence[int] = (4,), theirs: Sequence[int] = (4, 8)) -> dict[str, Maker]:
@@ -152,24 +149,21 @@ def decode_steps(
     with random keys and values. Rows: ``shape, layers, cache, tokens, milliseconds`` (of a token: the median over
     ``runs`` of the median of each), ``slowest_milliseconds`` (of the slowest token, where each token's time is its
     median over ``runs``: a step that does more work is slow in all of them, one that other work delays is not),
-    ``ratio`` (to the exact cache's time), ``held_bytes, spread``. A cache that MLX cannot read on this device is
-    reported to ``progress`` and left out.
+    ``ratio`` (to the exact cache's time in neighbouring turns, see `in_turn`), ``held_bytes, spread``. A cache that MLX
+    cannot read on this device is reported to ``progress`` and left out.
     """
     rows: list[Row] = []
     for shape, layers in shapes.items():
         model, small = random_model(shape, num_hidden_layers=layers, vocab_size=4096), layers > LAYERS
         for count in [SHORT] if small else tokens:
             made = makers(model, (4,) if small else (4, 3), theirs=() if small else (4,))
-            seconds = _in_turn(
+            seconds = in_turn(
                 model, {name: partial(_filled, make, model, count) for name, make in made.items()}, runs, progress
             )
-            for name, (typical, slowest, held, noise) in seconds.items():
-                row = {"shape": shape, "layers": layers, "cache": name, "tokens": count, "milliseconds": 1e3 * typical}
-                row |= {"slowest_milliseconds": 1e3 * slowest, "ratio": typical / next(iter(seconds.values()))[0]}
-                rows.append(row | {"held_bytes": held, "spread": noise})
-                progress(
-                    f"{shape}, a token behind {count}: {name}, {1e3 * typical:.2f} ms, {row['ratio']:.2f} of exact"
-                )
+            for name, times in seconds.items():
+                row = {"shape": shape, "layers": layers, "cache": name, "tokens": count, **_columns(times)}
+                rows.append(row)
+                progress(f"{shape}, a token behind {count}: {name}, {_said(row)}")
     return rows
 
 
@@ -186,41 +180,21 @@ def batch_steps(
     for sequences, count in batches:
         counts = [count - UNLIKE * i for i in range(sequences)]
         made = {name: partial(_batch, make, model, counts) for name, make in makers(model, theirs=()).items()}
-        seconds = _in_turn(model, made, runs, progress, sequences)
-        for name, (typical, slowest, held, noise) in seconds.items():
-            row = {"layers": layers, "cache": name, "sequences": sequences, "tokens": count}
-            row |= {"milliseconds": 1e3 * typical, "slowest_milliseconds": 1e3 * slowest, "held_bytes": held}
-            rows.append(row | {"ratio": typical / next(iter(seconds.values()))[0], "spread": noise})
-            progress(
-                f"a step of {sequences} x {count}: {name}, {1e3 * typical:.2f} ms, {rows[-1]['ratio']:.2f} of exact"
-            )
+        seconds = in_turn(model, made, runs, progress, sequences)
+        for name, times in seconds.items():
+            row = {"layers": layers, "cache": name, "sequences": sequences, "tokens": count, **_columns(times)}
+            rows.append(row)
+            progress(f"a step of {sequences} x {count}: {name}, {_said(row)}")
     return rows
 
 
-def _in_turn(
-    model: Model, made: Mapping[str, Maker], runs: int, progress: Tell, sequences: int = 1
-) -> dict[str, tuple[float, float, int, float]]:
-    """Return by cache median and slowest seconds of a token, bytes and `spread`: medians over ``runs``, in turn."""
-    found: dict[str, list[tuple[list[float], int]]] = {name: [] for name in made}
-    for run in range(runs):
-        for name in [name for name, timed in found.items() if len(timed) == run]:  # without those that failed
-            caches = made[name]()
-            try:
-                spent = token_seconds(model, caches, sequences)
-                found[name].append((spent, sum(cache.nbytes for cache in caches)))
-            except RuntimeError as error:
-                # MLX 0.32.4 on CUDA has no product of one row with quantized ones for some numbers of tokens
-                progress(f"{name} fails: {error}")
-            del caches
-            mx.clear_cache()
-    return {name: _of_runs(*zip(*timed, strict=True)) for name, timed in found.items() if timed}
+def _columns(times: Times) -> Row:
+    row = {"milliseconds": 1e3 * times.typical, "slowest_milliseconds": 1e3 * times.slowest, "ratio": times.ratio}
+    return row | {"held_bytes": times.held_bytes, "spread": times.spread}
 
 
-def _of_runs(seconds: Sequence[list[float]], held: Sequence[int]) -> tuple[float, float, int, float]:
-    """Return median and slowest seconds of a token, bytes and `spread` of some runs' seconds from token to token."""
-    typical = statistics.median(statistics.median(run) for run in seconds)
-    slowest = max(statistics.median(token) for token in zip(*seconds, strict=True))
-    return typical, slowest, held[0], statistics.median(spread(run) for run in seconds)
+def _said(row: Row) -> str:
+    return f"{row['milliseconds']:.2f} ms, {row['ratio']:.2f} of exact"
 
 
 def read_prompts(
@@ -274,19 +248,3 @@ def _batch(make: Maker, model: Model, counts: Sequence[int]) -> list[Any]:
     """Return caches of a batch, merged from caches of single sequences as mlx-lm's server does."""
     rows = [_filled(make, model, count) for count in counts]
     return [type(layer[0]).merge(list(layer)) for layer in zip(*rows, strict=True)]
-
-
-def token_seconds(model: Model, caches: list[Any], sequences: int) -> list[float]:
-    """Return seconds from token to token; each goes to the GPU while the one before is still computed."""
-    token, spent = mx.array([[1]] * sequences), []
-    for step in range(_FIRST + _STEPS):
-        if step == _FIRST:
-            mx.synchronize()
-        start = time.perf_counter()
-        following = mx.argmax(model(token, cache=caches)[:, -1:], axis=-1)
-        mx.async_eval(following)
-        mx.eval(token)
-        spent.append(time.perf_counter() - start)
-        token = following
-    mx.eval(token)
-    return spent[_FIRST:]
