@@ -2,7 +2,7 @@
 
 The folder gets ``parity.json`` (the number of comparisons that passed, those that failed, and the commit) and
 ``bench.json``, both with device, driver, versions and date. The options are those of ``veloxlab bench``. A kernel takes
-seconds to compile, so several processes share the suite.
+seconds to compile, so several processes share the suite, and build the kernels of the benchmarks.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from veloxlab import cli
+from veloxlab.codecs import METHODS
+from veloxlab.measure.bench import timing
+from veloxlab.measure.bench.shapes import SHAPES
 from veloxlab.measure.bench.timing import facts
 from veloxlab.store import write_atomically
 
@@ -36,6 +39,13 @@ _LEFT = 2  # processors without a compiling process
 _SHARES = 2  # of each process, one after the other: some tests take much longer than others
 _ALONE = dict.fromkeys(("OPENBLAS_NUM_THREADS", "VELOXLAB_THREADS"), "1")  # threads that spin take the cores of others
 COMMIT = "VELOXLAB_COMMIT"  # in the environment, if the folder is no clone
+_BUILD = """
+import veloxlab, mlx.core as mx
+from veloxlab.measure.bench import timing
+shape = timing.SHAPES[{shape}]
+attend, _ = timing.over_codes(shape, 512, {bits}, "{method}")
+mx.eval(attend(mx.zeros((1, shape.query_heads, 1, shape.head_dim), mx.float16)))
+"""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,12 +54,35 @@ def main(arguments: Sequence[str]) -> int:
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    found = parity(tests_of(SUITE), max(1, (os.cpu_count() or 1) - _LEFT))
+    processes = max(1, (os.cpu_count() or 1) - _LEFT)
+    found = parity(tests_of(SUITE), processes)
     told = {"facts": {**facts(), "commit": commit()}, "seconds": round(time.monotonic() - begin), **found}
     write_atomically(out / "parity.json", json.dumps(told, indent=1).encode())
     print(f"{found['passed']} passed, {len(found['failed'])} failed, {found['skipped']} skipped")
+    build(_attention(), processes)
+    print(f"kernels of benchmarks are built after {time.monotonic() - begin:.0f} s", flush=True)
     benched = cli.main(["bench", "--json", str(out / "bench.json"), *options])
     return 1 if found["failed"] else benched
+
+
+def _attention() -> list[str]:
+    """Return code for each kernel of the benchmarks of attention."""
+    every: list[tuple[int, float, str]] = [
+        *((shape, bits, "turboquant") for shape in range(len(SHAPES)) for bits in timing.BITS),
+        *((shape, timing.FRACTION, "fisherquant") for shape in range(len(SHAPES))),
+        *((0, timing.METHOD_BITS, name) for name in METHODS if name != "none"),
+    ]
+    return [_BUILD.format(shape=shape, bits=bits, method=method) for shape, bits, method in every]
+
+
+def build(codes: Sequence[str], processes: int) -> None:
+    """Run ``codes`` by several processes: MLX keeps compiled kernels on the disk, where benchmarks find them."""
+
+    def run(code: str) -> None:
+        subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | _ALONE, stdout=subprocess.DEVNULL)
+
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(run, codes))
 
 
 def commit() -> str:

@@ -1,6 +1,7 @@
 """The script for a GPU counts passed, failed and skipped tests, in any process."""
 
 import json
+import subprocess
 
 import pytest
 
@@ -40,9 +41,10 @@ def test_a_process_that_dies_is_a_failure_of_its_tests(suite):
 
 def test_every_comparison_is_counted_once_and_a_failure_is_reported(suite, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(on_gpu, "SUITE", suite)
-    monkeypatch.setattr(on_gpu.os, "cpu_count", lambda: 6)  # type: ignore[attr-defined]  # two processes
+    monkeypatch.setattr(on_gpu.os, "cpu_count", lambda: 6)  # type: ignore[attr-defined]  # four processes
     monkeypatch.setenv(on_gpu.COMMIT, "abc")
-    benched = []
+    benched, built = [], []
+    monkeypatch.setattr(on_gpu, "build", lambda codes, processes: built.append((len(codes), processes)))
     monkeypatch.setattr(on_gpu.cli, "main", lambda words: benched.append(words) or 0)  # type: ignore[attr-defined]
     assert on_gpu.main([str(tmp_path / "out"), "--tokens", "64"]) == 1
     written = json.loads((tmp_path / "out" / "parity.json").read_text())
@@ -53,3 +55,13 @@ def test_every_comparison_is_counted_once_and_a_failure_is_reported(suite, tmp_p
     assert written["facts"]["commit"] == "abc"
     assert benched == [["bench", "--json", str(tmp_path / "out" / "bench.json"), "--tokens", "64"]]
     assert "4 passed, 1 failed, 1 skipped" in capsys.readouterr().out
+    assert built == [(25, 4)]
+
+
+def test_kernels_of_the_benchmarks_are_built_by_processes(tmp_path):
+    code = next(code for code in on_gpu._attention() if "rabitq" in code)
+    place = tmp_path / "done"
+    on_gpu.build([f"{code}\nfrom pathlib import Path; Path({str(place)!r}).touch()"], 1)
+    assert place.exists()
+    with pytest.raises(subprocess.CalledProcessError):
+        on_gpu.build(["raise SystemExit(1)"], 2)
