@@ -178,9 +178,11 @@ def test_the_room_of_a_cache_with_codes_ahead_is_predicted(monkeypatch):
 def test_tokens_of_another_dtype_do_not_join(monkeypatch):
     as_a_gpu(monkeypatch)
     cache = made()
-    found, _ = cache.update_and_fetch(*(x.astype(mx.float16) for x in token(0)))
-    assert found.newest.coming is None
-    assert found.dtype == mx.float32
+    for i in range(3):
+        found, _ = cache.update_and_fetch(*(x.astype(mx.float16) for x in token(i)))
+        assert found.newest.coming is None
+        assert found.dtype == mx.float32
+    assert cache.update_and_fetch(*token(3))[0].newest.coming is not None
 
 
 def test_a_kernel_that_writes_another_token_is_switched_off(monkeypatch):

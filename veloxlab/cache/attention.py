@@ -144,9 +144,12 @@ class History(Handle):
         """Attend by a kernel; None if there is none for this device, these segments and these codecs."""
         newest, like, last = self.newest, _like(q, scale, cap, self._joins), self.past.last
         if last is not None and last[0] == like and mask is None and sinks is None:
-            queries, (backend, call) = Queries(q, scale, cap=cap), last[1:]
+            backend, call = last[1:]
+            brings_in = self.past.brings_in if backend.lazy else None
+            queries = Queries(q, scale, None if brings_in is None else brings_in(q), cap=cap)
             if backend.lazy:
-                return call(queries, newest, self.past.filled)[0]
+                found = call(queries, newest, self.past.filled)
+                return found[0] if found[1] is None else self._brought_out(found, q.dtype)
         else:
             current, call = current_backend(), None
             if current is None:
@@ -168,7 +171,7 @@ class History(Handle):
             return None
         found = call(queries, newest, self.past.filled)
         out = self._brought_out(found, q.dtype)
-        if not beside and found[1] is None and (out is found[0] or not backend.lazy):
+        if mask is None and sinks is None and (backend.lazy or not (beside or found[1] is not None)):
             self.past.last = like, backend, call  # the next token uses this directly
         return out if backend.lazy else self._with_derivatives(out, q, queries)
 

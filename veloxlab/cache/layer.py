@@ -86,7 +86,7 @@ class CompressedKVCache(Runs, saved.Saved):
         self._lent: History | None = None
         self._stays = path == "codes" and max_size is None and not lends  # whether the past is used again:
         self._past: Past | None = None  # the tokens before the window, while only the window changes,
-        self._one: tuple[object, ...] = ()  # by keys and values of these shapes
+        self._one: tuple[object, ...] = ()  # by keys and values of these shapes and dtypes
         self._checks = Checks()
         if path == "codes":
             # mlx-lm sends a cache with these two attributes to its quantized attention, which `hooks` extends
@@ -113,7 +113,8 @@ class CompressedKVCache(Runs, saved.Saved):
     def check(self, keys: mx.array, values: mx.array) -> Coming | Joining:
         """The first half of `update_and_fetch`: all that can fail. It changes nothing, and raises the same errors."""
         self._checks.look(self.layer)
-        if self._past and (keys.shape, values.shape) == self._one and self.recent.tokens < self.windows.most_recent:
+        alike = self._past and (keys.shape, values.shape, keys.dtype, values.dtype) == self._one
+        if alike and self.recent.tokens < self.windows.most_recent:
             return Joining(keys, values)
         for name, x, codec in (("keys", keys, self.key_codec), ("values", values, self.value_codec)):
             if x.shape[-1] != codec.head_dim:
@@ -188,7 +189,8 @@ class CompressedKVCache(Runs, saved.Saved):
         self.key_codec, self.value_codec = codecs
         self.take(arrival, sinks, packed, exact_codes(keys, values, rest), slid)
         if self._stays and keys.shape[2] == 1 and self.recent.tokens:
-            self._past, self._one = before_window(self, codecs, last), (keys.shape, values.shape)
+            self._past = before_window(self, codecs, last)
+            self._one = keys.shape, values.shape, *(x.dtype for x in self.recent.exact.buffers)
             return History(past=self._past, newest=self.recent.exact)
         segments = segments or self._segments(hidden)
         self.evict()

@@ -89,16 +89,15 @@ class Run:
 
     def join(self, keys: mx.array, values: mx.array) -> None:
         """Add one exact token, which goes into the buffers when somebody needs them: a faster `append`."""
-        last = self.exact
-        if any(new.dtype != held.dtype for new, held in zip((keys, values), last.buffers, strict=True)):
-            self.append(1, (Code({"values": keys}), Code({"values": values})))
-            return
         self._codes.clear()
         if self.tokens == self.room:
             self._grow()
-            last = self.exact
-        self.tokens += 1
-        self._exact = Exact(*last.complete(), self.tokens, self.room, (keys, values))
+        last, self.tokens = self.exact.complete(), self.tokens + 1
+        self._exact = Exact(last[0], last[1], self.tokens, self.room, (keys, values))
+
+    def may_join(self, codes: Codes) -> bool:
+        """Whether a token of this dtype can `join`: there are others of the same."""
+        return bool(self.tokens) and all(x.dtype == self.buffers[name].dtype for name, x in named(codes).items())
 
     def _grow(self) -> None:
         """Make room for one more token."""

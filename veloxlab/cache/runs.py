@@ -78,7 +78,7 @@ class Runs:
             self.recent.replace(self.recent.tokens - oldest, *slid.windows)
             ahead(*self.packed.buffers.values(), *slid.windows)
             oldest = 0
-        if recent and arrival.to_recent == 1 and not oldest and self.recent.tokens:
+        if recent and arrival.to_recent == 1 and not oldest and self.recent.may_join(recent):
             self.recent.join(*(code.arrays["values"] for code in recent))
         else:
             self.recent.append(arrival.to_recent, recent, oldest)
