@@ -17,7 +17,7 @@ from veloxlab.cache import attention, coming, counts, layer, past
 from veloxlab.cache.counts import Room
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.runs import compressed_room
-from veloxlab.codecs.turboquant import TurboQuant
+from veloxlab.codecs import METHODS, TENSORS
 from veloxlab.kernels import checked
 from veloxlab.kernels.attend import attend_kernel
 from veloxlab.kernels.call import Exact
@@ -86,8 +86,8 @@ def as_a_gpu(monkeypatch, backend=GPU):
         monkeypatch.setattr(module, "device_backend", lambda: GPU)
 
 
-def made(tokens=300):
-    cache = CompressedKVCache(TurboQuant(DIM, 4), TurboQuant(DIM, 3, "mse"))
+def made(tokens=300, method="turboquant"):
+    cache = CompressedKVCache(*(METHODS[method].codec(DIM, 4, tensor) for tensor in TENSORS))
     cache.update_and_fetch(*[normal(1, 2, tokens, DIM, seed=i) for i in range(2)])
     return cache
 
@@ -96,13 +96,15 @@ def token(i):
     return [normal(1, 2, 1, DIM, seed=10 + 2 * i + j) for j in range(2)]
 
 
-def test_each_token_of_a_text_joins_by_attention(monkeypatch):
+@pytest.mark.parametrize("method", ["turboquant", "qjl"])  # the other codec transforms queries and outputs itself
+def test_each_token_of_a_text_joins_by_attention(method, monkeypatch):
     as_a_gpu(monkeypatch)
-    cache, other = made(), made()
+    cache, other = made(method=method), made(method=method)
     for i in range(100):
         found, _ = cache.update_and_fetch(*token(i))
         assert found.newest.coming is not None  # the first token after a prompt and after a block too
         answer = found.attend(normal(1, 4, 1, DIM, seed=i), 0.1, None)
+        assert found.past.last is not None  # the next token calls the kernel directly
         assert found.newest.coming is None
         other.update_and_fetch(*token(i))[0].newest.complete()
         assert cache.recent.tokens == other.recent.tokens
