@@ -85,7 +85,7 @@ def test_attention_compiles_and_its_memory_fits(case):
     """A processor of an H200 has 227 KB of threadgroup memory: 27 KB beside a table with a copy for every lane."""
     texts = []
     next(calls(case, [(33, 4, 5)])).attend(case, without_launches(texts))
-    assert len(texts) == 2
+    assert len(texts) == (1 if "COMBINES 1" in texts[0] else 2)
     assert compiled(texts[0]) == ""
     used = sum(map(int, re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\]", ptx(texts[0]).read_text())))
     assert 0 < used <= (27 << 10 if "extern __shared__" in texts[0] else 48 << 10)

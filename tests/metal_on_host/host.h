@@ -99,6 +99,12 @@ inline uint simd_votes(const char* operation, bool x) {
 inline bool simd_any(bool x) { return simd_votes("simd_any", x) > 0; }
 inline bool simd_all(bool x) { return simd_votes("simd_all", x) == host::SIMD; }
 inline void threadgroup_barrier(metal::mem_flags) { host::meet_all("threadgroup_barrier"); }
+inline bool last_to_come(const uint* arrived, uint count, uint& before) { // see cuda.h
+  threadgroup_barrier(metal::mem_flags::mem_device);
+  if (host::current == 0) before = host::come(arrived, count);
+  threadgroup_barrier(metal::mem_flags::mem_device);
+  return before == count - 1;
+}
 inline void simdgroup_barrier(metal::mem_flags) { host::meet_simdgroup("simdgroup_barrier"); }
 
 #define device

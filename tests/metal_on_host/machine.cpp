@@ -69,6 +69,7 @@ alignas(EXCHANGED) static char given[MOST_THREADS / SIMD][2][SIMD][EXCHANGED]; /
 static unsigned ready[MOST_THREADS], ready_count;           // a stack
 static Byte threadgroup_bytes[THREADGROUP_MEMORY], *output_bytes[MOST_ARRAYS];
 static const char* last_touch; // return address
+static bool sees_others; // whether this threadgroup may read what earlier ones wrote
 static jmp_buf scheduler;
 static char message[1024];
 
@@ -173,7 +174,7 @@ static void check_all_ended() {
 
 static bool written_before(const Access& written) {
   const Thread& me = threads[current];
-  if (written.run != run_number) return written.run == 0;
+  if (written.run != run_number) return written.run == 0 || sees_others;
   return written.thread == current || written.all_barriers < me.all_barriers ||
       (written.thread / SIMD == current / SIMD && written.barriers < me.barriers);
 }
@@ -269,6 +270,21 @@ static void unmap(unsigned i) {
   munmap(a.region, a.size() + NO_ACCESS);
 }
 
+unsigned come(const unsigned* arrived, unsigned count) {
+  for (unsigned i = 0; i < array_count; i++) {
+    const size_t offset = reinterpret_cast<const char*>(arrived) - arrays[i].begin();
+    if (offset >= arrays[i].bytes) continue;
+    mprotect(arrays[i].region, arrays[i].size(), PROT_READ | PROT_WRITE);
+    const unsigned before = *arrived;
+    *const_cast<unsigned*>(arrived) = before >= count - 1 ? 0 : before + 1;
+    mprotect(arrays[i].region, arrays[i].size(), PROT_READ);
+    sees_others = before == count - 1;
+    return before;
+  }
+  say("thread %u counts in memory of no array", current);
+  leave();
+}
+
 // ---- Running
 
 static void thread_main() {
@@ -281,7 +297,7 @@ static void run_threadgroup(char* stacks) {
   const size_t shared = __stop_threadgroup - __start_threadgroup;
   memset(__start_threadgroup, 0xff, shared);
   memset(threadgroup_bytes, 0, shared * sizeof(Byte));
-  run_number++;
+  run_number++, sees_others = false;
   all = {0, thread_count};
   for (unsigned i = 0; i < thread_count / SIMD; i++) simdgroups[i] = {i * SIMD, SIMD};
   for (unsigned i = 0; i < thread_count; i++) {

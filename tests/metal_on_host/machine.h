@@ -36,6 +36,8 @@ const char (*give(const char* operation, const void* x, size_t size))[EXCHANGED]
 // The matrix unit: 8 × 8 matrices, of which a lane has two neighbours in a row, where MLX's own kernels have them (Metal
 // does not say). Given are each lane's of both factors.
 void multiply_accumulate(const char (*given)[EXCHANGED], const float* sum, float* result);
+// How many threadgroups came before to a counter in an input. The last one of `count` may read what the others wrote.
+unsigned come(const unsigned* arrived, unsigned count);
 [[noreturn]] void no_such_lane(const char* operation, unsigned lane);
 
 } // namespace host

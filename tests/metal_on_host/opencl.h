@@ -42,6 +42,8 @@ void simdgroup_multiply_accumulate(
 void threadgroup_barrier(metal::mem_flags);
 void simdgroup_barrier(metal::mem_flags);
 template <typename T>
+bool last_to_come(T arrived, uint count, threadgroup uint& before); // only CUDA has it: see cuda.h
+template <typename T>
 T simd_shuffle(T, ushort lane);
 template <typename T>
 T simd_shuffle_xor(T, ushort mask);

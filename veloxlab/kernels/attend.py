@@ -1,8 +1,9 @@
-"""Attention of a few queries over a history of exact and packed tokens, in two launches.
+"""Attention of a few queries over a history of exact and packed tokens, in one launch or two.
 
 Flash decoding: each threadgroup takes a split of one KV head's tokens, reads keys, and sums weighted values with an
-online softmax; a second kernel joins the splits. Exact tokens (sinks, recent ones) are splits like the others. If
-codes are of Hadamard-rotated vectors, the kernels rotate queries, and rotate mixed values back.
+online softmax. The splits are joined by the last threadgroup of the KV head, where a device can tell which one that
+is, else by a second kernel. Exact tokens (sinks, recent ones) are splits like the others. If codes are of
+Hadamard-rotated vectors, the kernels rotate queries, and rotate mixed values back.
 
 Products use the GPU's matrix unit: levels, queries and weights in half precision on NVIDIA, sums in float32, as in
 MLX's own fused attention.
@@ -38,8 +39,8 @@ from veloxlab.kernels.splits import (
     Sizes,
     Threadgroups,
     common_numbers,
-    most_splits,
     sizes_of,
+    unused_counters,
 )
 from veloxlab.kernels.text import SIMD, Source, source_file
 from veloxlab.kernels.vectors import hartley_row
@@ -48,8 +49,9 @@ MANY_SIMDGROUPS = 16  # of a threadgroup alone on a processor
 _PROCESSOR_BYTES = 227 * 1024  # of threadgroup memory that such a threadgroup has
 GROUPS_PER_PROCESSOR = 4  # threadgroups that a processor of an NVIDIA GPU works on at once
 PADDED_ROWS = MOST_ROWS = 8  # query rows that share one read of the codes
-_COMBINE_THREADS = 512
-_SUMS = [mx.float32] * 2  # of each split: mixed values, and sums of weights
+_COMBINE_SIMDGROUPS = 4  # that share the splits of a row, in the second kernel
+_MOST_COMBINED = 192  # splits of a KV head that one threadgroup combines: to read more takes longer than another launch
+_SPLIT_SUMS = 4  # numbers of a split beside its values; two of them align these
 _SMALL = 128  # largest dimension at which registers allow this number of threadgroups
 _LARGEST_DIM = 512
 # index of a query, with a mask and without: with some readers, strides and a mask exceed Metal's number of arrays
@@ -63,13 +65,14 @@ Defines = dict[str, int | str]
 
 @dataclass(frozen=True, eq=False)
 class AttendKernel(Threadgroups):
-    """Softmax attention over sinks, packed and recent tokens, in that order, by two kernels."""
+    """Softmax attention over sinks, packed and recent tokens, in that order, by one kernel or two."""
 
     name: str  # in messages
     backend: Backend
     attend: Source
-    combine: Source
-    largest_value: int  # dimension of a value, or of its code if that is larger
+    combine: Source | None  # None if the last threadgroups of ``attend`` combine the splits
+    split_row: int  # numbers of a split and a row: mixed values, or their code if that is larger, and sums
+    coded: bool  # whether the packed tokens' part is an output of its own
     joins: bool  # whether it also writes the newest token into the window
 
     def prepared(self, queries: Queries, tokens: Tokens) -> PreparedCall:
@@ -96,45 +99,50 @@ class AttendKernel(Threadgroups):
         A call also gets the end of the recent tokens.
         """
         backend, values, blocks = self.backend, tokens.values, self.blocks
-        attend, combine = built(self.attend, backend), built(self.combine, backend)
-        nothing, lasting = nothing_of(tokens.exact_type), suited([*lasting_inputs(tokens).values()], backend)
-        signs = [] if values.signs is None else [values.signs]
+        attend = built(self.attend, backend)
+        combine = None if self.combine is None else built(self.combine, backend)
+        nothing, signs = nothing_of(tokens.exact_type), [] if values.signs is None else [values.signs]
+        lasting, rotates = suited([*lasting_inputs(tokens).values()], backend), tokens.keys.signs is not None
         batch, query_heads, length, _ = queries.q.shape
         rows, padded_rows = batch * query_heads * length, batch * blocks * self.rows
         coded = batch, self.kv_heads, query_heads // self.kv_heads * length, values.dim
-        shapes = [(batch, query_heads, length, tokens.value_dim), coded][: len(self.combine.outputs)]
+        shapes = [(batch, query_heads, length, tokens.value_dim), *([coded] if self.coded else [])]
         types = [queries.q.dtype, mx.float32][: len(shapes)]
-        written = [*_SUMS, *([tokens.exact_type] * 2 if self.joins else [])]
-
-        threads, joining = self.simdgroups * SIMD, (_COMBINE_THREADS, 1, 1)
+        written = [mx.float32, *([tokens.exact_type] * 2 if self.joins else []), *(types if combine is None else [])]
+        threads, joining = self.simdgroups * SIMD, _COMBINE_SIMDGROUPS * SIMD
 
         def call(queries: Queries, recent: Exact | None, of_all: Sizes, recent_end: int) -> Answer:
-            """Both kernels; see `veloxlab.kernels.call.PreparedCall`."""
+            """Attention; see `veloxlab.kernels.call.PreparedCall`."""
             numbers, splits = of_all
             newest = recent or nothing
             common, most = common_numbers(recent_end, newest.room, splits, get_ident()), splits.most
-            changing = changing_inputs(queries, newest, common, numbers, joins=self.joins)
-            of_splits = [(padded_rows, most, self.largest_value), (padded_rows, most, 2)]
-            made = attend(
-                inputs=suited(changing, backend) + lasting,
+            changing = changing_inputs(queries, newest, common, numbers, rotates=rotates, joins=self.joins)
+            last = signs if queries.logits is None else [*signs, queries.logits]
+            given = suited(changing, backend) + lasting
+            if combine is None:
+                given += [*suited(last, backend), unused_counters(batch * blocks, get_ident())]
+            found = attend(
+                inputs=given,
                 grid=(most * threads, blocks, batch),
                 threadgroup=(threads, 1, 1),
-                output_shapes=[*of_splits, *(x.shape for x in newest.buffers)] if self.joins else of_splits,
+                output_shapes=[
+                    (padded_rows, most, self.split_row),
+                    *((x.shape for x in newest.buffers) if self.joins else ()),
+                    *(shapes if combine is None else ()),
+                ],
                 output_dtypes=written,
             )
             if self.joins:
-                newest.joined(made[2], made[3])
-            inputs = [made[0], made[1], common, numbers, *signs]
-            if queries.logits is not None:
-                inputs.append(queries.logits)
-            found = combine(
-                inputs=suited(inputs, backend),
-                grid=(rows * _COMBINE_THREADS, 1, 1),
-                threadgroup=joining,
-                output_shapes=shapes,
-                output_dtypes=types,
-            )
-            return found[0], found[1] if len(found) > 1 else None
+                newest.joined(found[1], found[2])
+            if combine is not None:
+                found = combine(
+                    inputs=suited([found[0], common, numbers, *last], backend),
+                    grid=(rows * joining, 1, 1),
+                    threadgroup=(joining, 1, 1),
+                    output_shapes=shapes,
+                    output_dtypes=types,
+                )
+            return (found[-2], found[-1]) if self.coded else (found[-1], None)
 
         return call
 
@@ -161,6 +169,15 @@ def attend_kernel(queries: Queries, tokens: Tokens, backend: Backend) -> AttendK
     return _KERNELS[which]
 
 
+@dataclass(frozen=True)
+class _Ending:
+    """The text that writes a row, once its splits are joined, and its arrays: it is part of either kernel."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    text: str
+
+
 def _made(queries: Queries, tokens: Tokens, backend: Backend, joins: bool) -> AttendKernel:
     keys, values = tokens.keys, tokens.values
     _, query_heads, length, _ = queries.q.shape
@@ -171,6 +188,8 @@ def _made(queries: Queries, tokens: Tokens, backend: Backend, joins: bool) -> At
     largest_value = max(tokens.value_dim, values.dim)
     large = _large_bytes(tokens, backend)
     groups = backend.groups * _at_once(tokens, large) // GROUPS_PER_PROCESSOR
+    combines = backend.knows_last and groups // (keys.kv_heads * row_tiles) <= _MOST_COMBINED
+    spread = values.signs is not None
     common: Defines = {
         "ALL_ROWS": f"{all_rows}u",
         "QUERIES": f"{length}u",
@@ -179,38 +198,42 @@ def _made(queries: Queries, tokens: Tokens, backend: Backend, joins: bool) -> At
         "EXACT_VALUE": tokens.value_dim,
         "CODED_VALUE": values.dim,
         "LARGEST_VALUE": largest_value,
-        "VALUE_SPREAD": int(values.signs is not None),
+        "SPLIT_ROW": f"{largest_value + _SPLIT_SUMS}u",
+        "VALUE_SPREAD": int(spread),
+        "HAS_LOGITS": int(queries.logits is not None),
+        "OUT_TYPE": backend.types[queries.q.dtype],
     }
-    own = {"v_signs": values.signs, "logits": queries.logits}
+    own = {"v_signs": spread, "logits": queries.logits is not None}
+    ending = _Ending(
+        tuple(name for name, given in own.items() if given),
+        ("out",) if spread else ("out", "out_coded"),
+        Template(source_file("finish.metal")).substitute(value_hartley=hartley_row(values.dim) if spread else ""),
+    )
     combine = Source(
         name="combine",
-        inputs=("mixed", "sums", "common", "sizes", *(name for name, array in own.items() if array is not None)),
-        outputs=("out", "out_coded") if values.signs is None else ("out",),
+        inputs=("of_splits", "common", "sizes", *ending.inputs),
+        outputs=ending.outputs,
         defines=(
             *common.items(),
             ("ALL_PADDED", f"{row_tiles * rows}u"),
-            ("OUT_TYPE", backend.types[queries.q.dtype]),
-            ("THREADS", _COMBINE_THREADS),
-            ("MOST_SPLITS", most_splits(groups)),
-            ("HAS_LOGITS", int(queries.logits is not None)),
+            ("SIMDGROUPS", _COMBINE_SIMDGROUPS),
             ("QUERY_HEADS", f"{query_heads}u"),
         ),
-        headers=("simd.h", "lanes.h", "window.h"),
-        body=Template(source_file("combine.metal")).substitute(
-            value_hartley="" if values.signs is None else hartley_row(values.dim)
-        ),
+        headers=("simd.h", "lanes.h", "window.h", "combine.h"),
+        body=Template(source_file("combine.metal")).substitute(finish=ending.text),
     )
     return AttendKernel(
         name=f"attend ({keys.name} keys, {values.name} values)",
         backend=backend,
-        attend=_attend_source(queries, tokens, backend, common, rows, row_tiles, large, joins),
-        combine=combine,
+        attend=_attend_source(queries, tokens, backend, common, rows, row_tiles, large, joins, ending if combines else None),
+        combine=None if combines else combine,
         kv_heads=keys.kv_heads,
         rows=rows,
         row_tiles=row_tiles,
         groups=groups,
         simdgroups=MANY_SIMDGROUPS if large else SIMDGROUPS,
-        largest_value=largest_value,
+        split_row=largest_value + _SPLIT_SUMS,
+        coded=not spread,
         joins=joins,
     )
 
@@ -224,6 +247,7 @@ def _attend_source(
     row_tiles: int,
     large: int,
     joins: bool,
+    ending: _Ending | None,
 ) -> Source:
     keys, values, simdgroups = tokens.keys, tokens.values, MANY_SIMDGROUPS if large else SIMDGROUPS
     largest_key, largest_value = max(tokens.key_dim, keys.coordinates), max(tokens.value_dim, values.dim)
@@ -242,10 +266,17 @@ def _attend_source(
     of_readers = dict.fromkeys((*keys.headers, *values.headers))
     of_sums = dict.fromkeys((*keys.sum_headers, *values.sum_headers))
     of_joins = ("join.h",) if joins else ()
+    of_ending = ("combine.h",) if ending else ()
+    last_inputs = (*ending.inputs, "arrived") if ending else ()
+    outputs = ("of_splits", *(("next_keys", "next_values") if joins else ()), *(ending.outputs if ending else ()))
     return Source(
         name=f"attend_{keys.name}_{values.name}",
-        inputs=(*changing_names(queries, joins=joins), *lasting_inputs(tokens)),
-        outputs=("mixed", "sums", "next_keys", "next_values") if joins else ("mixed", "sums"),
+        inputs=(
+            *changing_names(queries, rotates=keys.signs is not None, joins=joins),
+            *lasting_inputs(tokens),
+            *last_inputs,
+        ),
+        outputs=outputs,
         defines=(
             *common.items(),
             ("ROWS", rows),
@@ -256,6 +287,7 @@ def _attend_source(
             ("CAP", f"{queries.cap or 0.0!r}f"),
             ("HAS_MASK", int(queries.mask is not None)),
             ("JOINS", int(joins)),
+            ("COMBINES", int(ending is not None)),
             ("KEY_SPREAD", int(keys.signs is not None)),
             ("EXACT_KEY", tokens.key_dim),
             ("CODED_KEY", keys.coordinates),
@@ -271,7 +303,7 @@ def _attend_source(
             ("THREADS", simdgroups * SIMD),
             ("GROUPS_PER_PROCESSOR", _at_once(tokens, large)),
         ),
-        headers=("simd.h", "readers.h", *of_readers, "lanes.h", "window.h", *of_joins, "attend.h", *of_sums),
+        headers=("simd.h", "readers.h", *of_readers, "lanes.h", "window.h", *of_joins, "attend.h", *of_ending, *of_sums),
         body=Template(source_file("attend.metal")).substitute(
             declarations=f"{key.declarations}\n{value.declarations}",
             joined=("k_levels" if keys.large_words else "v_levels") if apart else "shared + TILES_AT",
@@ -279,6 +311,7 @@ def _attend_source(
             key_setup=key.setup.replace("\n", "\n  "),
             value_setup=value.setup.replace("\n", "\n  "),
             key_queries=key.queries.replace("\n", "\n    "),
+            finish="" if ending is None else ending.text.replace("\n", "\n  "),
             added=key.added,
             summed=value.summed,
             key_hartley="" if keys.signs is None else hartley_row(keys.dim),

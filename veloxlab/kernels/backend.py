@@ -47,6 +47,7 @@ class Backend:
     expanded_bytes: int = 16 << 20  # most bytes of decoded keys and values, if KV heads can be read separately
     expanded_tokens: int = 2048  # tokens of a layer that are decoded together
     joins: bool = False  # whether attention writes the newest token into the window
+    knows_last: bool = False  # whether a threadgroup can tell that it is the last of several
     tried: bool = True  # whether a kernel is compared with its reference before it is used
     lazy: bool = True  # whether outputs are lazy; otherwise a launch evaluates its inputs
 

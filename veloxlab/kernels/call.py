@@ -148,24 +148,28 @@ class AttentionKernel(Protocol):
         """A function for calls like this one, with other queries and recent tokens."""
 
 
-def changing_names(queries: Queries, *, joins: bool) -> tuple[str, ...]:
-    """The inputs of ``attend.metal`` that change at each token; they come first."""
-    names = "q", "q_coded", "recent_keys", "recent_values", "common", "sizes"
+def changing_names(queries: Queries, *, rotates: bool, joins: bool) -> tuple[str, ...]:
+    """The inputs of ``attend.metal`` that change at each token; they come first.
+
+    A kernel ``rotates`` queries itself, or it also gets them in the space of the keys' codes.
+    """
+    names = *(("q",) if rotates else ("q", "q_coded")), "recent_keys", "recent_values", "common", "sizes"
     if joins:
         return *names, "new_keys", "new_values"
     return names if queries.mask is None else (*names, "mask")
 
 
 def changing_inputs(
-    queries: Queries, recent: Exact, common: mx.array, sizes: mx.array, *, joins: bool
+    queries: Queries, recent: Exact, common: mx.array, sizes: mx.array, *, rotates: bool, joins: bool
 ) -> list[mx.array]:
     """The arrays of `changing_names`; with a mask queries are contiguous."""
     q, coded, mask = queries.q, queries.coded, queries.mask
-    if joins and recent.coming is not None:
-        return [q, q if coded is None else coded, *recent.buffers, common, sizes, *recent.coming]
     if mask is not None:
         q = mx.contiguous(q)
-    arrays = [q, q if coded is None else coded, *recent.complete(), common, sizes]
+    own = [q] if rotates else [q, q if coded is None else coded]
+    if joins and recent.coming is not None:
+        return [*own, *recent.buffers, common, sizes, *recent.coming]
+    arrays = [*own, *recent.complete(), common, sizes]
     return arrays if mask is None else [*arrays, mask]
 
 

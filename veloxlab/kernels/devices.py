@@ -61,6 +61,7 @@ CUDA = Backend(
     large_bytes=cache(_large_bytes),
     large="extern __shared__ __align__(16) {kind} {name}[];",
     joins=True,
+    knows_last=True,
     pair_words=1,
     shares=(4, 8),
     product_tokens=16,

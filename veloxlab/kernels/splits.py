@@ -17,7 +17,8 @@ SIMDGROUPS = 4  # of a threadgroup
 _TILE = 16  # tokens of one step of a simdgroup
 _EXACT_SPLIT, _MOST_EXACT_SPLITS = 128, 64  # least exact tokens of a split; most splits of either run
 _LEAST_SPLIT = 2 * SIMD * SIMDGROUPS  # packed tokens: fewer are not worth filling a table
-_NEXT = 256  # counts of packed tokens whose numbers are computed together
+_NEXT = 256  # counts of tokens whose numbers are computed together
+_COUNTERS = 64  # calls of kernels whose counters are made together
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +75,6 @@ class Sizes(NamedTuple):
     splits: Splits
 
 
-def most_splits(groups: int) -> int:
-    """An upper bound of the splits of any history: ``groups`` of packed tokens, and a few of exact ones."""
-    return groups + 1 + 2 * _MOST_EXACT_SPLITS
-
-
 def sizes_of(sequences: Sequence[Places], columns: int, kernel: Threadgroups) -> Sizes:
     """The description of sequences in arrays with ``columns`` recent tokens."""
     if len(sequences) == 1:
@@ -92,12 +88,12 @@ def sizes_of(sequences: Sequence[Places], columns: int, kernel: Threadgroups) ->
 
 
 @lru_cache(maxsize=64)
-def _with_next(packed: int, others: tuple[int, ...], _: int) -> mx.array:
-    """Numbers of one sequence with ``packed`` tokens and with each of the next counts, for all layers; by thread.
+def _with_next(first: int, others: tuple[int, ...], _: int) -> mx.array:
+    """Numbers of which the first is a count of tokens, for ``first`` and the next counts, for all layers; by thread.
 
-    So a layer whose packed tokens become more takes a view, without a computation of its own.
+    So a step or a layer that has more tokens takes a view, without a computation of its own.
     """
-    counts = mx.arange(packed, packed + _NEXT, dtype=mx.uint32)[:, None]
+    counts = mx.arange(first, first + _NEXT, dtype=mx.uint32)[:, None]
     numbers = mx.concatenate([counts, mx.broadcast_to(few_numbers(others), (_NEXT, len(others)))], axis=1)
     mx.async_eval(numbers)
     return numbers
@@ -126,6 +122,21 @@ def splits_of(sinks: int, packed: Sequence[int], columns: int, kernel: Threadgro
 @lru_cache(maxsize=4096)
 def common_numbers(recent_end: int, columns: int, splits: Splits, _: int) -> mx.array:
     """The kernels' numbers that are the same for all sequences, with ``columns`` of a window; cached by thread."""
-    numbers = few_numbers([recent_end, splits.most, splits.of_packed, splits.of_exact, columns])
-    mx.async_eval(numbers)  # to wait would be to wait for all work of the device
-    return numbers
+    place = recent_end % _NEXT
+    others = splits.most, splits.of_packed, splits.of_exact, columns
+    return _with_next(recent_end - place, others, get_ident())[place : place + 1]
+
+
+def unused_counters(count: int, thread: int) -> mx.array:
+    """As many counters of threadgroups that have come, all 0, which no other call of a kernel gets."""
+    unused = _unused_counters(count, thread)
+    if not unused:
+        together = mx.zeros((_COUNTERS, count), mx.uint32)
+        mx.async_eval(together)
+        unused += mx.split(together, _COUNTERS)
+    return unused.pop()
+
+
+@lru_cache(maxsize=64)
+def _unused_counters(_count: int, _thread: int) -> list[mx.array]:
+    return []

@@ -232,8 +232,7 @@ FUNCTION void attend(
   }
 }
 
-// Joins what the simdgroups of a threadgroup know, and writes it: values [ROWS][VALUE_DIM], and of each row the largest
-// score and the total.
+// Joins what the simdgroups of a threadgroup know, and writes it as combine.h says.
 template <int VALUE_DIM, class Summed>
 FUNCTION void join(
     thread Running<VALUE_DIM / (2 * MIX_SHARES)>& run,
@@ -245,10 +244,8 @@ FUNCTION void join(
     local_memory float* totals,  // [simdgroups][ROWS]
     local_memory float* joined,  // [ROWS][JOINED_LENGTH(VALUE_DIM)], where simdgroups had what is of their tiles,
                                  // or the same for every simdgroup, if JOINED_APART, where the table was
-    global_memory float* out_mixed,
-    uint out_row,
-    global_memory float* out_sums,
-    uint out_sums_row) {
+    global_memory float* out, // of the first row
+    uint out_row) {           // numbers from row to row
   constexpr int SHARE = VALUE_DIM / MIX_SHARES;
   const uint thread_id = simdgroup * 32 + lane, threads = simdgroups * 32;
   UNROLL for (int i = 0; i < LANE_ROWS; i++) {
@@ -274,8 +271,8 @@ FUNCTION void join(
       total += fade * totals[s * ROWS + thread_id];
       largest[s * ROWS + thread_id] = fade;
     }
-    out_sums[thread_id * out_sums_row] = highest;
-    out_sums[thread_id * out_sums_row + 1] = total;
+    out[thread_id * out_row + LARGEST_VALUE] = highest;
+    out[thread_id * out_row + LARGEST_VALUE + 1] = total;
     totals[thread_id] = total;
   }
   group_barrier();
@@ -306,6 +303,6 @@ FUNCTION void join(
       for (uint s = 1; s < simdgroups; s++) sum += from[s * apart];
     }
     const uint place = summed.place(coordinate);
-    out_mixed[row * out_row + place] = summed.number(place, sum, totals[row]);
+    out[row * out_row + place] = summed.number(place, sum, totals[row]);
   }
 }

@@ -23,6 +23,9 @@ local_memory query_t* const queries = (local_memory query_t*)shared;
 threadgroup float largest[SIMDGROUPS * ROWS], totals[SIMDGROUPS * ROWS];
 $declarations
 local_memory float* const joined = (local_memory float*)($joined);
+#if COMBINES
+threadgroup uint came_before;
+#endif
 
 if (split >= splits) return; // another sequence has more
 const bool exact = split < exact_splits;
@@ -82,8 +85,8 @@ for (uint r = simdgroup; r < PADDED_ROWS; r += SIMDGROUPS) {
 }
 
 const uint row = (sequence * KV_HEADS + head) * (ROW_TILES * ROWS) + first_row;
-global_memory float* out_mixed = mixed + (row * most_splits + split) * LARGEST_VALUE;
-global_memory float* out_sums = sums + (row * most_splits + split) * 2;
+const uint row_numbers = most_splits * SPLIT_ROW;
+global_memory float* of_split = of_splits + row * row_numbers + split * SPLIT_ROW;
 
 if (exact) {
   const bool at_start = split < sink_splits;
@@ -129,8 +132,7 @@ if (exact) {
       keys, values, queries, added, masks + (at_start ? 0 : sinks + packed), mask_rows, first, end, simdgroup, SIMDGROUPS,
       lane, run);
   join<EXACT_VALUE>(
-      run, summed, simdgroup, SIMDGROUPS, lane, largest, totals, joined, out_mixed, most_splits * LARGEST_VALUE,
-      out_sums, most_splits * 2);
+      run, summed, simdgroup, SIMDGROUPS, lane, largest, totals, joined, of_split, row_numbers);
 } else {
   $key_setup
   $value_setup
@@ -143,6 +145,24 @@ if (exact) {
   attend<CODED_KEY, CODED_VALUE>(
       k_reader, v_reader, queries, added, masks, mask_rows, first, end, simdgroup, SIMDGROUPS, lane, run);
   join<CODED_VALUE>(
-      run, summed, simdgroup, SIMDGROUPS, lane, largest, totals, joined, out_mixed, most_splits * LARGEST_VALUE,
-      out_sums, most_splits * 2);
+      run, summed, simdgroup, SIMDGROUPS, lane, largest, totals, joined, of_split, row_numbers);
 }
+
+#if COMBINES // the last of a row's threadgroups joins its splits, a simdgroup those of a row
+const uint block = sequence * (KV_HEADS * ROW_TILES) + threadgroup_position_in_grid.y;
+if (!last_to_come(arrived + block, splits, came_before)) return;
+for (uint r = simdgroup; r < ROWS && first_row + r < ALL_ROWS; r += SIMDGROUPS) {
+  const global_memory float* splits_of_row = of_splits + (row + r) * row_numbers;
+  const uint out_row = (sequence * KV_HEADS + head) * ALL_ROWS + first_row + r;
+#if HAS_LOGITS
+  const float logit = logits[(head * SHARED + (first_row + r) / QUERIES) * logits_strides[0]] * LOG2_E;
+#else
+  const float logit = NO_LOGIT;
+#endif
+  const Softmax all = softmax_of(splits_of_row, splits, logit, lane);
+  float plain[Lanes<EXACT_VALUE>::each], coded[Lanes<CODED_VALUE>::each];
+  sum_splits<EXACT_VALUE>(splits_of_row, 0, exact_splits, 1, all.largest, lane, plain);
+  sum_splits<CODED_VALUE>(splits_of_row, exact_splits, splits, 1, all.largest, lane, coded);
+  $finish
+}
+#endif

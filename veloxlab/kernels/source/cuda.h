@@ -9,6 +9,7 @@
 
 #define FUNCTION __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
+#define UNROLL_EIGHT _Pragma("unroll 8") // so many loads are on their way together
 #define global_memory /* __device__ is a macro that names `device` */
 #define thread
 #define threadgroup __shared__
@@ -18,6 +19,16 @@
 #define group_barrier() __syncthreads()
 #define simd_barrier() __syncwarp()
 #define group_memory_barrier() __syncthreads() // after writes that others of the threadgroup read from global memory
+// Whether this threadgroup is the last of `count` that come here: it then sees what the others wrote to global memory.
+// `arrived` is 0 before the first comes, and after the last one. All threads call it, with a number in threadgroup memory.
+__device__ __forceinline__ bool last_to_come(const unsigned int* arrived, unsigned int count, unsigned int& before) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) before = atomicInc((unsigned int*)arrived, count - 1);
+  __syncthreads();
+  __threadfence();
+  return before == count - 1;
+}
 
 typedef unsigned int uint;
 typedef unsigned char uchar;

@@ -2,6 +2,7 @@
 
 #define FUNCTION inline
 #define UNROLL _Pragma("clang loop unroll(full)")
+#define UNROLL_EIGHT _Pragma("clang loop unroll_count(8)") // so many loads are on their way together
 #define global_memory device
 #define local_memory threadgroup
 #define group_barrier() threadgroup_barrier(metal::mem_flags::mem_threadgroup)
