@@ -30,6 +30,7 @@ from veloxlab.kernels.call import (
     changing_names,
     lasting_inputs,
     nothing_of,
+    places_of_constants,
 )
 from veloxlab.kernels.readers import Room
 from veloxlab.kernels.splits import (
@@ -109,36 +110,38 @@ class AttendKernel(Threadgroups):
         shapes = [(batch, query_heads, length, tokens.value_dim), *([coded] if self.coded else [])]
         types = [queries.q.dtype, mx.float32][: len(shapes)]
         written = [mx.float32, *([tokens.exact_type] * 2 if self.joins else []), *(types if combine is None else [])]
-        threads, joining = self.simdgroups * SIMD, _COMBINE_SIMDGROUPS * SIMD
+        threads, joining, known = self.simdgroups * SIMD, (_COMBINE_SIMDGROUPS * SIMD, 1, 1), (-1, -1)
+        group, grid = (threads, 1, 1), (0, 0, 0)
+        outputs: list[tuple[int, ...]] = []
 
         def call(queries: Queries, recent: Exact | None, of_all: Sizes, recent_end: int) -> Answer:
             """Attention; see `veloxlab.kernels.call.PreparedCall`."""
+            nonlocal known, grid, outputs
             numbers, splits = of_all
             newest = recent or nothing
-            common, most = common_numbers(recent_end, newest.room, splits, get_ident()), splits.most
-            changing = changing_inputs(queries, newest, common, numbers, rotates=rotates, joins=self.joins)
-            last = signs if queries.logits is None else [*signs, queries.logits]
-            given = suited(changing, backend) + lasting
+            if known != (splits.most, newest.room):
+                known = splits.most, newest.room
+                grid = splits.most * threads, blocks, batch
+                outputs = [(padded_rows, splits.most, self.split_row)]
+                outputs += [x.shape for x in newest.buffers] if self.joins else []
+                outputs += shapes if combine is None else []
+            thread = get_ident()
+            common = common_numbers(recent_end, newest.room, splits, thread)
+            given = changing_inputs(queries, newest, common, numbers, rotates=rotates, joins=self.joins)
+            given = suited(given, backend) + lasting
             if combine is None:
-                given += [*suited(last, backend), unused_counters(batch * blocks, get_ident())]
-            found = attend(
-                inputs=given,
-                grid=(most * threads, blocks, batch),
-                threadgroup=(threads, 1, 1),
-                output_shapes=[
-                    (padded_rows, most, self.split_row),
-                    *((x.shape for x in newest.buffers) if self.joins else ()),
-                    *(shapes if combine is None else ()),
-                ],
-                output_dtypes=written,
-            )
+                if queries.logits is not None:
+                    given += suited([queries.logits], backend)
+                given.append(unused_counters(batch * blocks, thread))
+            found = attend(inputs=given, grid=grid, threadgroup=group, output_shapes=outputs, output_dtypes=written)
             if self.joins:
                 newest.joined(found[1], found[2])
             if combine is not None:
+                last = signs if queries.logits is None else [*signs, queries.logits]
                 found = combine(
                     inputs=suited([found[0], common, numbers, *last], backend),
-                    grid=(rows * joining, 1, 1),
-                    threadgroup=(joining, 1, 1),
+                    grid=(rows * joining[0], 1, 1),
+                    threadgroup=joining,
                     output_shapes=shapes,
                     output_dtypes=types,
                 )
@@ -158,7 +161,7 @@ def attend_kernel(queries: Queries, tokens: Tokens, backend: Backend) -> AttendK
     keys, values = tokens.keys, tokens.values
     joins = backend.joins and tokens.joins and queries.mask is None
     which = (
-        *(backend, queries.q.shape[1:], queries.q.dtype, *queries.kind),
+        *(backend, queries.q.shape[1:], queries.q.dtype, *queries.kind, *places_of_constants(tokens).items()),
         *(tokens.key_dim, tokens.value_dim, tokens.exact_type, keys.key, values.key, tokens.one_table, joins),
     )
     if which not in _KERNELS:
@@ -203,15 +206,15 @@ def _made(queries: Queries, tokens: Tokens, backend: Backend, joins: bool) -> At
         "HAS_LOGITS": int(queries.logits is not None),
         "OUT_TYPE": backend.types[queries.q.dtype],
     }
-    own = {"v_signs": spread, "logits": queries.logits is not None}
     ending = _Ending(
-        tuple(name for name, given in own.items() if given),
+        () if queries.logits is None else ("logits",),
         ("out",) if spread else ("out", "out_coded"),
         Template(source_file("finish.metal")).substitute(value_hartley=hartley_row(values.dim) if spread else ""),
     )
+    last = ending if combines else None
     combine = Source(
         name="combine",
-        inputs=("of_splits", "common", "sizes", *ending.inputs),
+        inputs=("of_splits", "common", "sizes", *(("v_signs",) if spread else ()), *ending.inputs),
         outputs=ending.outputs,
         defines=(
             *common.items(),
@@ -225,8 +228,8 @@ def _made(queries: Queries, tokens: Tokens, backend: Backend, joins: bool) -> At
     return AttendKernel(
         name=f"attend ({keys.name} keys, {values.name} values)",
         backend=backend,
-        attend=_attend_source(queries, tokens, backend, common, rows, row_tiles, large, joins, ending if combines else None),
-        combine=None if combines else combine,
+        attend=_attend_source(queries, tokens, backend, common, rows, row_tiles, large, joins, last),
+        combine=None if last else combine,
         kv_heads=keys.kv_heads,
         rows=rows,
         row_tiles=row_tiles,
@@ -302,8 +305,19 @@ def _attend_source(
             ("SIMDGROUPS", simdgroups),
             ("THREADS", simdgroups * SIMD),
             ("GROUPS_PER_PROCESSOR", _at_once(tokens, large)),
+            *places_of_constants(tokens).items(),
         ),
-        headers=("simd.h", "readers.h", *of_readers, "lanes.h", "window.h", *of_joins, "attend.h", *of_ending, *of_sums),
+        headers=(
+            "simd.h",
+            "readers.h",
+            *of_readers,
+            "lanes.h",
+            "window.h",
+            *of_joins,
+            "attend.h",
+            *of_ending,
+            *of_sums,
+        ),
         body=Template(source_file("attend.metal")).substitute(
             declarations=f"{key.declarations}\n{value.declarations}",
             joined=("k_levels" if keys.large_words else "v_levels") if apart else "shared + TILES_AT",

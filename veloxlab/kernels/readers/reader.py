@@ -139,6 +139,10 @@ class Reader(ABC):
         fields = (*self.stored, "scales", *self.tables)
         return {f"{prefix}_{name}": array for name in fields if (array := getattr(self, name)) is not None}
 
+    def table_arrays(self, prefix: str) -> dict[str, mx.array]:
+        """The inputs without a token axis, by name."""
+        return {f"{prefix}_{name}": array for name in self.tables if (array := getattr(self, name)) is not None}
+
     @property
     def stored_arrays(self) -> list[mx.array]:
         """The inputs with a row for every token."""

@@ -43,7 +43,7 @@ UNROLL for (int i = 0; i < LANE_ROWS; i++) {
 #if HAS_MASK
 const global_memory float* masks = mask;
 #else
-const global_memory float* masks = k_signs;
+const global_memory float* masks = (const global_memory float*)q; // of which nothing is read
 #endif
 
 // the queries, in the space of what they are compared with; rows past the last are zero
