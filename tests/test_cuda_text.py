@@ -18,23 +18,14 @@ from tests.test_readers_on_host import CASES as OTHERS
 from tests.test_readers_on_host import TRELLISES, Polar, Trellis
 from veloxlab.codecs.commvq import CommVQ
 from veloxlab.kernels.backend import run_vectors
+from veloxlab.kernels.compiled import HEADERS, Kernel
 from veloxlab.kernels.devices import CUDA
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc to compile CUDA text")
 
 FLAGS = ["-arch=sm_90", "-std=c++17", "-ptx", "-Xcicc", "-O0", "-x", "cu"]
-TYPES = {
-    mx.float32: "float",
-    mx.float16: "__half",
-    mx.bfloat16: "__nv_bfloat16",
-    mx.uint32: "unsigned int",
-    mx.int32: "int",
-    mx.uint8: "unsigned char",
-}
 # the keys' levels have a copy for every lane, the values' table has not
 TWO_TABLES = [Case(Trellis(2.25, beside="turned"), Polar((8, 8, 8)), 128, 8)]
-# MLX passes shapes and strides by value
-FACTS = "template <class T> struct Fact {\n  T v[8];\n  __device__ T operator[](int i) const { return v[i]; }\n};\n"
 
 
 def ptx(text):
@@ -56,15 +47,10 @@ def compiled(text):
 
 
 def kernel_text(source, inputs, outputs):
-    parameters = []
-    for name, dtype in zip(source.inputs, inputs, strict=True):
-        parameters.append(f"const {TYPES[dtype]}* {name}")
-        for fact, kind in (("shape", "int"), ("strides", "long long")):
-            if f"{name}_{fact}" in source.body:
-                parameters.append(f"const __grid_constant__ Fact<{kind}> {name}_{fact}")
-    parameters += [f"{TYPES[dtype]}* {name}" for name, dtype in zip(source.outputs, outputs, strict=True)]
-    signature = f'extern "C" __global__ void kernel({", ".join(parameters)})'
-    return f"{FACTS}{source.header('cuda.h')}\n{signature} {{\n{source.body}\n}}\n"
+    kernel = Kernel(source.name, source.inputs, source.outputs, source.header("cuda.h"), source.body)
+    lines = kernel.text(inputs, outputs).splitlines()
+    included = {f"#include {mark}": text for name, text in HEADERS.items() for mark in (f'"{name}"', f"<{name}>")}
+    return "\n".join(included.get(line, line) for line in lines) + "\n"
 
 
 def without_launches(texts):
@@ -72,7 +58,7 @@ def without_launches(texts):
 
     def built(source):
         def kernel(*, inputs, output_shapes, output_dtypes, **_):
-            texts.append(kernel_text(source, [array.dtype for array in inputs], output_dtypes))
+            texts.append(kernel_text(source, inputs, output_dtypes))
             return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
 
         return kernel

@@ -1,6 +1,7 @@
 """Kernels against their reference implementations on a real GPU: ``pytest -m gpu``."""
 
 import math
+import secrets
 from dataclasses import replace
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ from veloxlab.codecs.base import Code, Sample
 from veloxlab.codecs.commvq import CommVQ
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.turboquant import TurboQuant
-from veloxlab.kernels import checked
+from veloxlab.kernels import checked, compiled
 from veloxlab.kernels.backend import run_vectors
 from veloxlab.kernels.devices import CPU, current_backend
 from veloxlab.kernels.slide import by_operations, slid
@@ -326,3 +327,20 @@ def test_the_newest_token_joins_the_window_by_attention(method, dtype):
                 caches[0].recent.buffers.values(), caches[1].recent.buffers.values(), strict=True
             ):
                 assert mx.array_equal(one, reference)
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="such kernels are of CUDA")
+def test_mlx_runs_the_machine_code_that_is_kept(monkeypatch):
+    """The kept code adds 2 where the text says 1."""
+    made = compiled.compiled
+    monkeypatch.setattr(compiled, "compiled", lambda text, *more: made(text.replace("1.0f", "2.0f"), *more))
+    kernel = compiled.Kernel(f"kept_{secrets.token_hex(8)}", ("x",), ("out",), "", "out[0] = x[x_strides[0]] + 1.0f;")
+    x = mx.array([0.0, 5.0, 0.0])
+    compiled.keep(kernel, [x], [mx.float32])
+    run = mx.fast.cuda_kernel(
+        name=kernel.name, input_names=["x"], output_names=["out"], source=kernel.body, ensure_row_contiguous=False
+    )
+    one = (1, 1, 1)
+    (found,) = run(inputs=[x], grid=one, threadgroup=one, output_shapes=[(1,)], output_dtypes=[mx.float32])
+    assert found.item() == 7.0
+    assert relative(*both(history(*[TurboQuant(128, 4, "mse")] * 2, packed=500), normal(1, 8, 1, 128))) < TOLERANCE

@@ -8,14 +8,16 @@ compiler unrolls loops. A kernel is built once for each set of them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
+from typing import Any
 
 import mlx.core as mx
 
 from veloxlab.errors import InputError
+from veloxlab.kernels.compiled import Kernel, keep
 from veloxlab.store import kept_in, make_folder, write_together
 
 SIMD = 32  # threads of a simdgroup (Metal) or warp (CUDA)
@@ -62,15 +64,16 @@ def source_file(name: str) -> str:
 def build_with_mlx(language: str, source: Source) -> Built:
     """A kernel of ``mx.fast``, in ``"metal"`` or ``"cuda"``.
 
-    MLX caches compiled kernels by name, also on disk, so the name has a checksum of the text.
+    MLX caches compiled kernels by name, so the name has a checksum of the text.
     """
     body, header = _bare(source.body), _bare(source.header(f"{language}.h"))
     checksum = hashlib.sha256((header + body).encode()).hexdigest()[:16]
     if language == "cuda":
         body, header = _included(source, body, header, checksum)
+    name = f"veloxlab_{source.name}_{checksum}"
     large = {"shared_memory": source.large_bytes} if source.large_bytes else {}
     kernel: Built = getattr(mx.fast, f"{language}_kernel")(
-        name=f"veloxlab_{source.name}_{checksum}",
+        name=name,
         input_names=list(source.inputs),
         output_names=list(source.outputs),
         source=body,
@@ -78,7 +81,15 @@ def build_with_mlx(language: str, source: Source) -> Built:
         **large,
         ensure_row_contiguous=False,  # a cache's arrays are views of growing buffers: bodies use their strides
     )
-    return kernel
+    if language != "cuda":
+        return kernel
+
+    def first(*, inputs: list[mx.array], output_dtypes: Sequence[mx.Dtype], **given: Any) -> list[mx.array]:
+        keep(Kernel(name, source.inputs, source.outputs, header, body), inputs, output_dtypes)
+        source.built.update(dict.fromkeys(source.built, kernel))  # later launches need not come here
+        return kernel(inputs=inputs, output_dtypes=output_dtypes, **given)
+
+    return first
 
 
 def _included(source: Source, body: str, header: str, checksum: str) -> tuple[str, str]:
