@@ -2,7 +2,7 @@
 
 The folder gets ``parity.json`` (the number of comparisons that passed, those that failed, and the commit) and
 ``bench.json``, both with device, driver, versions and date. The options are those of ``veloxlab bench``. A kernel takes
-seconds to compile, so several processes share the suite, and build the kernels of the benchmarks.
+a second to compile, so several processes share the suite, and build the kernels of the benchmarks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from veloxlab import cli
 from veloxlab.codecs import METHODS
@@ -36,7 +37,6 @@ PYTEST = (
     "gpu",
 )
 _LEFT = 2  # processors without a compiling process
-_SHARES = 2  # of each process, one after the other: some tests take much longer than others
 _ALONE = dict.fromkeys(("OPENBLAS_NUM_THREADS", "VELOXLAB_THREADS"), "1")  # threads that spin take the cores of others
 COMMIT = "VELOXLAB_COMMIT"  # in the environment, if the folder is no clone
 _BUILD = """
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     processes = max(1, (os.cpu_count() or 1) - _LEFT)
-    found = parity(tests_of(SUITE), processes)
+    found = parity(SUITE, processes)
     told = {"facts": {**facts(), "commit": commit()}, "seconds": round(time.monotonic() - begin), **found}
     write_atomically(out / "parity.json", json.dumps(told, indent=1).encode())
     print(f"{found['passed']} passed, {len(found['failed'])} failed, {found['skipped']} skipped")
@@ -76,13 +76,14 @@ def _attention() -> list[str]:
 
 
 def build(codes: Sequence[str], processes: int) -> None:
-    """Run ``codes`` by several processes: MLX keeps compiled kernels on the disk, where benchmarks find them."""
+    """Run ``codes`` by several processes, each some of them: compiled kernels are on the disk for the benchmarks."""
 
-    def run(code: str) -> None:
-        subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | _ALONE, stdout=subprocess.DEVNULL)
+    def run(own: Sequence[str]) -> None:
+        command = [sys.executable, "-c", "\n".join(own)]
+        subprocess.run(command, check=True, env=os.environ | _ALONE, stdout=subprocess.DEVNULL)
 
     with ThreadPoolExecutor(processes) as pool:
-        list(pool.map(run, codes))
+        list(pool.map(run, filter(None, (codes[i::processes] for i in range(processes)))))
 
 
 def commit() -> str:
@@ -91,34 +92,19 @@ def commit() -> str:
     return os.environ.get(COMMIT) or subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def tests_of(suite: Path) -> list[str]:
-    """Return the ids of all comparisons."""
-    listed = subprocess.run([*PYTEST, "--collect-only", str(suite)], capture_output=True, text=True, check=True)
-    return [line for line in listed.stdout.splitlines() if "::" in line]
-
-
-def parity(tests: Sequence[str], processes: int) -> dict[str, object]:
+def parity(suite: Path, processes: int) -> dict[str, Any]:
     """Return numbers of passed and skipped comparisons, and the last lines of failed ones."""
-    count = _SHARES * processes
-    shares = [share for share in (tests[i::count] for i in range(count)) if share]
-    with ThreadPoolExecutor(processes) as pool:
-        outcomes = list(pool.map(_outcomes, shares))
-    lines = [line for outcome in outcomes for line in outcome]
+    command = [*PYTEST, "-rA", "--no-fold-skipped", "-n", str(processes), "--dist", "worksteal", str(suite)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | _ALONE)
+    lines = run.stdout.splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    if run.returncode and not failed:
+        failed = [f"ERROR the suite ended with exit code {run.returncode}: {(lines or run.stderr.splitlines())[-1]}"]
     return {
         "passed": sum(line.startswith("PASSED") for line in lines),
         "skipped": sum(line.startswith("SKIPPED") for line in lines),
-        "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
+        "failed": failed,
     }
-
-
-def _outcomes(tests: Sequence[str]) -> list[str]:
-    """Return a line for each test, two if its teardown failed, and another if the process died before the end."""
-    command, env = [*PYTEST, "-rA", "--no-fold-skipped", *tests], os.environ | _ALONE
-    run = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    lines = [line for line in run.stdout.splitlines() if line.startswith(("PASSED", "SKIPPED", "FAILED", "ERROR"))]
-    lost = len(tests) - len({line.split(" ", 1)[1].partition(" - ")[0] for line in lines})
-    died = f"ERROR {lost} tests of this process gave no outcome (exit code {run.returncode})"
-    return [*lines, died] if lost else lines
 
 
 if __name__ == "__main__":

@@ -100,10 +100,13 @@ class CompressedKVCache(Runs, saved.Saved):
         or if a codec is not fitted. On a GPU the check does not wait: a NaN is stored, and the second call after it
         raises, as do all later calls and `veloxlab.save_cache`.
         """
-        coming = self.check(keys, values)
-        history = self.store(coming)
+        if self._joins(keys, values):
+            history = self._join(keys, values)
+            self.begin()
+            return history, history
+        history = self.store(self._coming(keys, values))
         self.begin()
-        return (history, history) if isinstance(coming, Joining) else self.handed(history, keys.shape[2])
+        return self.handed(history, keys.shape[2])
 
     def begin(self) -> None:
         """Start the computation of the newest keys and values, which a kernel on a CPU needs."""
@@ -112,10 +115,18 @@ class CompressedKVCache(Runs, saved.Saved):
 
     def check(self, keys: mx.array, values: mx.array) -> Coming | Joining:
         """The first half of `update_and_fetch`: all that can fail. It changes nothing, and raises the same errors."""
+        return Joining(keys, values) if self._joins(keys, values) else self._coming(keys, values)
+
+    def _joins(self, keys: mx.array, values: mx.array) -> bool:
+        """Whether tokens only join the window; raises `InputError` for bad tokens of an earlier call."""
         self._checks.look(self.layer)
-        alike = self._past and (keys.shape, values.shape, keys.dtype, values.dtype) == self._one
-        if alike and self.recent.tokens < self.windows.most_recent:
-            return Joining(keys, values)
+        return (
+            self._past is not None
+            and self.recent.tokens < self.windows.most_recent
+            and (keys.shape, values.shape, keys.dtype, values.dtype) == self._one
+        )
+
+    def _coming(self, keys: mx.array, values: mx.array) -> Coming:
         for name, x, codec in (("keys", keys, self.key_codec), ("values", values, self.value_codec)):
             if x.shape[-1] != codec.head_dim:
                 raise InputError(
@@ -175,11 +186,7 @@ class CompressedKVCache(Runs, saved.Saved):
     def store(self, coming: Coming | Joining) -> History:
         """The second half of `update_and_fetch`, which cannot fail: store the tokens, and return what can be seen."""
         if isinstance(coming, Joining):
-            self._checks.kept(())
-            if self.recent.tokens + 1 == self.windows.early and self._past and self._past.filled:
-                self._encode_ahead(self._past)
-            self.recent.join(*coming)
-            return History(past=self._past, newest=self.recent.exact)
+            return self._join(*coming)
         keys, values, all_seen, arrival, codecs, sinks, packed, largest, slid = coming
         self._checks.kept(largest)
         last, self._past, self._dtype = self._past, None, keys.dtype
@@ -197,6 +204,12 @@ class CompressedKVCache(Runs, saved.Saved):
         history = History(segments, tuple(self.buffers) if keys.shape[2] > FEW_QUERIES else (), dtype=keys.dtype)
         self._lent = history if self.lends else None
         return history
+
+    def _join(self, keys: mx.array, values: mx.array) -> History:
+        self._checks.kept(())
+        if self.recent.tokens + 1 == self.windows.early and self._past and self._past.filled:
+            self._encode_ahead(self._past)
+        return History(past=self._past, newest=self.recent.join(keys, values))
 
     def _encode_ahead(self, past: Past) -> None:
         """Encode the block that leaves next, some steps before that."""

@@ -87,13 +87,17 @@ class Run:
             self.buffers[name] = mx.concatenate(parts, axis=2) if len(parts) > 1 else mx.contiguous(new)
         self.tokens = total
 
-    def join(self, keys: mx.array, values: mx.array) -> None:
+    def join(self, keys: mx.array, values: mx.array) -> Exact:
         """Add one exact token, which goes into the buffers when somebody needs them: a faster `append`."""
-        self._codes.clear()
+        if self._codes:
+            self._codes.clear()
         if self.tokens == self.room:
             self._grow()
-        last, self.tokens = self.exact.complete(), self.tokens + 1
-        self._exact = Exact(last[0], last[1], self.tokens, self.room, (keys, values))
+        last = self.exact
+        buffers = last.buffers if last.coming is None else last.complete()
+        self.tokens += 1
+        self._exact = Exact(buffers[0], buffers[1], self.tokens, self.room, (keys, values))
+        return self._exact
 
     def may_join(self, codes: Codes) -> bool:
         """Whether a token of this dtype can `join`: there are others of the same."""

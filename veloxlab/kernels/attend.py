@@ -26,7 +26,6 @@ from veloxlab.kernels.call import (
     PreparedCall,
     Queries,
     Tokens,
-    changing_inputs,
     changing_names,
     lasting_inputs,
     nothing_of,
@@ -99,7 +98,8 @@ class AttendKernel(Threadgroups):
 
         A call also gets the end of the recent tokens.
         """
-        backend, values, blocks = self.backend, tokens.values, self.blocks
+        backend, values, blocks, joins = self.backend, tokens.values, self.blocks, self.joins
+        exactly = backend.least_size == 0  # arrays of any size are inputs as they are
         attend = built(self.attend, backend)
         combine = None if self.combine is None else built(self.combine, backend)
         nothing, signs = nothing_of(tokens.exact_type), [] if values.signs is None else [values.signs]
@@ -109,7 +109,7 @@ class AttendKernel(Threadgroups):
         coded = batch, self.kv_heads, query_heads // self.kv_heads * length, values.dim
         shapes = [(batch, query_heads, length, tokens.value_dim), *([coded] if self.coded else [])]
         types = [queries.q.dtype, mx.float32][: len(shapes)]
-        written = [mx.float32, *([tokens.exact_type] * 2 if self.joins else []), *(types if combine is None else [])]
+        written = [mx.float32, *([tokens.exact_type] * 2 if joins else []), *(types if combine is None else [])]
         threads, joining, known = self.simdgroups * SIMD, (_COMBINE_SIMDGROUPS * SIMD, 1, 1), (-1, -1)
         group, grid = (threads, 1, 1), (0, 0, 0)
         outputs: list[tuple[int, ...]] = []
@@ -123,18 +123,25 @@ class AttendKernel(Threadgroups):
                 known = splits.most, newest.room
                 grid = splits.most * threads, blocks, batch
                 outputs = [(padded_rows, splits.most, self.split_row)]
-                outputs += [x.shape for x in newest.buffers] if self.joins else []
+                outputs += [x.shape for x in newest.buffers] if joins else []
                 outputs += shapes if combine is None else []
-            thread = get_ident()
+            thread, mask = get_ident(), queries.mask
             common = common_numbers(recent_end, newest.room, splits, thread)
-            given = changing_inputs(queries, newest, common, numbers, rotates=rotates, joins=self.joins)
-            given = suited(given, backend) + lasting
+            q = queries.q if mask is None else mx.contiguous(queries.q)
+            own = [q]
+            if not rotates:
+                own.append(q if queries.coded is None else queries.coded)
+            if joins and newest.coming is not None:  # as `changing_names` says
+                given = [*own, *newest.buffers, common, numbers, *newest.coming]
+            else:
+                given = [*own, *newest.complete(), common, numbers, *(() if mask is None else (mask,))]
+            given = [*given, *lasting] if exactly else [*suited(given, backend), *lasting]
             if combine is None:
                 if queries.logits is not None:
                     given += suited([queries.logits], backend)
                 given.append(unused_counters(batch * blocks, thread))
             found = attend(inputs=given, grid=grid, threadgroup=group, output_shapes=outputs, output_dtypes=written)
-            if self.joins:
+            if joins:
                 newest.joined(found[1], found[2])
             if combine is not None:
                 last = signs if queries.logits is None else [*signs, queries.logits]

@@ -107,7 +107,7 @@ class Tokens:
         return self.keys.lookup is not None and self.keys.lookup is self.values.lookup
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Queries:
     """The queries of attention, and how their scores are computed."""
 
@@ -151,7 +151,7 @@ class AttentionKernel(Protocol):
 
 
 def changing_names(queries: Queries, *, rotates: bool, joins: bool) -> tuple[str, ...]:
-    """The inputs of ``attend.metal`` that change at each token; they come first.
+    """The inputs of ``attend.metal`` that change at each token; they come first. With a mask queries are contiguous.
 
     A kernel ``rotates`` queries itself, or it also gets them in the space of the keys' codes.
     """
@@ -159,20 +159,6 @@ def changing_names(queries: Queries, *, rotates: bool, joins: bool) -> tuple[str
     if joins:
         return *names, "new_keys", "new_values"
     return names if queries.mask is None else (*names, "mask")
-
-
-def changing_inputs(
-    queries: Queries, recent: Exact, common: mx.array, sizes: mx.array, *, rotates: bool, joins: bool
-) -> list[mx.array]:
-    """The arrays of `changing_names`; with a mask queries are contiguous."""
-    q, coded, mask = queries.q, queries.coded, queries.mask
-    if mask is not None:
-        q = mx.contiguous(q)
-    own = [q] if rotates else [q, q if coded is None else coded]
-    if joins and recent.coming is not None:
-        return [*own, *recent.buffers, common, sizes, *recent.coming]
-    arrays = [*own, *recent.complete(), common, sizes]
-    return arrays if mask is None else [*arrays, mask]
 
 
 def lasting_inputs(tokens: Tokens) -> dict[str, mx.array]:

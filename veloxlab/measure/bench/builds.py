@@ -19,7 +19,7 @@ from veloxlab.kernels.backend import built_kernels
 from veloxlab.measure.bench.shapes import SHAPES
 from veloxlab.measure.bench.timing import ENCODED, Row, Tell, fitted, vectors
 
-_TOGETHER = 4  # processes; a compiler has one thread
+_TOGETHER = 6  # processes; a compiler has one thread
 _STEPS = 4 * BLOCK  # decoded tokens: until blocks have left the window
 _CHILD = "import sys; import veloxlab; from veloxlab.measure.bench.builds import session; print(*session(sys.argv[1]))"
 

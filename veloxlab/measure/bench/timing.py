@@ -244,7 +244,7 @@ def repeated(shape: Shape, tokens: int, codecs: Sequence[Codec], tiles: Sequence
     return lambda q: history.attend(q, shape.scale, None), (keys, values)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)  # of a shape: the same codes serve all lengths
 def _coded(shape: Shape, tokens: int, bits: float, method: str) -> tuple[list[Codec], list[Code]]:
     codecs = [fitted(method, shape, tensor, bits) for tensor in TENSORS]
     return codecs, [codec.encode(vectors(shape, tokens)) for codec in codecs]
