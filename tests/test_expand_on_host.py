@@ -137,7 +137,7 @@ def test_the_cuda_text_compiles(monkeypatch):
 
     def built(source):
         def kernel(*, inputs, output_shapes, output_dtypes, **_):
-            texts.append(kernel_text(source, [x.dtype for x in inputs], output_dtypes))
+            texts.append(kernel_text(source, inputs, output_dtypes))
             return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
 
         return kernel

@@ -99,5 +99,5 @@ def test_a_bad_token_is_told_when_its_block_leaves(monkeypatch):
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc to compile CUDA text")
 def test_its_text_is_cuda():
     made = _source(mx.float16, mx.bfloat16, 64, 128, 95, CUDA)
-    given = [mx.float16, mx.bfloat16, mx.uint32]
+    given = [mx.zeros((1, 1, 1, 16), dtype) for dtype in (mx.float16, mx.bfloat16, mx.uint32)]
     assert not compiled(kernel_text(made, given, [mx.float16, mx.bfloat16, mx.float32, mx.float32]))

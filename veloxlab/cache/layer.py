@@ -104,7 +104,7 @@ class CompressedKVCache(Runs, saved.Saved):
             history = self._join(keys, values)
             self.begin()
             return history, history
-        history = self.store(self._coming(keys, values))
+        history = self.store(self.check(keys, values))
         self.begin()
         return self.handed(history, keys.shape[2])
 

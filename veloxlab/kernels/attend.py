@@ -168,7 +168,7 @@ def attend_kernel(queries: Queries, tokens: Tokens, backend: Backend) -> AttendK
     keys, values = tokens.keys, tokens.values
     joins = backend.joins and tokens.joins and queries.mask is None
     which = (
-        *(backend, queries.q.shape[1:], queries.q.dtype, *queries.kind, *places_of_constants(tokens).items()),
+        *(backend, queries.q.shape[1:], queries.q.dtype, *queries.kind),
         *(tokens.key_dim, tokens.value_dim, tokens.exact_type, keys.key, values.key, tokens.one_table, joins),
     )
     if which not in _KERNELS:

@@ -184,12 +184,13 @@ def places_of_constants(tokens: Tokens) -> dict[str, str]:
 
 
 def _small_tables(tokens: Tokens) -> dict[str, mx.array]:
-    keys, values = tokens.keys, tokens.values
-    tables = {**keys.table_arrays("k"), **values.table_arrays("v"), "k_signs": keys.signs, "v_signs": values.signs}
-    if tokens.one_table:
-        del tables["v_table"]
-    given = {name: table for name, table in tables.items() if table is not None}
-    return {n: table for n, table in given.items() if table.dtype == mx.float32 and table.size <= _MOST_CONSTANTS}
+    of_readers = {
+        f"{prefix}_{name}": getattr(reader, name)
+        for prefix, reader in (("k", tokens.keys), ("v", tokens.values))
+        for name in (*reader.joined_tables, "signs")
+        if not (tokens.one_table and (prefix, name) == ("v", "table"))
+    }
+    return {n: table for n, table in of_readers.items() if table is not None and table.size <= _MOST_CONSTANTS}
 
 
 @lru_cache

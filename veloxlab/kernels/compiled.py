@@ -56,6 +56,9 @@ _SEED = 0xC70F6907  # of std::hash, as that of the next function
 _HASH = "_ZSt11_Hash_bytesPKvmm"
 
 
+FUNCTION = "custom_kernel_"  # before the name of a kernel that is not MLX's own
+
+
 class Kernel(NamedTuple):
     """A kernel of ``mx.fast.cuda_kernel``, by what that got."""
 
@@ -68,7 +71,7 @@ class Kernel(NamedTuple):
     @property
     def function(self) -> str:
         """The name of its function."""
-        return f"custom_kernel_{self.name}"
+        return f"{FUNCTION}{self.name}"
 
     def text(self, inputs: Sequence[mx.array], types: Sequence[mx.Dtype]) -> str:
         """The text that MLX makes of it for ``inputs`` and outputs of ``types``."""
@@ -92,7 +95,7 @@ def keep(kernel: Kernel, inputs: Sequence[mx.array], types: Sequence[mx.Dtype]) 
         return
     with suppress(OSError, AttributeError, KeyError, InputError):
         text = kernel.text(inputs, types)
-        path = _folder() / f"{kernel.function}_{_hash(text.encode()):x}.ptx"
+        path = folder() / f"{kernel.function}_{_hash(text.encode()):x}.ptx"
         if path.exists():
             return
         made = compiled(text, f"mlx::core::cu::{kernel.function}", _options())
@@ -150,8 +153,8 @@ def _options() -> list[str]:
     return options_for(int(info["compute_capability_major"]), int(info["compute_capability_minor"]))
 
 
-def _folder() -> Path:
-    """MLX's folder of compiled kernels."""
+def folder() -> Path:
+    """MLX's folder of compiled kernels, its own and ours."""
     own = os.environ.get("MLX_PTX_CACHE_DIR")
     if own:
         return Path(own)

@@ -64,7 +64,8 @@ class Reader(ABC):
 
     name: ClassVar[str]  # of the layout
     stored: ClassVar[tuple[str, ...]] = ("rows",)  # fields with a row for every token, in the kernel's order
-    tables: ClassVar[tuple[str, ...]] = ()  # fields without a token axis
+    tables: ClassVar[tuple[str, ...]] = ()  # fields without a token axis,
+    joined_tables: ClassVar[tuple[str, ...]] = ()  # those of float32 whose sizes follow from `key`
     sum_headers: ClassVar[tuple[str, ...]] = ()  # files of ``source/`` for the parts of attention besides levels
     levels_alone: ClassVar[bool] = False  # whether a kernel decodes to levels, and the codec transforms these
     one_copy: ClassVar[bool] = False  # whether keys and values with the same ``table`` share its copy
@@ -138,10 +139,6 @@ class Reader(ABC):
         """Inputs of the kernel, by name."""
         fields = (*self.stored, "scales", *self.tables)
         return {f"{prefix}_{name}": array for name in fields if (array := getattr(self, name)) is not None}
-
-    def table_arrays(self, prefix: str) -> dict[str, mx.array]:
-        """The inputs without a token axis, by name."""
-        return {f"{prefix}_{name}": array for name in self.tables if (array := getattr(self, name)) is not None}
 
     @property
     def stored_arrays(self) -> list[mx.array]:

@@ -34,6 +34,7 @@ class TableReader(Reader):
     name: ClassVar[str] = "table"
     stored: ClassVar[tuple[str, ...]] = ("rows", "fine")
     tables: ClassVar[tuple[str, ...]] = ("table", "shifts")
+    joined_tables = tables
     one_copy: ClassVar[bool] = True
 
     bits: int  # of a code, of either stage if there are two
