@@ -187,18 +187,20 @@ def test_a_session_of_a_method_is_timed_twice_in_a_process_of_its_own():
 
 
 def test_a_timed_session_finds_compiled_kernels_of_mlx_alone(tmp_path, monkeypatch):
-    for name in ("own.ptx", "own.txt", "custom_kernel_veloxlab_attend_1.ptx"):
+    (tmp_path / "a long name").mkdir()
+    for name in ("own.ptx", "a long name/own.ptx", "custom_kernel_veloxlab_attend_1.ptx"):
         (tmp_path / name).touch()
     found = []
 
     def run(command, env, **_):
-        found.extend(sorted(path.name for path in Path(env["MLX_PTX_CACHE_DIR"]).iterdir()))
+        own = Path(env["MLX_PTX_CACHE_DIR"])
+        found.extend(sorted(str(path.relative_to(own)) for path in own.rglob("*.ptx")))
         return subprocess.CompletedProcess(command, 0, "3 1.5")
 
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(subprocess, "run", run)
     assert builds.builds(["rabitq"], found.append) == [{"cache": "rabitq", "kernels": 3, "seconds": 1.5}]
-    assert found == ["own.ptx", "own.txt", "rabitq: 3 kernels are built in 1.5 s"]
+    assert found == ["a long name/own.ptx", "own.ptx", "rabitq: 3 kernels are built in 1.5 s"]
 
 
 def test_the_command_writes_its_measurements_and_can_measure_a_part_again(monkeypatch, tmp_path):

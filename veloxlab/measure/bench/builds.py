@@ -35,9 +35,8 @@ def builds(methods: Sequence[str] = ENCODED, progress: Tell = print) -> list[Row
 
     def row(method: str) -> Row:
         with TemporaryDirectory() as own:
-            for path in folder().glob("*"):
-                if path.is_file() and not path.name.startswith(FUNCTION):
-                    shutil.copy(path, own)
+            if folder().exists():
+                shutil.copytree(folder(), own, dirs_exist_ok=True, ignore=shutil.ignore_patterns(f"{FUNCTION}*"))
             env = os.environ | {"MLX_PTX_CACHE_DIR": own}
             command = [sys.executable, "-c", _CHILD, method]
             told = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
