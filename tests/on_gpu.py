@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from veloxlab import cli
 from veloxlab.codecs import METHODS
@@ -30,13 +29,14 @@ PYTEST = (
     "-m",
     "pytest",
     "-q",
-    *("-p", "no:cacheprovider", "-p", "no:nbval", "-p", "no:benchmark"),  # the last one warns of several processes
+    *("-p", "no:cacheprovider", "-p", "no:nbval"),
     "-o",
     "addopts=",
     "-m",
     "gpu",
 )
 _LEFT = 2  # processors without a compiling process
+_SHARES = 2  # of each process, one after the other: some tests take much longer than others
 _ALONE = dict.fromkeys(("OPENBLAS_NUM_THREADS", "VELOXLAB_THREADS"), "1")  # threads that spin take the cores of others
 COMMIT = "VELOXLAB_COMMIT"  # in the environment, if the folder is no clone
 _BUILD = """
@@ -55,12 +55,12 @@ def main(arguments: Sequence[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     processes = max(1, (os.cpu_count() or 1) - _LEFT)
-    build(_attention(), processes)
-    print(f"kernels of benchmarks are built after {time.monotonic() - begin:.0f} s", flush=True)
-    found = parity(SUITE, processes)
+    found = parity(tests_of(SUITE), processes)
     told = {"facts": {**facts(), "commit": commit()}, "seconds": round(time.monotonic() - begin), **found}
     write_atomically(out / "parity.json", json.dumps(told, indent=1).encode())
     print(f"{found['passed']} passed, {len(found['failed'])} failed, {found['skipped']} skipped", flush=True)
+    build(_attention(), processes)
+    print(f"kernels of benchmarks are built after {time.monotonic() - begin:.0f} s", flush=True)
     benched = cli.main(["bench", "--json", str(out / "bench.json"), *options])
     return 1 if found["failed"] else benched
 
@@ -95,19 +95,34 @@ def commit() -> str:
     return os.environ.get(COMMIT) or subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def parity(suite: Path, processes: int) -> dict[str, Any]:
+def tests_of(suite: Path) -> list[str]:
+    """Return the ids of all comparisons."""
+    listed = subprocess.run([*PYTEST, "--collect-only", str(suite)], capture_output=True, text=True, check=True)
+    return [line for line in listed.stdout.splitlines() if "::" in line]
+
+
+def parity(tests: Sequence[str], processes: int) -> dict[str, object]:
     """Return numbers of passed and skipped comparisons, and the last lines of failed ones."""
-    command = [*PYTEST, "-rA", "--no-fold-skipped", "-n", str(processes), "--dist", "worksteal", str(suite)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | _ALONE)
-    lines = run.stdout.splitlines()
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    if run.returncode and not failed:
-        failed = [f"ERROR the suite ended with exit code {run.returncode}: {(lines or run.stderr.splitlines())[-1]}"]
+    count = _SHARES * processes
+    shares = [share for share in (tests[i::count] for i in range(count)) if share]
+    with ThreadPoolExecutor(processes) as pool:
+        outcomes = list(pool.map(_outcomes, shares))
+    lines = [line for outcome in outcomes for line in outcome]
     return {
         "passed": sum(line.startswith("PASSED") for line in lines),
         "skipped": sum(line.startswith("SKIPPED") for line in lines),
-        "failed": failed,
+        "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
     }
+
+
+def _outcomes(tests: Sequence[str]) -> list[str]:
+    """Return a line for each test, two if its teardown failed, and another if the process died before the end."""
+    command, env = [*PYTEST, "-rA", "--no-fold-skipped", *tests], os.environ | _ALONE
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    lines = [line for line in run.stdout.splitlines() if line.startswith(("PASSED", "SKIPPED", "FAILED", "ERROR"))]
+    lost = len(tests) - len({line.split(" ", 1)[1].partition(" - ")[0] for line in lines})
+    died = f"ERROR {lost} tests of this process gave no outcome (exit code {run.returncode})"
+    return [*lines, died] if lost else lines
 
 
 if __name__ == "__main__":

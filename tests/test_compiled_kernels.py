@@ -1,15 +1,20 @@
 """CUDA kernels that are compiled for MLX's folder, where NVIDIA's compiler is: it needs no GPU."""
 
 import ctypes
+import secrets
 import shutil
 import subprocess
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
-from veloxlab.kernels import compiled
+from veloxlab.kernels import compiled, text
+from veloxlab.kernels.backend import built
+from veloxlab.kernels.devices import CUDA
+from veloxlab.kernels.text import Source
 
 NVIDIA = find_spec("nvidia")
 LIBRARY = (
@@ -53,13 +58,13 @@ def test_a_number_has_no_shape(given):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ for the checksum of its library")
 def test_the_checksum_is_that_of_the_c_library(tmp_path):
-    text = "a text of some length"
-    call = f'std::hash<std::string>{{}}("{text}")'
+    some = "a text of some length"
+    call = f'std::hash<std::string>{{}}("{some}")'
     lines = [f"#include <{name}>" for name in ("functional", "string", "cstdio")]
     program = "\n".join([*lines, f'int main() {{ printf("%zx", {call}); }}'])
     subprocess.run(["g++", "-x", "c++", "-", "-o", tmp_path / "hash"], input=program, text=True, check=True)
     told = subprocess.run([tmp_path / "hash"], capture_output=True, text=True, check=True).stdout
-    assert f"{compiled._hash(text.encode()):x}" == told
+    assert f"{compiled._hash(some.encode()):x}" == told
 
 
 @pytest.fixture
@@ -112,3 +117,21 @@ def test_whatever_is_not_as_expected_is_left_to_mlx(folder, given, change, monke
         compiled._compiler.cache_clear()
     compiled.keep(KERNEL, given, TYPES)
     assert not folder.exists()
+
+
+def test_equal_kernels_of_layers_are_compiled_once_and_then_called_directly(monkeypatch):
+    launched, kept = [], []
+    monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **_: lambda **given: launched.append(given))
+    monkeypatch.setattr(text, "keep", lambda kernel, *_: kept.append(kernel.name))
+    body = f"// {secrets.token_hex(8)}\nout[0] = x[0];"
+    sources = [Source("copy", ("x",), ("out",), (), (), body) for _ in range(3)]
+    given = {"inputs": [mx.zeros(1)], "output_dtypes": [mx.float32], "grid": (1, 1, 1)}
+    backend = replace(CUDA, tried=False)
+    before = built(sources[0], backend)
+    before(**given)
+    later = [built(source, backend) for source in sources]
+    assert before not in later
+    for function in later:
+        function(**given)
+    assert launched == [given] * 4
+    assert len(kept) == 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -46,13 +46,18 @@ class Source:
 
     @cached_property
     def built(self) -> dict[Hashable, Built]:
-        """The functions that run it, by back end: a launch looks here first."""
-        return {}
+        """The functions that run it and all equal ones, by back end: a launch looks here first."""
+        return _functions_of(self)
 
     def header(self, prelude: str) -> str:
         """The text before the body: definitions, the prelude, the functions."""
         defines = "".join(f"#define {name} {value}\n" for name, value in self.defines)
         return "\n".join([defines, source_file(prelude), *map(source_file, self.headers)])
+
+
+@lru_cache(maxsize=512)
+def _functions_of(_: Source) -> dict[Hashable, Built]:
+    return {}
 
 
 @cache
