@@ -11,56 +11,20 @@ MLX's own fused attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from string import Template
 from threading import get_ident
 
 import mlx.core as mx
 
+from veloxlab.kernels.attend_source import COMBINE_SIMDGROUPS, division_of, sources_of
 from veloxlab.kernels.backend import Backend, built, suited
-from veloxlab.kernels.call import (
-    STEP,
-    Answer,
-    Exact,
-    PreparedCall,
-    Queries,
-    Tokens,
-    changing_names,
-    lasting_inputs,
-    nothing_of,
-    places_of_constants,
-)
-from veloxlab.kernels.readers import Room
-from veloxlab.kernels.splits import (
-    NUMBERS,
-    SIMDGROUPS,
-    Places,
-    Sizes,
-    Threadgroups,
-    common_numbers,
-    sizes_of,
-    unused_counters,
-)
-from veloxlab.kernels.text import SIMD, Source, source_file
-from veloxlab.kernels.vectors import hartley_row
+from veloxlab.kernels.call import STEP, Answer, Exact, PreparedCall, Queries, Tokens, lasting_inputs, nothing_of
+from veloxlab.kernels.splits import Places, Sizes, Threadgroups, common_numbers, sizes_of, unused_counters
+from veloxlab.kernels.text import SIMD, Source
 
-MANY_SIMDGROUPS = 16  # of a threadgroup alone on a processor
-_PROCESSOR_BYTES = 227 * 1024  # of threadgroup memory that such a threadgroup has
-GROUPS_PER_PROCESSOR = 4  # threadgroups that a processor of an NVIDIA GPU works on at once
-PADDED_ROWS = MOST_ROWS = 8  # query rows that share one read of the codes
-_COMBINE_SIMDGROUPS = 4  # that share the splits of a row, in the second kernel
-_MOST_COMBINED = 192  # splits of a KV head that one threadgroup combines: to read more takes longer than another launch
-_SPLIT_SUMS = 4  # numbers of a split beside its values; two of them align these
-_SMALL = 128  # largest dimension at which registers allow this number of threadgroups
 _LARGEST_DIM = 512
-# index of a query, with a mask and without: with some readers, strides and a mask exceed Metal's number of arrays
-_QUERY_PLACES = (
-    "((sequence * KV_HEADS * SHARED + query_head) * QUERIES + query) * EXACT_KEY",
-    "sequence * q_strides[0] + query_head * q_strides[1] + query * q_strides[2]",
-)
-
-Defines = dict[str, int | str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,19 +62,17 @@ class AttendKernel(Threadgroups):
 
         A call also gets the end of the recent tokens.
         """
-        backend, values, blocks, joins = self.backend, tokens.values, self.blocks, self.joins
+        backend, blocks, joins, attend = self.backend, self.blocks, self.joins, built(self.attend, self.backend)
         exactly = backend.least_size == 0  # arrays of any size are inputs as they are
-        attend = built(self.attend, backend)
-        combine = None if self.combine is None else built(self.combine, backend)
-        nothing, signs = nothing_of(tokens.exact_type), [] if values.signs is None else [values.signs]
-        lasting, rotates = suited([*lasting_inputs(tokens).values()], backend), tokens.keys.signs is not None
+        nothing, rotates = nothing_of(tokens.exact_type), tokens.keys.signs is not None
+        lasting = suited([*lasting_inputs(tokens).values()], backend)
         batch, query_heads, length, _ = queries.q.shape
-        rows, padded_rows = batch * query_heads * length, batch * blocks * self.rows
-        coded = batch, self.kv_heads, query_heads // self.kv_heads * length, values.dim
+        coded = batch, self.kv_heads, query_heads // self.kv_heads * length, tokens.values.dim
         shapes = [(batch, query_heads, length, tokens.value_dim), *([coded] if self.coded else [])]
         types = [queries.q.dtype, mx.float32][: len(shapes)]
+        combine = self._combining(tokens, shapes, types)
         written = [mx.float32, *([tokens.exact_type] * 2 if joins else []), *(types if combine is None else [])]
-        threads, joining, known = self.simdgroups * SIMD, (_COMBINE_SIMDGROUPS * SIMD, 1, 1), (-1, -1)
+        threads, padded_rows, known = self.simdgroups * SIMD, batch * blocks * self.rows, (-1, -1)
         group, grid = (threads, 1, 1), (0, 0, 0)
         outputs: list[tuple[int, ...]] = []
 
@@ -144,15 +106,30 @@ class AttendKernel(Threadgroups):
             if joins:
                 newest.joined(found[1], found[2])
             if combine is not None:
-                last = signs if queries.logits is None else [*signs, queries.logits]
-                found = combine(
-                    inputs=suited([found[0], common, numbers, *last], backend),
-                    grid=(rows * joining[0], 1, 1),
-                    threadgroup=joining,
-                    output_shapes=shapes,
-                    output_dtypes=types,
-                )
+                found = combine(found[0], common, numbers, queries.logits)
             return (found[-2], found[-1]) if self.coded else (found[-1], None)
+
+        return call
+
+    def _combining(
+        self, tokens: Tokens, shapes: Sequence[tuple[int, ...]], types: Sequence[mx.Dtype]
+    ) -> Callable[[mx.array, mx.array, mx.array, mx.array | None], list[mx.array]] | None:
+        """The second kernel, for the splits, `common_numbers`, `Sizes.numbers` and logits; None without one."""
+        if self.combine is None:
+            return None
+        backend, combine = self.backend, built(self.combine, self.backend)
+        signs = [] if tokens.values.signs is None else [tokens.values.signs]
+        threads, rows = COMBINE_SIMDGROUPS * SIMD, math.prod(shapes[0][:3])
+
+        def call(of_splits: mx.array, common: mx.array, numbers: mx.array, logits: mx.array | None) -> list[mx.array]:
+            given = [of_splits, common, numbers, *signs, *(() if logits is None else (logits,))]
+            return combine(
+                inputs=suited(given, backend),
+                grid=(rows * threads, 1, 1),
+                threadgroup=(threads, 1, 1),
+                output_shapes=shapes,
+                output_dtypes=types,
+            )
 
         return call
 
@@ -175,185 +152,24 @@ def attend_kernel(queries: Queries, tokens: Tokens, backend: Backend) -> AttendK
         dims = (tokens.key_dim, tokens.value_dim, keys.coordinates, values.coordinates)
         fits = all(dim % STEP == 0 for dim in dims) and max(dims) <= _LARGEST_DIM
         shared = all(reader.shares(n) for reader, n in zip((keys, values), backend.shares, strict=True))
-        _KERNELS[which] = _made(queries, tokens, backend, joins) if fits and shared and backend.build else None
+        _KERNELS[which] = _made(queries, tokens, backend, joins=joins) if fits and shared and backend.build else None
     return _KERNELS[which]
 
 
-@dataclass(frozen=True)
-class _Ending:
-    """The text that writes a row, once its splits are joined, and its arrays: it is part of either kernel."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    text: str
-
-
-def _made(queries: Queries, tokens: Tokens, backend: Backend, joins: bool) -> AttendKernel:
-    keys, values = tokens.keys, tokens.values
-    _, query_heads, length, _ = queries.q.shape
-    all_rows = query_heads // keys.kv_heads * length
-    rows = min(all_rows, MOST_ROWS)
-    row_tiles = -(-all_rows // rows)
-    joins = joins and row_tiles == 1
-    largest_value = max(tokens.value_dim, values.dim)
-    large = _large_bytes(tokens, backend)
-    groups = backend.groups * _at_once(tokens, large) // GROUPS_PER_PROCESSOR
-    combines = backend.knows_last and groups // (keys.kv_heads * row_tiles) <= _MOST_COMBINED
-    spread = values.signs is not None
-    common: Defines = {
-        "ALL_ROWS": f"{all_rows}u",
-        "QUERIES": f"{length}u",
-        "LOG2_E": "1.4426950408889634f",
-        "SIZES": f"{NUMBERS}u",
-        "EXACT_VALUE": tokens.value_dim,
-        "CODED_VALUE": values.dim,
-        "LARGEST_VALUE": largest_value,
-        "SPLIT_ROW": f"{largest_value + _SPLIT_SUMS}u",
-        "VALUE_SPREAD": int(spread),
-        "HAS_LOGITS": int(queries.logits is not None),
-        "OUT_TYPE": backend.types[queries.q.dtype],
-    }
-    ending = _Ending(
-        () if queries.logits is None else ("logits",),
-        ("out",) if spread else ("out", "out_coded"),
-        Template(source_file("finish.metal")).substitute(value_hartley=hartley_row(values.dim) if spread else ""),
-    )
-    last = ending if combines else None
-    combine = Source(
-        name="combine",
-        inputs=("of_splits", "common", "sizes", *(("v_signs",) if spread else ()), *ending.inputs),
-        outputs=ending.outputs,
-        defines=(
-            *common.items(),
-            ("ALL_PADDED", f"{row_tiles * rows}u"),
-            ("SIMDGROUPS", _COMBINE_SIMDGROUPS),
-            ("QUERY_HEADS", f"{query_heads}u"),
-        ),
-        headers=("simd.h", "lanes.h", "window.h", "combine.h"),
-        body=Template(source_file("combine.metal")).substitute(finish=ending.text),
-    )
+def _made(queries: Queries, tokens: Tokens, backend: Backend, *, joins: bool) -> AttendKernel:
+    division = division_of(queries, tokens, backend, joins=joins)
+    attend, combine = sources_of(queries, tokens, backend, division)
     return AttendKernel(
-        name=f"attend ({keys.name} keys, {values.name} values)",
+        name=f"attend ({tokens.keys.name} keys, {tokens.values.name} values)",
         backend=backend,
-        attend=_attend_source(queries, tokens, backend, common, rows, row_tiles, large, joins, last),
-        combine=None if last else combine,
-        kv_heads=keys.kv_heads,
-        rows=rows,
-        row_tiles=row_tiles,
-        groups=groups,
-        simdgroups=MANY_SIMDGROUPS if large else SIMDGROUPS,
-        split_row=largest_value + _SPLIT_SUMS,
-        coded=not spread,
-        joins=joins,
+        attend=attend,
+        combine=combine,
+        kv_heads=tokens.keys.kv_heads,
+        rows=division.rows,
+        row_tiles=division.row_tiles,
+        groups=division.groups,
+        simdgroups=division.simdgroups,
+        split_row=division.split_row,
+        coded=tokens.values.signs is None,
+        joins=division.joins,
     )
-
-
-def _attend_source(
-    queries: Queries,
-    tokens: Tokens,
-    backend: Backend,
-    common: Defines,
-    rows: int,
-    row_tiles: int,
-    large: int,
-    joins: bool,
-    ending: _Ending | None,
-) -> Source:
-    keys, values, simdgroups = tokens.keys, tokens.values, MANY_SIMDGROUPS if large else SIMDGROUPS
-    largest_key, largest_value = max(tokens.key_dim, keys.coordinates), max(tokens.value_dim, values.dim)
-    # words of threadgroup memory besides the tables; see ``attend.metal``
-    of_queries = PADDED_ROWS * (largest_key + 16)
-    tiles_at = of_queries if large else 0  # of many simdgroups lanes do not hold queries
-    shared = max(of_queries, tiles_at + max(simdgroups * keys.tile_words, rows * (largest_value + 8)))
-    taken = shared + simdgroups * 2 * rows + 32
-    taken += keys.own_words(backend.product_tokens) + values.own_words(backend.product_tokens)
-    shared_bytes = min(backend.shared_bytes, _PROCESSOR_BYTES - large)
-    words = min(shared_bytes // 4 - taken, backend.table_words) // (1 if tokens.one_table else 2)
-    room = Room(words, backend.pair_words, large // 4, backend.large)
-    apart = 4 * simdgroups * rows * (largest_value + 8) <= large  # so much of the table holds what simdgroups join
-    key = keys.fragment("k", "k", room)
-    value = values.fragment("v", "k" if tokens.one_table else "v", room)
-    of_readers = dict.fromkeys((*keys.headers, *values.headers))
-    of_sums = dict.fromkeys((*keys.sum_headers, *values.sum_headers))
-    of_joins = ("join.h",) if joins else ()
-    of_ending = ("combine.h",) if ending else ()
-    last_inputs = (*ending.inputs, "arrived") if ending else ()
-    outputs = ("of_splits", *(("next_keys", "next_values") if joins else ()), *(ending.outputs if ending else ()))
-    return Source(
-        name=f"attend_{keys.name}_{values.name}",
-        inputs=(
-            *changing_names(queries, rotates=keys.signs is not None, joins=joins),
-            *lasting_inputs(tokens),
-            *last_inputs,
-        ),
-        outputs=outputs,
-        defines=(
-            *common.items(),
-            ("ROWS", rows),
-            ("ROW_TILES", f"{row_tiles}u"),
-            ("SHARED", f"{queries.q.shape[1] // keys.kv_heads}u"),
-            ("KV_HEADS", f"{keys.kv_heads}u"),
-            ("SCALE", f"{queries.scale!r}f"),
-            ("CAP", f"{queries.cap or 0.0!r}f"),
-            ("HAS_MASK", int(queries.mask is not None)),
-            ("JOINS", int(joins)),
-            ("COMBINES", int(ending is not None)),
-            ("KEY_SPREAD", int(keys.signs is not None)),
-            ("EXACT_KEY", tokens.key_dim),
-            ("CODED_KEY", keys.coordinates),
-            ("KEY_ROW", keys.dim),
-            ("KEY_KEPT(i)", key.kept),
-            ("KEY_PLACE(i)", key.place),
-            ("SHARED_FLOAT4S", shared // 4),
-            ("TILES_AT", tiles_at // 4),
-            ("JOINED_APART", int(apart)),
-            ("EXACT_TYPE", backend.types[tokens.exact_type]),
-            ("QUERY_TYPE", backend.types[queries.q.dtype]),
-            ("SIMDGROUPS", simdgroups),
-            ("THREADS", simdgroups * SIMD),
-            ("GROUPS_PER_PROCESSOR", _at_once(tokens, large)),
-            *places_of_constants(tokens).items(),
-        ),
-        headers=(
-            "simd.h",
-            "readers.h",
-            *of_readers,
-            "lanes.h",
-            "window.h",
-            *of_joins,
-            "attend.h",
-            *of_ending,
-            *of_sums,
-        ),
-        body=Template(source_file("attend.metal")).substitute(
-            declarations=f"{key.declarations}\n{value.declarations}",
-            joined=("k_levels" if keys.large_words else "v_levels") if apart else "shared + TILES_AT",
-            query_place=_QUERY_PLACES[queries.mask is None],
-            key_setup=key.setup.replace("\n", "\n  "),
-            value_setup=value.setup.replace("\n", "\n  "),
-            key_queries=key.queries.replace("\n", "\n    "),
-            finish="" if ending is None else ending.text.replace("\n", "\n  "),
-            added=key.added,
-            summed=value.summed,
-            key_hartley="" if keys.signs is None else hartley_row(keys.dim),
-        ),
-        large_bytes=large,
-    )
-
-
-def _large_bytes(tokens: Tokens, backend: Backend) -> int:
-    """Threadgroup memory for a table with a copy for every lane, if there is one and the device has this much."""
-    homes = [tokens.keys] if tokens.one_table else [tokens.keys, tokens.values]
-    wanted = sum(reader.large_words > 0 for reader in homes) == 1
-    return backend.large_bytes() if wanted and _largest_dim(tokens) <= _SMALL else 0
-
-
-def _largest_dim(tokens: Tokens) -> int:
-    return max(tokens.key_dim, tokens.keys.coordinates, tokens.value_dim, tokens.values.dim)
-
-
-def _at_once(tokens: Tokens, large: int) -> int:
-    """The number of threadgroups that share a processor."""
-    if large:
-        return 1
-    return GROUPS_PER_PROCESSOR if _largest_dim(tokens) <= _SMALL else GROUPS_PER_PROCESSOR // 2
