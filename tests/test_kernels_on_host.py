@@ -313,3 +313,18 @@ def test_a_long_exact_run_is_cut_into_longer_splits(monkeypatch):
     plain, coded = reading.attend(queries, tokens)
     assert_close(found, plain, HALF)
     assert_close(found_coded, coded, HALF)
+
+
+def test_each_call_gets_counters_of_its_own():
+    given = [sharing.unused_counters(3, 0) for _ in range(2 * sharing._COUNTERS + 1)]
+    assert len({id(x) for x in given}) == len(given)
+    for counters in given:
+        assert counters.size == 3
+        assert not counters.any()
+    assert sharing.unused_counters(3, 1) is not given[-1]  # another thread has others
+
+
+@pytest.mark.parametrize("end", [0, 5, 255, 256, 100_000])
+def test_numbers_of_a_step_are_a_row_of_those_of_the_next_steps(end):
+    splits = sharing.Splits(of_packed=256, of_exact=128, most=7)
+    assert sharing.common_numbers(end, 96, splits, 0).tolist() == [[end, 7, 256, 128, 96]]

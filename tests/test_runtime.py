@@ -373,6 +373,14 @@ def test_doctor_runs_kernels_on_a_cpu_and_reports_threads(monkeypatch):
     assert Path(kept.removeprefix("compiled loops are in ")).is_dir()
 
 
+def test_doctor_names_the_folder_of_compiled_kernels_of_an_nvidia_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(runtime, "backend", lambda: "cuda")
+    monkeypatch.setattr(checkup, "_try_kernels", lambda: None)
+    check = checkup._kernels()
+    assert check.detail.endswith(f"compiled ones are in {tmp_path}")
+
+
 @on_cpu
 def test_doctor_warns_of_more_threads_than_the_kernels_have_cores(monkeypatch):
     monkeypatch.setattr(runtime, "threads", lambda: 8)

@@ -98,6 +98,7 @@ def _kernels() -> Check:
         return Check("kernels", "warn", detail, "uv pip install numba")
     from veloxlab.kernels.backend import built_kernels
     from veloxlab.kernels.checked import states
+    from veloxlab.kernels.compiled import folder as compiled_kernels
 
     _try_kernels()
     wrong = [state for state in states() if state != "agrees"]
@@ -106,7 +107,11 @@ def _kernels() -> Check:
     detail = f"{states()['agrees']} agree with their reference implementations"
     if runtime.backend() == "cpu":
         return _loops(detail)
-    detail += f"; {built_kernels()} were built for that (a session of one model and method builds {SESSION_KERNELS})"
+    detail += (
+        f"; {built_kernels()} were built for that (a session of one model and method builds up to {SESSION_KERNELS})"
+    )
+    if runtime.backend() == "cuda":
+        detail += f"; compiled ones are in {compiled_kernels()}"
     return Check("kernels", "ok", detail)
 
 

@@ -148,7 +148,7 @@ if (exact) {
       run, summed, simdgroup, SIMDGROUPS, lane, largest, totals, joined, of_split, row_numbers);
 }
 
-#if COMBINES // the last of a row's threadgroups joins its splits, a simdgroup those of a row
+#if COMBINES // the last threadgroup of a KV head combines the splits of its rows, a simdgroup those of a row
 const uint block = sequence * (KV_HEADS * ROW_TILES) + threadgroup_position_in_grid.y;
 if (!last_to_come(arrived + block, splits, came_before)) return;
 for (uint r = simdgroup; r < ROWS && first_row + r < ALL_ROWS; r += SIMDGROUPS) {
