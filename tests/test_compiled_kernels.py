@@ -33,6 +33,7 @@ KERNEL = compiled.Kernel(
     "// x_strides y_shape\nout[0] = x[STEP * x_strides[0]];",
 )
 TYPES = [mx.float32, mx.float16]
+COMPILED = compiled.compiled
 
 
 @pytest.fixture
@@ -67,13 +68,30 @@ def test_the_checksum_is_that_of_the_c_library(tmp_path):
     assert f"{compiled._hash(some.encode()):x}" == told
 
 
+@needs_compiler
+def test_the_compiler_makes_machine_code_without_headers_of_mlx(given, monkeypatch):
+    monkeypatch.setattr(compiled, "_compiler", lambda: ctypes.CDLL(str(LIBRARY)))
+    options = compiled.options_for(9, 0)
+    code, mangled = compiled.compiled(KERNEL.text(given, TYPES), f"mlx::core::cu::{KERNEL.function}", options)
+    assert code.startswith(b"\x7fELF")
+    assert mangled.encode() in code
+    assert compiled.compiled("no_such();", KERNEL.function, options) is None
+
+
+def test_a_processor_has_an_option_as_mlx_gives_it():
+    assert compiled.options_for(8, 9, {})[0] == "--gpu-architecture=sm_89"
+    assert compiled.options_for(9, 0, {})[0] == "--gpu-architecture=sm_90a"
+    assert f"--include-path={Path('/own/include')}" in compiled.options_for(9, 0, {"CUDA_HOME": "/own"})
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    if LIBRARY is None:
-        pytest.skip("needs NVIDIA's compiler: pip install nvidia-cuda-nvrtc")
+    def made(text, function, options):
+        return None if "no_such" in text else (f"code for {options}".encode(), "mangled")
+
     monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(tmp_path / "new" / "ptx"))
-    monkeypatch.setattr(compiled, "_compiler", lambda: ctypes.CDLL(str(LIBRARY)))
-    monkeypatch.setattr(compiled, "_options", lambda: compiled.options_for(9, 0))
+    monkeypatch.setattr(compiled, "compiled", made)
+    monkeypatch.setattr(compiled, "_options", lambda: ["sm_90a"])
     monkeypatch.setattr(compiled, "_version", lambda: "0.32.4")
     return tmp_path / "new" / "ptx"
 
@@ -83,11 +101,8 @@ def test_a_kernel_is_kept_once_under_the_name_that_mlx_looks_for(folder, given, 
     checksum = compiled._hash(KERNEL.text(given, TYPES).encode())
     name = f"custom_kernel_veloxlab_sum_{checksum:x}"
     assert sorted(path.name for path in folder.iterdir()) == [f"{name}.ptx", f"{name}.txt"]
-    code, names = (folder / f"{name}.ptx").read_bytes(), (folder / f"{name}.txt").read_text()
-    assert code.startswith(b"\x7fELF")
-    function, _, mangled = names.partition("\t")
-    assert function == "mlx::core::cu::custom_kernel_veloxlab_sum"
-    assert mangled.strip().encode() in code
+    assert (folder / f"{name}.ptx").read_bytes() == b"code for ['sm_90a']"
+    assert (folder / f"{name}.txt").read_text() == "mlx::core::cu::custom_kernel_veloxlab_sum\tmangled\n"
     monkeypatch.setattr(compiled, "compiled", None)  # it is not called again
     compiled.keep(KERNEL, given, TYPES)
 
@@ -110,9 +125,7 @@ def test_whatever_is_not_as_expected_is_left_to_mlx(folder, given, change, monke
     if change == "type":
         given = [given[0].astype(mx.int64), given[1]]
     if change == "compiler":
-        monkeypatch.undo()
-        monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(folder))
-        monkeypatch.setattr(compiled, "_options", lambda: compiled.options_for(9, 0))
+        monkeypatch.setattr(compiled, "compiled", COMPILED)
         monkeypatch.setattr(compiled, "_LIBRARIES", ("libnosuch.so",))
         compiled._compiler.cache_clear()
     compiled.keep(KERNEL, given, TYPES)
