@@ -84,6 +84,15 @@ def test_a_processor_has_an_option_as_mlx_gives_it():
     assert f"--include-path={Path('/own/include')}" in compiled.options_for(9, 0, {"CUDA_HOME": "/own"})
 
 
+def test_kernels_for_other_processors_have_other_names(monkeypatch):
+    names = []
+    monkeypatch.setattr(mx.fast, "cuda_kernel", lambda *, name, **_: names.append(name))
+    for option in ("sm_90a", "sm_90a", "sm_120a"):
+        monkeypatch.setattr(compiled, "_options", lambda option=option: [option, "--include-path=here"])
+        CUDA.build(Source("copy", ("x",), ("out",), (), (), "out[0] = x[0];"))
+    assert names[0] == names[1] != names[2]
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     def made(text, function, options):

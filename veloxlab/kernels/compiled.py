@@ -147,6 +147,14 @@ def _version() -> str:
     return version("mlx")
 
 
+def beside_text() -> str:
+    """All that machine code depends on besides a kernel's text: options and headers; no options without such a GPU."""
+    options: list[str] = []
+    with suppress(KeyError, ValueError, RuntimeError):
+        options = _options()[:1]
+    return "".join([*options, *HEADERS.values()])
+
+
 @cache
 def _options() -> list[str]:
     info = mx.device_info(mx.gpu)

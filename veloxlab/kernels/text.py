@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from veloxlab.errors import InputError
-from veloxlab.kernels.compiled import Kernel, keep
+from veloxlab.kernels.compiled import Kernel, beside_text, keep
 from veloxlab.store import kept_in, make_folder, write_together
 
 SIMD = 32  # threads of a simdgroup (Metal) or warp (CUDA)
@@ -72,7 +72,8 @@ def build_with_mlx(language: str, source: Source) -> Built:
     MLX caches compiled kernels by name, so the name has a checksum of the text.
     """
     body, header = _bare(source.body), _bare(source.header(f"{language}.h"))
-    checksum = hashlib.sha256((header + body).encode()).hexdigest()[:16]
+    beside = beside_text() if language == "cuda" else ""
+    checksum = hashlib.sha256((header + body + beside).encode()).hexdigest()[:16]
     if language == "cuda":
         body, header = _included(source, body, header, checksum)
     name = f"veloxlab_{source.name}_{checksum}"
