@@ -82,11 +82,10 @@ class AttendKernel(Threadgroups):
             numbers, splits = of_all
             newest = recent or nothing
             if known != (splits.most, newest.room):
-                known = splits.most, newest.room
                 grid = splits.most * threads, blocks, batch
-                outputs = [(padded_rows, splits.most, self.split_row)]
-                outputs += [x.shape for x in newest.buffers] if joins else []
-                outputs += shapes if combine is None else []
+                windows = [x.shape for x in newest.buffers] if joins else []
+                outputs = [(padded_rows, splits.most, self.split_row), *windows, *(shapes if combine is None else [])]
+                known = splits.most, newest.room
             thread, mask = get_ident(), queries.mask
             common = common_numbers(recent_end, newest.room, splits, thread)
             q = queries.q if mask is None else mx.contiguous(queries.q)
