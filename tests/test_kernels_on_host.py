@@ -301,6 +301,16 @@ def of_sequence(call, i, at):
     return dataclasses.replace(queries, q=queries.q[own], coded=queries.coded[own], mask=mask), alone
 
 
+@pytest.mark.parametrize("exact", [(0, 0), (4, 64), (1, 10**6), (10**6, 10**6)], ids=str)
+@pytest.mark.parametrize("packed", [8, 131_072, 10**7])
+@pytest.mark.parametrize("blocks", [1, 8, 10_000])
+def test_no_history_has_more_splits_than_groups_and_those_of_exact_tokens(exact, packed, blocks):
+    call = next(calls(CASES[0], [(8, 1, 1)]))
+    kernel = dataclasses.replace(attend_kernel(call.queries, call.tokens, METAL), kv_heads=blocks, row_tiles=1)
+    splits = sharing.splits_of(exact[0], [packed], exact[1], kernel)
+    assert splits.most <= kernel.groups + 1 + 2 * sharing._MOST_EXACT_SPLITS
+
+
 def test_a_long_exact_run_is_cut_into_longer_splits(monkeypatch):
     rng = np.random.default_rng(3)
     monkeypatch.setattr(sharing, "_MOST_EXACT_SPLITS", 2)
@@ -321,7 +331,7 @@ def test_each_call_gets_counters_of_its_own():
     for counters in given:
         assert counters.size == 3
         assert not counters.any()
-    assert sharing.unused_counters(3, 1) is not given[-1]  # another thread has others
+    assert sharing._unused_counters(3, 0) is not sharing._unused_counters(3, 1)  # another thread has others
 
 
 @pytest.mark.parametrize("end", [0, 5, 255, 256, 100_000])

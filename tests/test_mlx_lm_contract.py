@@ -76,11 +76,11 @@ class KVCache(_Adapted, CompressedKVCache):
         usual = {"sinks": 0, "window": 0, "path": "arrays"}
         super().__init__(key_codec or unknown, value_codec or unknown, **{**usual, **settings})
 
-    def check(self, keys, values):
+    def _coming(self, keys, values):
         if self.empty():
             self.key_codec, self.value_codec = self.codecs(keys, values)
             self._exact = Exact(keys.shape[-1]), Exact(values.shape[-1])
-        return super().check(keys, values)
+        return super()._coming(keys, values)
 
     @staticmethod
     def merge(caches):

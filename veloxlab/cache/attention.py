@@ -110,14 +110,6 @@ class History(Handle):
     def attend(
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None
     ) -> mx.array:
-        newest, last = self.newest, self.past.last
-        if last is not None and mask is None and sinks is None and last[1].lazy:
-            joins = newest is not None and newest.coming is not None
-            if last[0] == _like(q, scale, cap, joins):  # as for the token before
-                brings_in = self.past.brings_in
-                queries = Queries(q, scale, None if brings_in is None else brings_in(q), None, None, cap)
-                found = last[2](queries, newest, self.past.filled)
-                return found[0] if found[1] is None else self._brought_out(found, q.dtype)
         if q.shape[2] > FEW_QUERIES:
             out = self._attend_expanded(q, scale, mask, sinks, cap)
             return mx.depends([out], list(self.stored))[0] if self.stored else out
@@ -153,7 +145,11 @@ class History(Handle):
         newest, like, last = self.newest, _like(q, scale, cap, self._joins), self.past.last
         if last is not None and last[0] == like and mask is None and sinks is None:
             backend, call = last[1:]
-            queries = Queries(q, scale, cap=cap)
+            brings_in = self.past.brings_in if backend.lazy else None
+            queries = Queries(q, scale, None if brings_in is None else brings_in(q), cap=cap)
+            if backend.lazy:
+                found = call(queries, newest, self.past.filled)
+                return found[0] if found[1] is None else self._brought_out(found, q.dtype)
         else:
             current, call = current_backend(), None
             if current is None:

@@ -100,11 +100,12 @@ class CompressedKVCache(Runs, saved.Saved):
         or if a codec is not fitted. On a GPU the check does not wait: a NaN is stored, and the second call after it
         raises, as do all later calls and `veloxlab.save_cache`.
         """
-        if self._joins(keys, values):
+        self._checks.look(self.layer)
+        if self._joins(keys, values):  # most tokens of a text, so nothing is made in between
             history = self._join(keys, values)
             self.begin()
             return history, history
-        history = self.store(self.check(keys, values))
+        history = self.store(self._coming(keys, values))
         self.begin()
         return self.handed(history, keys.shape[2])
 
@@ -115,11 +116,11 @@ class CompressedKVCache(Runs, saved.Saved):
 
     def check(self, keys: mx.array, values: mx.array) -> Coming | Joining:
         """The first half of `update_and_fetch`: all that can fail. It changes nothing, and raises the same errors."""
+        self._checks.look(self.layer)
         return Joining(keys, values) if self._joins(keys, values) else self._coming(keys, values)
 
     def _joins(self, keys: mx.array, values: mx.array) -> bool:
-        """Whether tokens only join the window; raises `InputError` for bad tokens of an earlier call."""
-        self._checks.look(self.layer)
+        """Whether tokens only join the window."""
         return (
             self._past is not None
             and self.recent.tokens < self.windows.most_recent

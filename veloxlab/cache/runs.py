@@ -33,7 +33,7 @@ class Runs:
     @property
     def offset(self) -> int:
         """Tokens seen, which is the position of the next one."""
-        return self.evicted + self.sinks.tokens + self.packed.tokens + self.recent.tokens
+        return self.evicted + self.held
 
     @property
     def buffers(self) -> list[mx.array]:

@@ -1,8 +1,8 @@
 """Attention of a few queries over a history of exact and packed tokens, in one launch or two.
 
 Flash decoding: each threadgroup takes a split of one KV head's tokens, reads keys, and sums weighted values with an
-online softmax. The splits are joined by the last threadgroup of the KV head, where a device can tell which one that
-is, else by a second kernel. Exact tokens (sinks, recent ones) are splits like the others. If codes are of
+online softmax. The last threadgroup of a KV head combines the splits of all, where a device can tell which one is the
+last. Elsewhere a second kernel does it. Exact tokens (sinks, recent ones) are splits like the others. If codes are of
 Hadamard-rotated vectors, the kernels rotate queries, and rotate mixed values back.
 
 Products use the GPU's matrix unit: levels, queries and weights in half precision on NVIDIA, sums in float32, as in
@@ -24,7 +24,7 @@ from veloxlab.kernels.call import STEP, Answer, Exact, PreparedCall, Queries, To
 from veloxlab.kernels.splits import Places, Sizes, Threadgroups, common_numbers, sizes_of, unused_counters
 from veloxlab.kernels.text import SIMD, Source
 
-_LARGEST_DIM = 512
+_LARGEST_DIM = 512  # of a vector or its code, for which a thread has registers
 
 
 @dataclass(frozen=True, eq=False)

@@ -116,68 +116,51 @@ class _Ending:
     text: str
 
 
-def _attend_source(
-    queries: Queries,
-    tokens: Tokens,
-    backend: Backend,
-    common: Defines,
-    division: Division,
-    ending: _Ending | None,
-) -> Source:
-    keys, values = tokens.keys, tokens.values
-    rows, large, joins, simdgroups = division.rows, division.large, division.joins, division.simdgroups
+@dataclass(frozen=True)
+class _Memory:
+    """Words of threadgroup memory."""
+
+    shared: int  # of queries, and of what simdgroups have of their tiles
+    tiles_at: int  # where the latter begins
+    tables: int  # room for the tables of keys, and of values if they have their own
+    apart: bool  # whether simdgroups join their sums all at once, in the room of a large table
+
+
+def _memory_of(tokens: Tokens, backend: Backend, division: Division) -> _Memory:
+    keys, values, rows, simdgroups = tokens.keys, tokens.values, division.rows, division.simdgroups
     largest_key, largest_value = max(tokens.key_dim, keys.coordinates), max(tokens.value_dim, values.dim)
-    # words of threadgroup memory besides the tables; see ``attend.metal``
     of_queries = PADDED_ROWS * (largest_key + 16)
-    tiles_at = of_queries if large else 0  # of many simdgroups lanes do not hold queries
+    tiles_at = of_queries if division.large else 0  # of many simdgroups lanes do not hold queries
     shared = max(of_queries, tiles_at + max(simdgroups * keys.tile_words, rows * (largest_value + 8)))
     taken = shared + simdgroups * 2 * rows + 32
     taken += keys.own_words(backend.product_tokens) + values.own_words(backend.product_tokens)
-    shared_bytes = min(backend.shared_bytes, _PROCESSOR_BYTES - large)
+    shared_bytes = min(backend.shared_bytes, _PROCESSOR_BYTES - division.large)
     words = min(shared_bytes // 4 - taken, backend.table_words) // (1 if tokens.one_table else 2)
-    room = Room(words, backend.pair_words, large // 4, backend.large)
-    apart = 4 * simdgroups * rows * (largest_value + 8) <= large  # so much of the table holds what simdgroups join
+    return _Memory(shared, tiles_at, words, 4 * simdgroups * rows * (largest_value + 8) <= division.large)
+
+
+def _attend_source(
+    queries: Queries, tokens: Tokens, backend: Backend, common: Defines, division: Division, ending: _Ending | None
+) -> Source:
+    keys, values, joins, memory = tokens.keys, tokens.values, division.joins, _memory_of(tokens, backend, division)
+    room = Room(memory.tables, backend.pair_words, division.large // 4, backend.large)
     key = keys.fragment("k", "k", room)
     value = values.fragment("v", "k" if tokens.one_table else "v", room)
     of_readers = dict.fromkeys((*keys.headers, *values.headers))
     of_sums = dict.fromkeys((*keys.sum_headers, *values.sum_headers))
-    of_joins = ("join.h",) if joins else ()
+    of_joins, windows = (("join.h",), ("next_keys", "next_values")) if joins else ((), ())
     of_ending = ("combine.h",) if ending else ()
-    last_inputs = (*ending.inputs, "arrived") if ending else ()
-    outputs = ("of_splits", *(("next_keys", "next_values") if joins else ()), *(ending.outputs if ending else ()))
+    changing = changing_names(queries, rotates=keys.signs is not None, joins=joins)
+    last = (*ending.inputs, "arrived") if ending else ()
     return Source(
         name=f"attend_{keys.name}_{values.name}",
-        inputs=(
-            *changing_names(queries, rotates=keys.signs is not None, joins=joins),
-            *lasting_inputs(tokens),
-            *last_inputs,
-        ),
-        outputs=outputs,
+        inputs=(*changing, *lasting_inputs(tokens), *last),
+        outputs=("of_splits", *windows, *(ending.outputs if ending else ())),
         defines=(
             *common.items(),
-            ("ROWS", rows),
-            ("ROW_TILES", f"{division.row_tiles}u"),
-            ("SHARED", f"{queries.q.shape[1] // keys.kv_heads}u"),
-            ("KV_HEADS", f"{keys.kv_heads}u"),
-            ("SCALE", f"{queries.scale!r}f"),
-            ("CAP", f"{queries.cap or 0.0!r}f"),
-            ("HAS_MASK", int(queries.mask is not None)),
-            ("JOINS", int(joins)),
-            ("COMBINES", int(ending is not None)),
-            ("KEY_SPREAD", int(keys.signs is not None)),
-            ("EXACT_KEY", tokens.key_dim),
-            ("CODED_KEY", keys.coordinates),
-            ("KEY_ROW", keys.dim),
+            *_defines(queries, tokens, backend, division, memory).items(),
             ("KEY_KEPT(i)", key.kept),
             ("KEY_PLACE(i)", key.place),
-            ("SHARED_FLOAT4S", shared // 4),
-            ("TILES_AT", tiles_at // 4),
-            ("JOINED_APART", int(apart)),
-            ("EXACT_TYPE", backend.types[tokens.exact_type]),
-            ("QUERY_TYPE", backend.types[queries.q.dtype]),
-            ("SIMDGROUPS", simdgroups),
-            ("THREADS", simdgroups * SIMD),
-            ("GROUPS_PER_PROCESSOR", _at_once(tokens, large)),
             *places_of_constants(tokens).items(),
         ),
         headers=(
@@ -193,7 +176,7 @@ def _attend_source(
         ),
         body=Template(source_file("attend.metal")).substitute(
             declarations=f"{key.declarations}\n{value.declarations}",
-            joined=("k_levels" if keys.large_words else "v_levels") if apart else "shared + TILES_AT",
+            joined=("k_levels" if keys.large_words else "v_levels") if memory.apart else "shared + TILES_AT",
             query_place=_QUERY_PLACES[queries.mask is None],
             key_setup=key.setup.replace("\n", "\n  "),
             value_setup=value.setup.replace("\n", "\n  "),
@@ -203,8 +186,36 @@ def _attend_source(
             summed=value.summed,
             key_hartley="" if keys.signs is None else hartley_row(keys.dim),
         ),
-        large_bytes=large,
+        large_bytes=division.large,
     )
+
+
+def _defines(queries: Queries, tokens: Tokens, backend: Backend, division: Division, memory: _Memory) -> Defines:
+    """What ``attend.metal`` has in constants, besides what both kernels have."""
+    keys = tokens.keys
+    return {
+        "ROWS": division.rows,
+        "ROW_TILES": f"{division.row_tiles}u",
+        "SHARED": f"{queries.q.shape[1] // keys.kv_heads}u",
+        "KV_HEADS": f"{keys.kv_heads}u",
+        "SCALE": f"{queries.scale!r}f",
+        "CAP": f"{queries.cap or 0.0!r}f",
+        "HAS_MASK": int(queries.mask is not None),
+        "JOINS": int(division.joins),
+        "COMBINES": int(division.combines),
+        "KEY_SPREAD": int(keys.signs is not None),
+        "EXACT_KEY": tokens.key_dim,
+        "CODED_KEY": keys.coordinates,
+        "KEY_ROW": keys.dim,
+        "SHARED_FLOAT4S": memory.shared // 4,
+        "TILES_AT": memory.tiles_at // 4,
+        "JOINED_APART": int(memory.apart),
+        "EXACT_TYPE": backend.types[tokens.exact_type],
+        "QUERY_TYPE": backend.types[queries.q.dtype],
+        "SIMDGROUPS": division.simdgroups,
+        "THREADS": division.simdgroups * SIMD,
+        "GROUPS_PER_PROCESSOR": _at_once(tokens, division.large),
+    }
 
 
 def _large_bytes(tokens: Tokens, backend: Backend) -> int:

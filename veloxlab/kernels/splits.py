@@ -120,11 +120,11 @@ def splits_of(sinks: int, packed: Sequence[int], columns: int, kernel: Threadgro
 
 
 @lru_cache(maxsize=4096)
-def common_numbers(recent_end: int, columns: int, splits: Splits, _: int) -> mx.array:
+def common_numbers(recent_end: int, columns: int, splits: Splits, thread: int) -> mx.array:
     """The kernels' numbers that are the same for all sequences, with ``columns`` of a window; cached by thread."""
     place = recent_end % _NEXT
     others = splits.most, splits.of_packed, splits.of_exact, columns
-    return _with_next(recent_end - place, others, get_ident())[place : place + 1]
+    return _with_next(recent_end - place, others, thread)[place : place + 1]
 
 
 def unused_counters(count: int, thread: int) -> mx.array:

@@ -19,19 +19,20 @@
 #define group_barrier() __syncthreads()
 #define simd_barrier() __syncwarp()
 #define group_memory_barrier() __syncthreads() // after writes that others of the threadgroup read from global memory
-// Whether this threadgroup is the last of `count` that come here: it then sees what the others wrote to global memory.
-// `arrived` is 0 before the first comes, and after the last one. All threads call it, with a number in threadgroup memory.
-__device__ __forceinline__ bool last_to_come(const unsigned int* arrived, unsigned int count, unsigned int& before) {
+
+typedef unsigned int uint;
+typedef unsigned char uchar;
+
+// Whether this threadgroup is the last of `count` that come here. The last one sees what the others wrote to global memory.
+// The counter `arrived` is 0 before the first comes, and after the last. All threads call it, with a number of their threadgroup.
+FUNCTION bool last_to_come(const uint* arrived, uint count, uint& before) {
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) before = atomicInc((unsigned int*)arrived, count - 1);
+  if (threadIdx.x == 0) before = atomicInc((uint*)arrived, count - 1);
   __syncthreads();
   __threadfence();
   return before == count - 1;
 }
-
-typedef unsigned int uint;
-typedef unsigned char uchar;
 
 FUNCTION float simd_shuffle_xor(float x, uint mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 FUNCTION uint simd_shuffle_xor(uint x, uint mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
